@@ -1,0 +1,50 @@
+# `make demo` and `make test` set up what they need, once, in .venv.
+
+PYTHON ?= python3
+BIN := .venv/bin
+OUT ?= outputs
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint notebooks lab freeze-notebooks clean
+
+help:  ## show this list
+	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 26
+
+# Installs anew when the dependencies change.
+.venv/ready: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "engm needs Python 3.11 or newer; say which: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
+	@echo "setting up .venv (once, a few minutes)"
+	@$(PYTHON) -m venv .venv
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
+	@touch $@
+
+demo: .venv/ready  ## run every notebook on the digits, and build one HTML report
+	@$(BIN)/engm demo --out $(OUT)
+
+test: .venv/ready lint  ## ruff, mypy, pytest, nbval
+	$(BIN)/pytest
+	$(MAKE) --no-print-directory notebooks
+
+lint: .venv/ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+notebooks: .venv/ready
+	$(BIN)/nbstripout --verify $(STRIP) notebooks/*.ipynb
+	$(BIN)/pytest --nbval-lax --nbval-cell-timeout=300 -n 2 --dist loadfile notebooks
+
+# Outputs and counts stay (nbval compares them); what differs from run to run goes.
+STRIP := --keep-output --keep-count --keep-id \
+  --extra-keys "metadata.widgets metadata.papermill cell.metadata.papermill cell.metadata.execution"
+
+freeze-notebooks: .venv/ready  ## run the notebooks in place and normalise them, before a commit
+	$(BIN)/jupyter execute --inplace notebooks/*.ipynb
+	$(BIN)/nbstripout $(STRIP) notebooks/*.ipynb
+
+lab: .venv/ready  ## open the notebooks in JupyterLab
+	$(BIN)/jupyter lab notebooks
+
+clean:  ## remove .venv, outputs and caches; runs and datasets stay
+	rm -rf .venv outputs .pytest_cache .ruff_cache .mypy_cache .hypothesis *.egg-info

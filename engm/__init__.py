@@ -1,0 +1,35 @@
+"""ENGM, the outer optimizer for adversarial training of arXiv 2209.01199: learn, test, use it.
+
+    from engm import ENGM, PGD, PGDAT
+
+Names are looked up when they are first used, so that `import engm` itself costs nothing.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from engm.attacks import FGSM, PGD
+    from engm.config import RunConfig
+    from engm.evaluation import evaluate
+    from engm.methods import PGDAT, Natural
+    from engm.optim import ENGM, MSGD
+    from engm.training import fit
+
+__all__ = ["ENGM", "FGSM", "MSGD", "PGD", "PGDAT", "Natural", "RunConfig", "evaluate", "fit"]
+
+_HOMES = {
+    "attacks": ("FGSM", "PGD"),
+    "config": ("RunConfig",),
+    "evaluation": ("evaluate",),
+    "methods": ("Natural", "PGDAT"),
+    "optim": ("ENGM", "MSGD"),
+    "training": ("fit",),
+}
+
+
+def __getattr__(name: str) -> Any:
+    for module, names in _HOMES.items():
+        if name in names:
+            return getattr(import_module(f"engm.{module}"), name)
+    raise AttributeError(f"module 'engm' has no attribute {name!r}; it has {', '.join(__all__)}")

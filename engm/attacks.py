@@ -1,0 +1,345 @@
+"""The inner maximisation: FGSM and PGD, and the losses that they climb.
+
+    attack = PGD(eps=8 / 255, step_size=2 / 255, num_steps=10)
+    x_adv = attack(model, x, y)
+
+Pixels are in [0, 1], `eps` and `step_size` have the same unit, normalisation is inside the model.
+
+An attack leaves the model as it was. It takes gradients w.r.t. the pixels alone, so `p.grad` stays.
+It runs the model in eval mode, so the running statistics of BatchNorm stay and dropout is off; that
+is the protocol of the published code of TRADES (arXiv 1901.08573) and MART (ICLR 2020). Pang et al.
+2021 (arXiv 2010.00467) compare it with train mode.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from engm.errors import InputError
+
+
+def cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
+    """Cross-entropy of each example, from `[n, K]` logits and `[n]` classes to `[n]`."""
+    return F.cross_entropy(logits, y, reduction="none")
+
+
+def margin(logits: Tensor, y: Tensor) -> Tensor:
+    """Largest other logit minus the true one, `[n]`: above 0 where the model is wrong.
+
+    Source: Carlini and Wagner 2017, arXiv 1608.04644, without the confidence term.
+    """
+    others = logits.scatter(1, y[:, None], -math.inf)
+    return others.amax(1) - logits.gather(1, y[:, None])[:, 0]
+
+
+def dlr(logits: Tensor, y: Tensor) -> Tensor:
+    """Difference of logits ratio, `[n]`: the margin over (largest minus third largest logit).
+
+    Scaling or shifting all logits does not change it, so large logits cannot flatten its gradient
+    as they flatten that of the cross-entropy. Source: Croce and Hein 2020, arXiv 2003.01690.
+
+    Raises:
+        InputError: If there are fewer than three classes.
+    """
+    if logits.shape[1] < 3:
+        raise InputError(f"loss 'dlr' needs 3 classes, here are {logits.shape[1]}; use 'margin'")
+    top = logits.topk(3, dim=1).values
+    return margin(logits, y) / (top[:, 0] - top[:, 2] + 1e-12)
+
+
+def kl(logits: Tensor, clean_logits: Tensor) -> Tensor:
+    """KL divergence from the prediction on x to that on x_adv, `[n]`, both from `[n, K]` logits.
+
+    Source: TRADES, arXiv 1901.08573.
+    """
+    log_q, log_p = logits.log_softmax(1), clean_logits.log_softmax(1)
+    return F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(1)
+
+
+_Forward = Callable[[Tensor], Tensor]
+_LOSSES = {"ce": cross_entropy, "margin": margin, "dlr": dlr, "kl": kl}
+
+
+def fooled(logits: Tensor, y: Tensor) -> Tensor:
+    """Where the model does not answer `y`, `[n]` booleans.
+
+    Logits with a nan are no answer and count as fooled; `argmax` alone would call a row of nans
+    right wherever y is 0.
+    """
+    return (logits.argmax(1) != y) | logits.isnan().any(1)
+
+
+@contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Puts every module of `model` into eval mode, then each back as it was, even on an error."""
+    before = [(module, module.training) for module in model.modules()]
+    try:
+        for module, _ in before:
+            module.training = False
+        yield
+    finally:
+        for module, training in before:
+            module.training = training
+
+
+@dataclass(frozen=True, kw_only=True)
+class PGD:
+    """Projected gradient ascent on a loss, in a ball around x and in [0, 1].
+
+    `attack(model, x, y)` returns x_adv. A run gives its last iterate, as in Madry et al. 2018
+    (arXiv 1706.06083). Of several runs, each example keeps the first x_adv that fools the model, or
+    else the one of highest loss. |x_adv - x| <= eps holds up to rounding, 1e-7 a pixel in float32.
+    Without `stop_early`, nothing after the check of x and y waits for the device.
+
+    Attributes:
+        eps: Radius of the ball in pixels, at most 1 for "linf".
+        step_size: Length of a step in pixels.
+        num_steps: Steps of a run.
+        restarts: Runs, each from its own random start.
+        norm: "linf", whose steps follow the sign of the gradient, or "l2", the unit gradient.
+        loss: "ce", "margin", "dlr", or "kl": away from the prediction on x, whatever y is.
+        random_start: Whether runs start uniformly in the ball, or at x.
+        stop_early: Whether examples leave the batch as soon as they fool the model, and keep that
+            x_adv. For evaluation: less work, and robust accuracy is lower or equal.
+
+    Raises:
+        InputError: If a setting is out of range.
+    """
+
+    eps: float
+    step_size: float
+    num_steps: int = 10
+    restarts: int = 1
+    norm: str = "linf"
+    loss: str = "ce"
+    random_start: bool = True
+    stop_early: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuses settings that are out of range."""
+        _one_of("norm", self.norm, ("linf", "l2"))
+        _one_of("loss", self.loss, tuple(_LOSSES))
+        _pixels("eps", self.eps, self.norm)
+        _pixels("step_size", self.step_size, self.norm)
+        if self.step_size == 0:
+            raise InputError("step_size is 0, so the attack would not move; try eps / 4")
+        _count("num_steps", self.num_steps)
+        _count("restarts", self.restarts)
+        if self.restarts > 1 and not self.random_start:
+            raise InputError("without random_start all runs are the same; leave restarts at 1")
+        if self.loss == "kl" and not self.random_start:
+            raise InputError(
+                "loss='kl' needs random_start=True: at x the divergence is 0, its minimum, and so "
+                "is its gradient, so the attack would never leave x"
+            )
+
+    def __call__(
+        self, model: nn.Module, x: Tensor, y: Tensor, *, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """Attacks a batch.
+
+        Args:
+            model: From `[n, ...]` pixels to `[n, K]` logits. It is left as it was.
+            x: `[n, ...]` floats in [0, 1].
+            y: `[n]` int64 classes, below K.
+            generator: What random starts are drawn from, in place of the global generator. One on
+                the CPU gives the same starts on every device.
+
+        Returns:
+            x_adv, with the shape, dtype and device of x, and no graph.
+
+        Raises:
+            InputError: If x, y or the logits are not as above.
+        """
+        logits_of = partial(_logits, model, _check_batch(x, y))
+        if self.eps == 0 or len(x) == 0:
+            return x.detach().clone()
+        # autograd refuses tensors that the caller made in inference mode, but not their copies
+        with eval_mode(model), torch.inference_mode(False), torch.enable_grad():
+            x = x.detach().clone()
+            target = logits_of(x).detach() if self.loss == "kl" else y
+            best, best_loss = x.clone(), torch.full((len(x),), -math.inf, device=x.device)
+            rows = torch.arange(len(x), device=x.device)
+            for _ in range(self.restarts):
+                # drawn for the whole batch: the same starts with and without stop_early
+                start = self._start(x, generator)[rows]
+                x_adv = self._run(logits_of, start, x[rows], y[rows], target[rows])
+                if self.restarts == 1:
+                    return x_adv
+                logits = logits_of(x_adv).detach()
+                loss = _LOSSES[self.loss](logits, target[rows]).float()
+                # inf, so that nothing replaces the first x_adv that fools the model
+                loss = loss.masked_fill(fooled(logits, y[rows]), math.inf)
+                better = loss > best_loss[rows]
+                best[rows] = torch.where(_per_example(better, x), x_adv, best[rows])
+                best_loss[rows] = torch.where(better, loss, best_loss[rows])
+                if self.stop_early:
+                    rows = rows[best_loss[rows] < math.inf]
+                    if len(rows) == 0:
+                        break
+            return best
+
+    def _run(
+        self, logits_of: _Forward, x_adv: Tensor, x: Tensor, y: Tensor, target: Tensor
+    ) -> Tensor:
+        rows = torch.arange(len(x), device=x.device)
+        for _ in range(self.num_steps):
+            here = x_adv[rows].requires_grad_()
+            logits = logits_of(here)
+            direction = self._direction(_LOSSES[self.loss](logits, target[rows]), here)
+            there = self._project(here.detach() + self.step_size * direction, x[rows])
+            if self.stop_early:
+                standing = ~fooled(logits, y[rows])
+                rows, there = rows[standing], there[standing]
+                if len(rows) == 0:
+                    break
+            x_adv[rows] = there
+        return x_adv
+
+    def _start(self, x: Tensor, generator: torch.Generator | None) -> Tensor:
+        if not self.random_start:
+            return x.clone()
+        device = x.device if generator is None else generator.device
+        how: dict[str, Any] = {"dtype": x.dtype, "device": device, "generator": generator}
+        if self.norm == "linf":
+            noise = 2 * torch.rand(x.shape, **how) - 1
+        else:
+            # volume grows as radius^d: the radius of a uniform draw is u^(1/d)
+            radius = torch.rand(len(x), **how) ** (1 / x[0].numel())
+            noise = _unit(torch.randn(x.shape, **how)) * _per_example(radius, x)
+        return self._project(x + self.eps * noise.to(x.device), x)
+
+    def _direction(self, losses: Tensor, here: Tensor) -> Tensor:
+        gradient = None
+        if losses.requires_grad:
+            (gradient,) = torch.autograd.grad(losses.sum(), here, allow_unused=True)
+        if gradient is None:
+            raise InputError(
+                "no gradient flows from the logits to the images; take detach, argmax and no_grad "
+                "out of the model's forward"
+            )
+        # a nan points nowhere: such a pixel stays where it is
+        gradient = gradient.nan_to_num()
+        return gradient.sign() if self.norm == "linf" else _unit(gradient)
+
+    def _project(self, x_adv: Tensor, x: Tensor) -> Tensor:
+        delta = x_adv - x
+        if self.norm == "linf":
+            delta = delta.clamp(-self.eps, self.eps)
+        else:
+            length = delta.flatten(1).norm(dim=1)
+            delta = delta * _per_example((self.eps / length).clamp(max=1), x)
+        # x is in [0, 1], so this moves every pixel towards x: x_adv stays in the ball
+        return (x + delta).clamp(0, 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FGSM:
+    """The fast gradient sign method: `PGD` with one step of length `eps`, by default from x.
+
+    Source: Goodfellow et al. 2015, arXiv 1412.6572. The variant for training by Wong et al. 2020
+    (arXiv 2001.03994) is `PGD(eps=eps, step_size=1.25 * eps, num_steps=1)`.
+
+    Attributes:
+        eps: Radius of the ball and length of the step, in pixels.
+        norm: As for `PGD`, like `loss` and `random_start`.
+
+    Raises:
+        InputError: If a setting is out of range.
+    """
+
+    eps: float
+    norm: str = "linf"
+    loss: str = "ce"
+    random_start: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuses settings that are out of range."""
+        self._one_step()
+
+    def __call__(
+        self, model: nn.Module, x: Tensor, y: Tensor, *, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """Attacks a batch, as `PGD.__call__` does."""
+        return self._one_step()(model, x, y, generator=generator)
+
+    def _one_step(self) -> PGD:
+        # its fields are fields of PGD; with eps 0 there is no step, but PGD wants its length
+        return PGD(**vars(self), step_size=self.eps or 1.0, num_steps=1)
+
+
+def _per_example(values: Tensor, x: Tensor) -> Tensor:
+    return values.view(-1, *[1] * (x.ndim - 1))
+
+
+def _unit(vectors: Tensor) -> Tensor:
+    # by the largest entry first, so that no square vanishes or overflows; zeros stay zeros
+    largest = vectors.flatten(1).abs().amax(1).clamp(min=torch.finfo(vectors.dtype).tiny)
+    vectors = vectors / _per_example(largest, vectors)
+    # the largest entry is 1 now, so only the length of zeros is below 1
+    return vectors / _per_example(vectors.flatten(1).norm(dim=1).clamp(min=1), vectors)
+
+
+def _one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise InputError(f"unknown {name} {value!r}; choose one of {', '.join(choices)}")
+
+
+def _pixels(name: str, value: float, norm: str) -> None:
+    if not isinstance(value, int | float) or not 0 <= value < math.inf:
+        raise InputError(f"{name} must be a number, 0 or more; got {value!r}")
+    if norm == "linf" and value > 1:
+        raise InputError(f"{name} is {value}, but pixels are in [0, 1]: write 8/255, not 8")
+
+
+def _count(name: str, value: int) -> None:
+    if not isinstance(value, int) or value < 1:
+        raise InputError(f"{name} must be a whole number, 1 or more; got {value!r}")
+
+
+def _check_batch(x: Tensor, y: Tensor) -> int:
+    if not x.is_floating_point() or x.ndim < 2:
+        raise InputError(
+            f"x is {x.dtype} of shape {list(x.shape)}; give [n, ...] floats in [0, 1], "
+            "as in x.float() / 255"
+        )
+    if y.dtype != torch.int64 or y.shape != x.shape[:1]:
+        raise InputError(
+            f"y is {y.dtype} of shape {list(y.shape)}; give {len(x)} classes, int64 as in y.long()"
+        )
+    if y.device != x.device:
+        raise InputError(f"x is on {x.device} and y on {y.device}; move them to one device")
+    if len(x) == 0:
+        return 0
+    # the one wait for the device
+    ends = torch.stack([end.float() for end in (x.min(), x.max(), y.min(), y.max())])
+    low, high, lowest, highest = ends.tolist()
+    if not (low >= 0 and high <= 1):
+        raise InputError(
+            f"x goes from {low:.8g} to {high:.8g}, but pixels are in [0, 1]; normalise inside the "
+            "model, and clamp what augmentation pushes out"
+        )
+    if lowest < 0:
+        raise InputError(f"y has the class {lowest:.0f}; classes count from 0")
+    return int(highest)
+
+
+def _logits(model: nn.Module, highest: int, images: Tensor) -> Tensor:
+    logits = model(images)
+    if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(images):
+        got = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise InputError(f"the model gave {got}; it must give logits of shape [{len(images)}, K]")
+    if logits.shape[1] <= max(highest, 1):
+        raise InputError(
+            f"the model gives {logits.shape[1]} logits, but classes go up to {max(highest, 1)}; "
+            "build it with one logit for each class"
+        )
+    # in bfloat16 the losses of two restarts would hardly differ
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))

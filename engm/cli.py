@@ -1,0 +1,230 @@
+"""The command `engm`. Torch is imported when a command needs it, so `--help` answers at once."""
+
+import sys
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import click
+
+from engm.config import TYPES, RunConfig, alternatives, choices, parse_number
+from engm.errors import InputError, NonFiniteLossError
+
+
+class _Command(click.Command):
+    """Names every option when one is unknown and nothing comes close."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        try:
+            return super().parse_args(ctx, args)
+        except click.NoSuchOption as error:
+            known = sorted(name for item in self.get_params(ctx) for name in item.opts)
+            close = error.possibilities or known
+            raise click.NoSuchOption(error.option_name, possibilities=close, ctx=ctx) from None
+
+
+class _Group(click.Group):
+    """Names every command when one is unknown; turns the kit's own errors into one line."""
+
+    command_class = _Command
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        if args and not args[0].startswith("-") and args[0] not in self.commands:
+            known = ", ".join(self.list_commands(ctx))
+            raise click.UsageError(f"no such command {args[0]!r}; the commands are {known}", ctx)
+        return super().resolve_command(ctx, args)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except (InputError, NonFiniteLossError, OSError) as error:
+            raise click.ClickException(str(error)) from None
+
+
+class _Setting(click.ParamType):
+    """A field of `RunConfig`: one of its literal values, or a number."""
+
+    def __init__(self, name: str) -> None:
+        self.kinds, self.names = alternatives(TYPES[name]), choices(TYPES[name])
+        numbers = [kind.__name__ for kind in (int, float) if kind in self.kinds]
+        self.name = "|".join(self.names + numbers)
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> Any:
+        if not isinstance(value, str) or value in self.names:
+            return value
+        try:
+            if int in self.kinds:
+                return int(value)
+            if float in self.kinds:
+                return parse_number(value)
+        except ValueError:
+            pass
+        wanted = [*self.names] + ["a whole number"] * (int in self.kinds)
+        wanted += ["a number such as 0.03 or 8/255"] * (float in self.kinds)
+        self.fail(f"{value!r} is not {' or '.join(wanted)}", param, ctx)
+
+    def get_metavar(self, param: click.Parameter, ctx: Any = None) -> str:
+        return f"[{self.name}]" if len(self.names) > 0 else self.name.upper()
+
+
+def _settings(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Gives a command one option for each field of `RunConfig`."""
+    for item in reversed(fields(RunConfig)):
+        flag = f"--{item.name.replace('_', '-')}"
+        is_flag = TYPES[item.name] is bool
+        option = click.option(
+            f"{flag}/--no-{flag[2:]}" if is_flag else flag,
+            item.name,
+            type=None if is_flag else _Setting(item.name),
+            default=item.default,
+            show_default=item.default is not None,
+            help=item.metadata["help"],
+        )
+        command = option(command)
+    return command
+
+
+_device = click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, ...")
+_data_root = click.option(
+    "--data-root", type=click.Path(path_type=Path), help="where prepare.py put the datasets"
+)
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="engm")
+def main() -> None:
+    """Learn, test and use ENGM, the outer optimizer for adversarial training.
+
+    The usual order: `engm train` makes a run directory, `engm evaluate` attacks what it holds,
+    `engm report` puts many of them into one table. `engm run` runs a notebook with parameters.
+    """
+
+
+@main.command()
+@_settings
+@click.option("--out", type=click.Path(path_type=Path), default=Path("runs"), show_default=True,
+              help="folder of the run directories")  # fmt: skip
+@_device
+@_data_root
+@click.option("--save-adversarial/--no-save-adversarial", default=True, show_default=True,
+              help="keep the adversarial test examples")  # fmt: skip
+def train(
+    out: Path, device: str, data_root: Path | None, save_adversarial: bool, **settings: Any
+) -> None:
+    """Train and evaluate a classifier; go on where an earlier call was cut off.
+
+    Without options: adversarial training with MSGD on the digits that come with the kit.
+
+    \b
+    engm train --optimizer engm --subset 300 --epochs 80
+    engm train --dataset cifar10 --eps 8/255 --schedule one-cycle --precision bfloat16
+    """
+    config = RunConfig(**settings).resolved()
+    from engm.results import Record, summarise, to_markdown
+    from engm.training import fit
+
+    click.echo("\n".join(f"{name:14} {value}" for name, value in config.to_dict().items()))
+    run = fit(config, out, device=device, data_root=data_root, save_adversarial=save_adversarial)
+    click.echo(f"\n{run.folder}\n")
+    click.echo(to_markdown(summarise([Record(run.folder, run.config, run.result)])))
+
+
+@main.command()
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option("--checkpoint", type=click.Choice(["best", "last"]), help="default: both")
+@click.option("--num-steps", type=click.IntRange(min=1), help="PGD steps; default: the run's own")
+@_device
+@_data_root
+def evaluate(
+    run: Path, checkpoint: str | None, num_steps: int | None, device: str, data_root: Path | None
+) -> None:
+    """Attack the checkpoints of the run directory RUN on the test set.
+
+    The adversarial examples are kept in RUN, and the accuracies are recomputed from them.
+    """
+    from engm import data
+    from engm.evaluation import evaluate_run
+    from engm.files import write_json
+    from engm.run_directory import read_config
+    from engm.training import pick_device
+
+    config = read_config(run)
+    dataset = data.load(config.dataset, root=data_root, subset=config.subset)
+    dataset = dataset.to(pick_device(device))
+    found = {}
+    for which in [checkpoint] if checkpoint else ["best", "last"]:
+        path = run / f"adversarial-{which}.pt"
+        result = evaluate_run(run, which, dataset, num_steps=num_steps, save_to=path, progress=True)
+        found[which] = result.to_dict()
+        click.echo(
+            f"{which}: clean {result.clean_accuracy:.1%}, robust {result.robust_accuracy:.1%} "
+            f"of {result.num_examples} ({result.attack}), "
+            f"largest perturbation {result.largest_perturbation:.4f}"
+        )
+    write_json(run / "evaluation.json", found)
+    click.echo(f"written to {run / 'evaluation.json'}")
+
+
+@main.command()
+@click.argument("runs", type=click.Path(path_type=Path), nargs=-1, required=True)
+@click.option("--out", type=click.Path(path_type=Path), help="also write the table to this file")
+def report(runs: tuple[Path, ...], out: Path | None) -> None:
+    """Put the run directories at or below RUNS into one markdown table.
+
+    Runs that differ in their seed alone share a row: mean ± standard deviation, in percent.
+    """
+    from engm.files import write_text
+    from engm.results import collect, summarise, to_markdown
+
+    found = [collect(root) for root in runs]
+    table = to_markdown(summarise([record for records, _ in found for record in records]))
+    click.echo(table)
+    unfinished = [folder for _, folders in found for folder in folders]
+    if unfinished:
+        click.echo(f"left out, not finished: {', '.join(map(str, unfinished))}", err=True)
+    if out is not None:
+        write_text(out, table)
+
+
+@main.command()
+@click.argument("notebook")
+@click.option("-p", "values", nargs=2, multiple=True, metavar="NAME VALUE",
+              help="set a parameter of the notebook; may be repeated")  # fmt: skip
+@click.option("--out", type=click.Path(path_type=Path), default=Path("outputs"), show_default=True,
+              help="folder of the executed notebook and its result")  # fmt: skip
+@click.option("--timeout", type=click.FloatRange(min=0, min_open=True),
+              help="seconds the notebook may take; default: no limit")  # fmt: skip
+def run(
+    notebook: str, values: tuple[tuple[str, str], ...], out: Path, timeout: float | None
+) -> None:
+    """Run NOTEBOOK, a name such as 06_cifar or a path, with parameters.
+
+    Unknown names and values of a wrong type are refused before anything runs.
+
+    \b
+    engm run 06_cifar -p dataset cifar10 -p eps 8/255
+    """
+    from engm import notebooks
+
+    path = notebooks.find(notebook)
+    done = notebooks.run(path, notebooks.parse(path, dict(values)), output_dir=out, timeout=timeout)
+    click.echo(done.path)
+    if done.error is not None:
+        raise click.ClickException(f"{notebook} failed in {done.error}")
+
+
+@main.command()
+@click.option("--out", type=click.Path(path_type=Path), default=Path("outputs"), show_default=True,
+              help="folder of the executed notebooks and the report")  # fmt: skip
+def demo(out: Path) -> None:
+    """Run every notebook with its own defaults and build one report, OUT/index.html.
+
+    A notebook that fails is named with the cell and the reason; the others still run.
+    """
+    from engm import report as html
+
+    if not all(done.ok for done in html.demo(out)):
+        sys.exit(1)

@@ -1,0 +1,202 @@
+"""What a run is: one frozen record, checked before anything is computed. Needs no torch."""
+
+import hashlib
+import json
+import math
+import types
+from dataclasses import asdict, dataclass, field, fields
+from difflib import get_close_matches
+from fractions import Fraction
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from engm.errors import InputError
+
+DatasetName = Literal["digits", "fashion-mnist", "cifar10", "cifar100", "tiny-imagenet"]
+ModelName = Literal["small_cnn", "preact_resnet18", "wide_resnet34_10"]
+MethodName = Literal["natural", "pgd_at"]
+OptimizerName = Literal["msgd", "msgd-clip", "engm"]
+ScheduleName = Literal["piecewise", "cosine", "one-cycle", "constant"]
+
+# What a dataset asks for where the user does not say (source: this kit; CIFAR's are the field's
+# usual ones, as in Rice et al. 2020, arXiv 2002.11569).
+_DEFAULTS: dict[str, dict[str, Any]] = {
+    "digits": dict(model="small_cnn", eps=0.15, num_steps=5, batch_size=50),
+    "fashion-mnist": dict(model="small_cnn", eps=0.1, num_steps=7, batch_size=128),
+    "cifar10": dict(model="preact_resnet18", eps=8 / 255, num_steps=10, batch_size=128),
+    "cifar100": dict(model="preact_resnet18", eps=8 / 255, num_steps=10, batch_size=128),
+    "tiny-imagenet": dict(model="preact_resnet18", eps=8 / 255, num_steps=10, batch_size=128),
+}
+_WIDTHS = {"small_cnn": 32, "preact_resnet18": 64, "wide_resnet34_10": 160}
+_MODEL_NORMS = {"small_cnn": "none", "preact_resnet18": "batch", "wide_resnet34_10": "batch"}
+# l2 budgets per dataset, used where norm="l2" and eps is left out
+_L2_EPS = {"digits": 0.5, "fashion-mnist": 1.5}
+_L2_EPS_COLOUR = 128 / 255
+
+
+def _option(default: Any, help: str, **bounds: float) -> Any:
+    return field(default=default, metadata={"help": help, "bounds": bounds})
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """One training run. `None` means: what suits the dataset; `resolved()` fills it in.
+
+    Pixels are in [0, 1], so `eps` and `step_size` are too (write `8 / 255`).
+
+    Raises:
+        InputError: If a value has a wrong type, is out of range or not one of the known names.
+    """
+
+    dataset: DatasetName = _option("digits", "data to train on")
+    subset: int | None = _option(None, "train on this many images only; default: all", at_least=1)
+    model: ModelName | None = _option(None, "architecture; default: by dataset")
+    width: int | None = _option(
+        None, "channels of the first stage; default: by model", at_least=1, at_most=4096
+    )
+    model_norm: Literal["batch", "group", "none"] | None = _option(
+        None, "normalisation layers of the model; default: by model"
+    )
+    method: MethodName = _option("pgd_at", "training method: inner attack and loss")
+    eps: float | None = _option(None, "attack budget in pixel units, such as 8/255", above=0)
+    norm: Literal["linf", "l2"] = _option("linf", "norm of the attack budget")
+    num_steps: int | None = _option(
+        None, "attack steps in training; default: by dataset", at_least=1
+    )
+    step_size: float | None = _option(
+        None, "step of the training attack; default: 2.5 * eps / num_steps", above=0
+    )
+    optimizer: OptimizerName = _option("msgd", "outer optimizer")
+    lr: float = _option(0.1, "learning rate at its highest", above=0)
+    momentum: float = _option(0.9, "momentum", at_least=0, below=1)
+    weight_decay: float = _option(5e-4, "weight decay", at_least=0)
+    scale: float | Literal["mean"] = _option(
+        "mean", "ENGM: the pull c of an example, a number or 'mean'", above=0
+    )
+    floor: float = _option(0.05, "ENGM: 0+ normalises, 1 clips", above=0, at_most=1)
+    max_norm: float = _option(1.0, "msgd-clip: the longest batch gradient", above=0)
+    schedule: ScheduleName = _option("piecewise", "learning rate over time")
+    epochs: int = _option(30, "passes over the training data", at_least=1)
+    batch_size: int | None = _option(None, "examples a step; default: by dataset", at_least=1)
+    eval_steps: int = _option(20, "PGD steps of the evaluation", at_least=1)
+    seed: int = _option(0, "seed of weights, batches and attacks", at_least=0)
+    precision: Literal["float32", "bfloat16"] = _option("float32", "arithmetic of model passes")
+    channels_last: bool = _option(False, "memory layout that GPUs prefer for convolutions")
+    compile: bool = _option(False, "compile the model for the attack steps (torch.compile)")
+
+    def __post_init__(self) -> None:
+        """Checks every field, so that a config that exists is a config that can run."""
+        for item in fields(self):
+            kind, value = TYPES[item.name], getattr(self, item.name)
+            _check(item.name, value, kind, item.metadata["bounds"])
+            if type(value) is int and float in alternatives(kind):
+                object.__setattr__(self, item.name, float(value))  # 1 and 1.0 are one config
+        if self.norm == "linf" and self.eps is not None and self.eps > 1:
+            raise InputError(
+                f"eps must be at most 1 (pixels are in [0, 1]), got {self.eps}; write 8/255"
+            )
+
+    def resolved(self) -> "RunConfig":
+        """Returns the config with every `None` but `subset` filled in for its dataset and model."""
+        values = {**_DEFAULTS[self.dataset]}
+        if self.norm == "l2":
+            values["eps"] = _L2_EPS.get(self.dataset, _L2_EPS_COLOUR)
+        values |= {k: v for k, v in self.to_dict().items() if v is not None}
+        model = values["model"]
+        # Madry et al. 2018: 2.5 radii in all, enough to cross the ball whatever the step count
+        step_size = 2.5 * values["eps"] / values["num_steps"]
+        return RunConfig(
+            **dict(width=_WIDTHS[model], model_norm=_MODEL_NORMS[model], step_size=step_size)
+            | values
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the fields as plain JSON values."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "RunConfig":
+        """Makes a config from a mapping such as a parsed `config.json`.
+
+        Raises:
+            InputError: If a name is unknown (the message lists the known ones) or a value is wrong.
+        """
+        unknown = [name for name in values if name not in TYPES]
+        if unknown:
+            close = get_close_matches(unknown[0], TYPES, n=1)
+            hint = f" (did you mean {close[0]}?)" if close else ""
+            raise InputError(
+                f"unknown setting {', '.join(unknown)}{hint}; the settings are {', '.join(TYPES)}"
+            )
+        return cls(**values)
+
+    @property
+    def name(self) -> str:
+        """A folder name: what a person looks for first, then a digest of the whole config."""
+        config = self.resolved()
+        text = json.dumps(config.to_dict(), sort_keys=True)
+        digest = hashlib.sha256(text.encode()).hexdigest()[:8]
+        return f"{config.dataset}-{config.method}-{config.optimizer}-seed{config.seed}-{digest}"
+
+
+TYPES: dict[str, Any] = get_type_hints(RunConfig)
+
+
+def alternatives(kind: Any) -> tuple[Any, ...]:
+    """Returns the members of a union type, or the type itself as a tuple of one."""
+    return get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,)
+
+
+def choices(kind: Any) -> list[str]:
+    """Returns the literal values that a field of type `kind` may take; empty where it is open."""
+    return [v for k in alternatives(kind) if get_origin(k) is Literal for v in get_args(k)]
+
+
+def parse_number(text: str) -> float:
+    """Reads a float or a fraction such as `8/255`.
+
+    Raises:
+        InputError: If the text is neither.
+    """
+    try:
+        return float(Fraction(text)) if "/" in text else float(text)
+    except (ValueError, ZeroDivisionError):
+        raise InputError(f"{text!r} is not a number; write 0.03 or 8/255") from None
+
+
+def _check(name: str, value: Any, kind: Any, bounds: dict[str, float]) -> None:
+    kinds, names = alternatives(kind), choices(kind)
+    if value in names and isinstance(value, str):
+        return
+    if value is None and type(None) in kinds:
+        return
+    if bool in kinds and isinstance(value, bool):
+        return
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if number and float in kinds and math.isfinite(value):
+        return _check_bounds(name, value, bounds)
+    if number and int in kinds and isinstance(value, int):
+        return _check_bounds(name, value, bounds)
+    wanted = [f"one of {', '.join(names)}"] if names else []
+    wanted += [
+        {
+            float: "a finite number",
+            int: "a whole number",
+            bool: "true or false",
+            type(None): "nothing",
+        }[k]
+        for k in kinds
+        if get_origin(k) is not Literal
+    ]
+    raise InputError(f"{name} must be {' or '.join(wanted)}, got {value!r}")
+
+
+def _check_bounds(name: str, value: float, bounds: dict[str, float]) -> None:
+    tests = {
+        "above": lambda limit: value > limit,
+        "at_least": lambda limit: value >= limit,
+        "below": lambda limit: value < limit,
+        "at_most": lambda limit: value <= limit,
+    }
+    for word, limit in bounds.items():
+        if not tests[word](limit):
+            raise InputError(f"{name} must be {word.replace('_', ' ')} {limit:g}, got {value!r}")

@@ -1,0 +1,13 @@
+"""The two errors that a user of the kit meets on purpose."""
+
+
+class InputError(ValueError):
+    """A value, file or folder from outside is wrong; the message says what to do instead.
+
+    The command line prints the message alone. Anything else that escapes is a fault of the kit
+    and keeps its traceback.
+    """
+
+
+class NonFiniteLossError(FloatingPointError):
+    """A loss is inf or nan; the step that would have followed was not taken."""

@@ -1,0 +1,311 @@
+"""Runs of the notebooks: checked parameters in, the executed notebook and its result out.
+
+papermill, which executes them, is not thread-safe: several notebooks at once need processes.
+"""
+
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from engm.errors import InputError
+from engm.files import write_json, write_text
+from engm.notebook_parameters import Parameter, check, parameters, parse, read_notebook
+from engm.offline_html import plain_text
+
+__all__ = [
+    "RESULT_TYPE",
+    "NotebookError",
+    "NotebookRun",
+    "Parameter",
+    "available",
+    "check",
+    "find",
+    "parameters",
+    "parse",
+    "publish",
+    "run",
+]
+
+RESULT_TYPE = "application/vnd.engm.result+json"
+
+
+@dataclass(frozen=True)
+class NotebookError:
+    """Why a notebook stopped.
+
+    Attributes:
+        cell: The number that Jupyter shows beside the cell, as in `[3]`; None before the first.
+        source: The first line of that cell.
+        name: The exception's name.
+        value: What the exception says.
+        traceback: The end of the traceback, without colour codes.
+    """
+
+    cell: int | None
+    source: str
+    name: str
+    value: str
+    traceback: str
+
+    def __str__(self) -> str:
+        """Where and why, in one line."""
+        where = f"cell [{self.cell}] {self.source}" if self.cell else "before the first cell"
+        return f"{where}: {self.name}: {self.value.strip().partition(chr(10))[0]}"
+
+
+@dataclass(frozen=True)
+class NotebookRun:
+    """One executed notebook.
+
+    Attributes:
+        name: The notebook's name without `.ipynb`.
+        path: The executed notebook.
+        seconds: How long it took.
+        error: Why it stopped, or None where every cell ran.
+        result: What it handed to `publish`, or None.
+    """
+
+    name: str
+    path: Path
+    seconds: float
+    error: NotebookError | None = None
+    result: dict[str, Any] | None = None
+
+    @property
+    def ok(self) -> bool:
+        """Whether every code cell was executed without an error."""
+        return self.error is None
+
+
+def available() -> list[Path]:
+    """The numbered notebooks (`00_tour.ipynb` and on) that a name can mean, sorted by name.
+
+    They lie in `./notebooks`, then in the checkout that the package is installed from.
+    """
+    found: dict[str, Path] = {}
+    for folder in (Path("notebooks"), _checkout() / "notebooks"):
+        for path in folder.glob("[0-9]*_*.ipynb"):
+            found.setdefault(path.name, path)
+    return [found[name] for name in sorted(found)]
+
+
+def find(name: str | Path) -> Path:
+    """The notebook that `name` means: a path, or a name with or without `.ipynb`.
+
+    Raises:
+        InputError: If there is none; the message lists those there are.
+    """
+    for folder in (Path(), Path("notebooks"), _checkout() / "notebooks"):
+        for path in (folder / name, folder / f"{name}.ipynb"):
+            if path.suffix == ".ipynb" and path.is_file():
+                return path
+    names = ", ".join(path.stem for path in available())
+    advice = f"take one of {names}, or a path" if names else "run this in a checkout of the kit"
+    raise InputError(f"there is no notebook {str(name)!r}; {advice}")
+
+
+def run(
+    name: str | Path,
+    parameters: Mapping[str, Any] | None = None,
+    *,
+    output_dir: Path,
+    timeout: float | None = None,
+    progress: bool = True,
+) -> NotebookRun:
+    """Executes a notebook in a fresh kernel of this very interpreter, and says how it went.
+
+    The executed notebook is `output_dir/NAME.ipynb`, written as it goes; what it published is
+    `output_dir/NAME.result.json`. The kernel works in `output_dir`, so a notebook's own files land
+    there. Done means that every code cell was executed: a cell with `sys.exit(0)` is a failure.
+
+    Args:
+        name: As for `find`.
+        parameters: Values as for `check`; the notebook's defaults hold for the rest.
+        output_dir: Where everything is written; made where it is missing.
+        timeout: Seconds that the whole notebook may take; its kernel is killed after that.
+        progress: Whether a bar counts the cells.
+
+    Raises:
+        InputError: If the notebook, a parameter, the timeout or the folder is wrong, or papermill
+            is not installed. Nothing was run then.
+    """
+    try:
+        import nbformat
+        import papermill
+        from nbclient.exceptions import CellControlSignal
+    except ImportError:
+        raise InputError('papermill is not installed: pip install "engm[batch]"') from None
+    source = find(name)
+    values = check(source, parameters) if parameters else {}
+    if timeout is not None and not timeout > 0:
+        raise InputError(f"timeout = {timeout} is not a number of seconds above 0")
+    folder = Path(output_dir).resolve()
+    path, result_path = folder / source.name, folder / f"{source.stem}.result.json"
+    if path == source.resolve():
+        raise InputError(f"output_dir = {folder} holds the notebook itself; take another folder")
+
+    result_path.unlink(missing_ok=True)
+    write_text(path, nbformat.writes(_with_values(read_notebook(source), values)))
+    template = str(path).replace("{", "{{").replace("}", "}}")  # papermill formats its paths
+    started: list[int] = []
+    began = time.monotonic()
+    error: tuple[int | None, str, str, list[str]] | None = None
+    result = None
+    try:
+        notebook = papermill.execute_notebook(
+            template,
+            template,
+            engine_name="nbclient",
+            kernel_name="python3",
+            language="python",
+            progress_bar={"desc": source.stem} if progress else False,
+            start_timeout=120,
+            iopub_timeout=60,
+            kernel_manager_class=_kernel_manager(),
+            resources={"metadata": {"path": str(folder)}},
+            on_cell_execute=lambda cell, cell_index: started.append(cell_index),
+            timeout_func=lambda cell: timeout and max(began + timeout - time.monotonic(), 0.01),
+        )
+        error = _unfinished(notebook)
+        result = None if error else _published(notebook)
+    except papermill.PapermillExecutionError as stopped:
+        error = (stopped.cell_index, stopped.ename, stopped.evalue, stopped.traceback)
+    except (CellControlSignal, RuntimeError) as stopped:  # too late, or the kernel died
+        late = timeout is not None and isinstance(stopped, TimeoutError)
+        reason = f"not finished within {timeout:g} s" if late else str(stopped)
+        error = (started[-1] if started else None, type(stopped).__name__, reason, [])
+    seconds = time.monotonic() - began
+
+    executed = read_notebook(path)
+    # papermill adds cells that say that there was an error; the report says it better
+    added = "papermill-error-cell-tag"
+    executed.cells = [cell for cell in executed.cells if added not in cell.metadata.tags]
+    executed.metadata.pop("papermill", None)
+    write_text(path, nbformat.writes(executed))
+    if result is not None:
+        write_json(result_path, result)
+    record = _record(executed, *error) if error else None
+    return NotebookRun(source.stem, path, seconds, record, result)
+
+
+def publish(result: dict[str, Any]) -> None:
+    """Hands a notebook's result to whoever runs the notebook; the last call counts.
+
+    `result["summary"]` is a list of flat dicts, the rows of a table, such as `{"quantity": "robust
+    accuracy", "value": 0.67}`. `result["verdict"]`, where there is one, is a sentence. Whatever
+    else JSON can hold may stand beside them.
+
+    Raises:
+        InputError: If `result` has another form, or holds what JSON cannot (nan and inf among it);
+            the message names the place.
+    """
+    from IPython.display import display
+
+    _check_json(result, "result")
+    rows: Any = result.get("summary")
+    verdict = result.get("verdict", "")
+    flat = isinstance(rows, list) and all(
+        isinstance(row, dict) and not any(isinstance(v, list | dict) for v in row.values())
+        for row in rows
+    )
+    if not flat or not isinstance(verdict, str):
+        raise InputError(
+            'a result needs "summary", a list of flat dicts such as {"quantity": "lr", "value": '
+            '0.1}, and a "verdict", if it has one, that is text'
+        )
+    lines = [", ".join(f"{key}: {value}" for key, value in row.items()) for row in rows]
+    display({RESULT_TYPE: result, "text/plain": "\n".join([*lines, verdict])}, raw=True)
+
+
+def _check_json(value: Any, place: str) -> None:
+    match value:
+        case dict():
+            for key, item in value.items():
+                if not isinstance(key, str):
+                    raise InputError(f"{place} has the key {key!r}; JSON keys are text")
+                _check_json(item, f"{place}[{key!r}]")
+        case list() | tuple():
+            for index, item in enumerate(value):
+                _check_json(item, f"{place}[{index}]")
+        case float() if not math.isfinite(value):
+            raise InputError(f"{place} is {value}, no JSON number; use None or leave it out")
+        case None | bool() | int() | float() | str():
+            pass
+        case _:
+            kind = type(value).__name__
+            raise InputError(f"{place} is of type {kind}; make it an int, float, str, list or dict")
+
+
+def _checkout() -> Path:
+    return Path(__file__).resolve().parents[1]
+
+
+def _with_values(notebook: Any, values: Mapping[str, Any]) -> Any:
+    import nbformat
+
+    notebook.cells = [c for c in notebook.cells if "injected-parameters" not in c.metadata.tags]
+    if values:
+        lines = ["# set for this run", *(f"{name} = {value!r}" for name, value in values.items())]
+        cell = nbformat.v4.new_code_cell("\n".join(lines))
+        cell.metadata.tags = ["injected-parameters"]
+        tagged = [i for i, c in enumerate(notebook.cells) if "parameters" in c.metadata.tags]
+        notebook.cells.insert(tagged[0] + 1, cell)
+    return notebook
+
+
+def _kernel_manager() -> type:
+    from ipykernel.kernelspec import get_kernel_dict
+    from jupyter_client.kernelspec import KernelSpec
+    from jupyter_client.manager import AsyncKernelManager
+
+    # What a machine calls python3 may be another Python: start this one by its path, with the same
+    # engm from whatever folder, and with figures in the notebook whatever MPLBACKEND says.
+    env = {"MPLBACKEND": "module://matplotlib_inline.backend_inline"}
+    if data := os.environ.get("ENGM_DATA"):  # the kernel works in another folder
+        env["ENGM_DATA"] = str(Path(data).expanduser().resolve())
+    if (_checkout() / "pyproject.toml").is_file():
+        others = os.environ.get("PYTHONPATH")
+        env["PYTHONPATH"] = os.pathsep.join([str(_checkout()), *([others] if others else [])])
+
+    own = {**get_kernel_dict(), "env": env}
+    own["argv"] = [sys.executable, *own["argv"][1:], "--log-level=CRITICAL"]
+
+    class ThisInterpreter(AsyncKernelManager):
+        kernel_spec = KernelSpec(**own)
+
+    return ThisInterpreter
+
+
+def _unfinished(notebook: Any) -> tuple[int, str, str, list[str]] | None:
+    for index, cell in enumerate(notebook.cells):
+        if cell.cell_type == "code" and cell.source.strip():
+            for output in cell.outputs:
+                if output.output_type == "error":  # papermill lets sys.exit(0) pass
+                    return index, output.ename, f"{output.evalue} (ended early)", output.traceback
+            if cell.execution_count is None:
+                return index, "NotExecuted", "this cell was not run", []
+    return None
+
+
+def _record(
+    notebook: Any, index: int | None, name: str, value: str, traceback: list[str]
+) -> NotebookError:
+    tail = "\n".join(plain_text("\n".join(traceback)).splitlines()[-20:])
+    value = plain_text(value)
+    if index is None:
+        return NotebookError(None, "", name, value, tail)
+    above = [c for c in notebook.cells[: index + 1] if c.cell_type == "code" and c.source.strip()]
+    first = notebook.cells[index].source.strip().partition("\n")[0]
+    return NotebookError(len(above), first, name, value, tail)
+
+
+def _published(notebook: Any) -> dict[str, Any] | None:
+    outputs = [o for c in notebook.cells if c.cell_type == "code" for o in c.outputs]
+    results = [o.data[RESULT_TYPE] for o in outputs if RESULT_TYPE in o.get("data", {})]
+    return json.loads(json.dumps(results[-1])) if results else None

@@ -1,0 +1,143 @@
+"""What a run leaves on disk: config, metrics, checkpoints, result.
+
+    config.json          the resolved config, and the environment it ran in
+    metrics.jsonl        one line an epoch
+    checkpoint-last.pt   everything that goes on from the last whole epoch
+    checkpoint-best.pt   the weights of the best epoch by robust accuracy on the validation split
+    result.json          what came out; there when the run is complete, and only then
+
+Each file is whole or absent; of `metrics.jsonl` each line is.
+"""
+
+import json
+import pickle
+import platform
+import subprocess
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from engm.config import RunConfig
+from engm.errors import InputError
+from engm.files import atomic_path, read_json, write_json, write_text
+
+CONFIG, METRICS, RESULT = "config.json", "metrics.jsonl", "result.json"
+CHECKPOINTS = {"last": "checkpoint-last.pt", "best": "checkpoint-best.pt"}
+
+
+def write_config(folder: Path, config: RunConfig, device: torch.device) -> None:
+    """Writes `config.json`, unless the folder has one of the same config already.
+
+    Raises:
+        InputError: If the folder holds a run of another config.
+    """
+    if (folder / CONFIG).exists():
+        if read_config(folder) != config:
+            raise InputError(f"{folder} holds a run of another config; choose another folder")
+        return
+    write_json(folder / CONFIG, {**config.to_dict(), "environment": environment(device)})
+
+
+def read_config(folder: Path) -> RunConfig:
+    """Reads the config of the run in `folder`.
+
+    Raises:
+        InputError: If there is none, or it is not a config of this version of the kit.
+    """
+    if not (folder / CONFIG).exists():
+        raise InputError(f"{folder} is not a run directory: it has no {CONFIG}")
+    values = read_json(folder / CONFIG)
+    if not isinstance(values, dict):
+        raise InputError(f"{folder / CONFIG} must hold an object, not {type(values).__name__}")
+    return RunConfig.from_dict({k: v for k, v in values.items() if k != "environment"})
+
+
+def append_metrics(folder: Path, line: dict[str, Any]) -> None:
+    """Adds the metrics of an epoch to `metrics.jsonl`."""
+    with open(folder / METRICS, "a", encoding="utf-8") as file:
+        file.write(json.dumps(line, allow_nan=False) + "\n")
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """Reads the whole lines of `metrics.jsonl`, in order; a line cut off at the end is left out.
+
+    Raises:
+        InputError: If a line that was written whole is not JSON.
+    """
+    path = folder / METRICS
+    if not path.exists():
+        return []
+    # what follows the last newline is either nothing or a line cut off by a kill
+    whole = path.read_bytes().split(b"\n")[:-1]
+    try:
+        return [json.loads(line) for line in whole]
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is damaged ({error}); delete {folder} and run again") from None
+
+
+def keep_metrics(folder: Path, epochs: int) -> None:
+    """Cuts `metrics.jsonl` back to its first `epochs` lines, for a run that goes on from there."""
+    lines = read_metrics(folder)[:epochs]
+    write_text(folder / METRICS, "".join(json.dumps(line) + "\n" for line in lines))
+
+
+def save_tensors(path: Path, state: dict[str, Any]) -> None:
+    """Writes tensors and plain values to `path`, atomically."""
+    with atomic_path(path) as temporary:
+        torch.save(state, temporary)
+
+
+def load_tensors(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
+    """Reads what `save_tensors` wrote; no code from the file is run.
+
+    Raises:
+        InputError: If the file is missing, cut off, or holds more than tensors and plain values.
+    """
+    try:
+        return torch.load(path, map_location=device, weights_only=True)
+    except FileNotFoundError:
+        raise InputError(f"there is no file {path}") from None
+    except (pickle.UnpicklingError, OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
+        reason = str(error).split("\n")[0][:200]
+        raise InputError(
+            f"{path} is not a file of this kit, or is damaged ({reason}); delete it and run again"
+        ) from None
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """Describes versions, commit and hardware, so that a number can be traced to them."""
+    packages = ("engm", "torch", "torchvision", "numpy", "scikit-learn")
+    on_gpu = device.type == "cuda"
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": {name: metadata.version(name) for name in packages},
+        "commit": _commit(),
+        "device": torch.cuda.get_device_name(device)
+        if on_gpu
+        else f"{device.type}, {_processor()}",
+        "threads": torch.get_num_threads(),
+        "cuda": torch.version.cuda if on_gpu else None,
+    }
+
+
+def _commit() -> str | None:
+    checkout = Path(__file__).parents[1]
+    if not (checkout / ".git").exists():
+        return None
+    command = ["git", "-C", str(checkout), "describe", "--always", "--dirty", "--abbrev=40"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()

@@ -1,0 +1,320 @@
+"""The training loop: an epoch, and a whole run that survives being killed."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.optim import lr_scheduler
+from tqdm.auto import tqdm
+
+from engm import data, methods, optim
+from engm.config import RunConfig
+from engm.errors import InputError, NonFiniteLossError
+from engm.evaluation import attack_of, build_model, evaluate, evaluate_run
+from engm.files import read_json, write_json
+from engm.run_directory import (
+    CHECKPOINTS,
+    RESULT,
+    append_metrics,
+    environment,
+    keep_metrics,
+    load_tensors,
+    read_metrics,
+    save_tensors,
+    write_config,
+)
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """A finished run.
+
+    Attributes:
+        folder: Its run directory.
+        config: Its resolved config.
+        metrics: One mapping an epoch, as in `metrics.jsonl`.
+        result: What `result.json` holds: the test set's accuracies for `last` and `best`.
+    """
+
+    folder: Path
+    config: RunConfig
+    metrics: list[dict[str, Any]]
+    result: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Precision:
+    """How a model's passes are computed: arithmetic, and memory layout of the images."""
+
+    dtype: torch.dtype = torch.float32
+    memory_format: torch.memory_format = torch.contiguous_format
+
+    def autocast(self, device: torch.device) -> torch.autocast:
+        """Returns the context to run the model in."""
+        return torch.autocast(device.type, self.dtype, enabled=self.dtype != torch.float32)
+
+
+def train_one_epoch(
+    model: nn.Module,
+    method: methods.Method,
+    optimizer: optim.MSGD | optim.ENGM,
+    examples: Iterable[tuple[Tensor, Tensor]],
+    *,
+    scheduler: lr_scheduler.LRScheduler | None = None,
+    attacked: nn.Module | None = None,
+    precision: Precision | None = None,
+) -> dict[str, float]:
+    """Takes one step an element of `examples`: attack, losses, outer step.
+
+    Args:
+        model: Left in train mode.
+        method: Attack and losses.
+        optimizer: Any whose `step` takes a closure of per-example losses.
+        examples: Pairs of images `[n, c, h, w]` in [0, 1] and labels `[n]`.
+        scheduler: Stepped after each step of the optimizer.
+        attacked: The model as the attack sees it, where it was compiled; it shares its weights.
+        precision: float32 where left out.
+
+    Returns:
+        `train_loss`, the mean over the examples; under ENGM `example_norm` too, the mean |g_i|.
+
+    Raises:
+        NonFiniteLossError: If a loss is inf or nan; the message counts the steps from 1.
+    """
+    precision = precision or Precision()
+    losses, norms = [], []
+    model.train()
+    for step, (x, y) in enumerate(examples, start=1):
+        x = x.contiguous(memory_format=precision.memory_format)
+        with precision.autocast(x.device):
+            x_adv = method.attack(attacked or model, x, y)
+        optimizer.zero_grad()
+
+        def closure(x: Tensor = x, x_adv: Tensor = x_adv, y: Tensor = y) -> Tensor:
+            with precision.autocast(x.device):
+                return method.losses(model, x, x_adv, y)
+
+        try:
+            losses.append(optimizer.step(closure))
+        except NonFiniteLossError as error:
+            raise NonFiniteLossError(f"step {step}: {error}") from None
+        if isinstance(optimizer, optim.ENGM) and optimizer.last:
+            norms.append(optimizer.last.norms)
+        if scheduler is not None:
+            scheduler.step()
+    if not losses:
+        raise InputError("there is no batch to train on")
+    metrics = {"train_loss": torch.cat(losses).mean().item()}
+    return metrics | ({"example_norm": torch.cat(norms).mean().item()} if norms else {})
+
+
+def fit(
+    config: RunConfig,
+    out: Path | str = "runs",
+    *,
+    device: str = "auto",
+    data_root: Path | None = None,
+    save_adversarial: bool = True,
+    progress: bool = True,
+) -> RunResult:
+    """Trains, evaluates and records a run; goes on where an earlier call was cut off.
+
+    The run lives in `out / config.name`, so that the same config means the same folder. A complete
+    run is not repeated. On the CPU a run that was killed and called again ends with bitwise the
+    weights of one that was left alone. The test set is used at the end alone; the best epoch is
+    chosen on the validation split.
+
+    Args:
+        config: What to run.
+        out: Folder of the runs.
+        device: "auto" (CUDA where there is one), "cpu", "cuda", "cuda:1", ...
+        data_root: Where the datasets live, see `engm.data.load`.
+        save_adversarial: Keep the adversarial test examples in the run directory.
+        progress: Show progress bars.
+
+    Returns:
+        The finished run.
+
+    Raises:
+        InputError: If the device, the data or the folder is not fit for the run.
+        NonFiniteLossError: If a loss is inf or nan. The state before that step is kept in
+            `checkpoint-failed.pt`, that of the last whole epoch in `checkpoint-last.pt`.
+    """
+    config = config.resolved()
+    folder = Path(out) / config.name
+    target = pick_device(device)
+    write_config(folder, config, target)
+    for leftover in folder.glob(".*.tmp"):
+        leftover.unlink()  # a kill in the middle of a write leaves its temporary file
+    if (folder / RESULT).exists():
+        return RunResult(folder, config, read_metrics(folder), read_json(folder / RESULT))
+    dataset = data.load(config.dataset, root=data_root, subset=config.subset).to(target)
+    cuda = [target] if target.type == "cuda" else []
+    with torch.random.fork_rng(devices=cuda):
+        run = _Run(config, dataset, target, folder)
+        run.resume()
+        epochs = range(run.epoch, config.epochs)
+        for _ in tqdm(epochs, config.name, config.epochs, initial=run.epoch, disable=not progress):
+            run.train_epoch()
+        result = run.evaluate(save_adversarial, progress)
+    write_json(folder / RESULT, result)
+    return RunResult(folder, config, read_metrics(folder), result)
+
+
+class _Run:
+    """A run in memory: model, optimizer, schedule, and how far it is."""
+
+    def __init__(
+        self, config: RunConfig, dataset: data.Dataset, device: torch.device, folder: Path
+    ) -> None:
+        self.config, self.dataset, self.device, self.folder = config, dataset, device, folder
+        layout = torch.channels_last if config.channels_last else torch.contiguous_format
+        self.precision = Precision(getattr(torch, config.precision), layout)
+        _seed(config.seed, 0)
+        self.model = build_model(config, dataset).to(device, memory_format=layout)  # type: ignore[call-overload]
+        self.attacked: Any = torch.compile(self.model) if config.compile else self.model
+        self.method = methods.build(config)
+        self.optimizer = optim.build(config, self.model)
+        assert config.batch_size is not None
+        self.batch_size = config.batch_size
+        steps = -(-len(dataset.train) // config.batch_size)
+        self.scheduler = build_scheduler(config, self.optimizer, steps)
+        self.epoch = 0
+        self.best = {"epoch": 0, "validation_robust_accuracy": -1.0}
+
+    def resume(self) -> None:
+        path = self.folder / CHECKPOINTS["last"]
+        if path.exists():
+            state = load_tensors(path, self.device)
+            self.model.load_state_dict(state["model"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.scheduler.load_state_dict(state["scheduler"])
+            self.epoch, self.best = state["epoch"], state["best"]
+        # an epoch that was counted but not kept is run again
+        keep_metrics(self.folder, self.epoch)
+
+    def train_epoch(self) -> None:
+        started = perf_counter()
+        epoch = self.epoch + 1
+        # Each epoch draws from a stream of its own, so that no generator has to be kept.
+        _seed(self.config.seed, epoch)
+        lr = self.optimizer.param_groups[0]["lr"]
+        examples = data.batches(
+            self.dataset.train,
+            self.batch_size,
+            seed=self.config.seed,
+            epoch=epoch,
+            augment=data.SPECS[self.dataset.name].augment,
+        )
+        try:
+            metrics = train_one_epoch(
+                self.model,
+                self.method,
+                self.optimizer,
+                examples,
+                scheduler=self.scheduler,
+                attacked=self.attacked,
+                precision=self.precision,
+            )
+        except NonFiniteLossError as error:
+            failed = self.folder / "checkpoint-failed.pt"
+            save_tensors(failed, self._state())
+            raise NonFiniteLossError(
+                f"epoch {epoch}, {error} A smaller lr may help. The state before that step is in "
+                f"{failed}, that of the last whole epoch (if any) in {CHECKPOINTS['last']}."
+            ) from None
+        steps = self.config.num_steps
+        validation = evaluate(
+            self.model, self.dataset.validation, attack_of(self.config, num_steps=steps)
+        )
+        self.epoch = epoch
+        robust = validation.robust_accuracy
+        metrics = {
+            "epoch": epoch,
+            "lr": lr,
+            **metrics,
+            "validation_clean_accuracy": validation.clean_accuracy,
+            "validation_robust_accuracy": robust,
+            "seconds": perf_counter() - started,
+        }
+        append_metrics(self.folder, metrics)
+        if robust > self.best["validation_robust_accuracy"]:
+            self.best = {"epoch": epoch, "validation_robust_accuracy": robust}
+            weights = {"epoch": epoch, "model": self.model.state_dict()}
+            save_tensors(self.folder / CHECKPOINTS["best"], weights)
+        # last of all: from here on the epoch counts as done
+        save_tensors(self.folder / CHECKPOINTS["last"], self._state())
+
+    def evaluate(self, save_adversarial: bool, progress: bool) -> dict[str, Any]:
+        result: dict[str, Any] = {}
+        for which in CHECKPOINTS:
+            path = self.folder / f"adversarial-{which}.pt" if save_adversarial else None
+            found = evaluate_run(self.folder, which, self.dataset, save_to=path, progress=progress)
+            result[which] = found.to_dict()
+        gap = result["best"]["robust_accuracy"] - result["last"]["robust_accuracy"]
+        return {
+            "data": self.dataset.title,
+            **result,
+            "robust_overfitting_gap": gap,
+            "environment": environment(self.device),
+        }
+
+    def _state(self) -> dict[str, Any]:
+        return {
+            "epoch": self.epoch,
+            "best": self.best,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict(),
+        }
+
+
+def pick_device(name: str) -> torch.device:
+    """Returns the device called `name`; "auto" is CUDA where there is one, else the CPU.
+
+    Raises:
+        InputError: If there is no such device on this machine.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).split("\n")[0]
+        raise InputError(f"cannot use device {name!r}: {reason}; use 'cpu' or 'auto'") from None
+    return device
+
+
+def build_scheduler(
+    config: RunConfig, optimizer: torch.optim.Optimizer, steps_per_epoch: int
+) -> lr_scheduler.LRScheduler:
+    """Makes the schedule of a run, to be stepped after each step of the optimizer.
+
+    "piecewise" divides the learning rate by 10 after a half and after three quarters of the
+    steps; "cosine" takes it to 0; "one-cycle" raises it from a tenth over the first 30% of the
+    steps and takes it to about 0; "constant" leaves it.
+    """
+    steps = config.epochs * steps_per_epoch
+    match config.schedule:
+        case "piecewise":
+            drops = [max(1, steps * k // 4) for k in (2, 3)]
+            return lr_scheduler.MultiStepLR(optimizer, drops, gamma=0.1)
+        case "cosine":
+            return lr_scheduler.CosineAnnealingLR(optimizer, steps)
+        case "one-cycle":
+            return lr_scheduler.OneCycleLR(
+                optimizer, config.lr, total_steps=steps, div_factor=10, cycle_momentum=False
+            )
+        case "constant":
+            return lr_scheduler.ConstantLR(optimizer, factor=1.0)
+
+
+def _seed(seed: int, epoch: int) -> None:
+    # SeedSequence keeps neighbouring seeds and epochs apart
+    torch.manual_seed(int(np.random.SeedSequence([seed, epoch]).generate_state(1)[0]))

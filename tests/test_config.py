@@ -1,0 +1,105 @@
+import subprocess
+import sys
+from typing import get_args
+
+import pytest
+
+from engm import config as settings
+from engm.config import RunConfig, parse_number
+from engm.data import SPECS
+from engm.errors import InputError
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"lr": 0}, "lr must be above 0, got 0"),
+        ({"lr": "0.1"}, "lr must be a finite number, got '0.1'"),
+        ({"lr": float("nan")}, "lr must be a finite number, got nan"),
+        ({"momentum": 1.0}, "momentum must be below 1"),
+        ({"epochs": 1.5}, "epochs must be a whole number, got 1.5"),
+        ({"epochs": True}, "epochs must be a whole number, got True"),
+        ({"compile": 1}, "compile must be true or false, got 1"),
+        ({"dataset": "cifar"}, "dataset must be one of digits, .*cifar10.*, got 'cifar'"),
+        ({"scale": "median"}, "scale must be one of mean or a finite number, got 'median'"),
+        ({"eps": 8}, "eps must be at most 1 .*write 8/255"),
+        ({"floor": 1.1}, "floor must be at most 1"),
+    ],
+)
+def test_a_wrong_value_is_refused_with_the_name_and_what_is_wanted(values, message):
+    with pytest.raises(InputError, match=message):
+        RunConfig(**values)
+
+
+def test_an_unknown_setting_names_the_nearest_and_all():
+    with pytest.raises(InputError, match=r"unknown setting epoch \(did you mean epochs\?\).*lr"):
+        RunConfig.from_dict({"epoch": 3})
+
+
+def test_resolved_fills_in_what_suits_the_dataset_and_keeps_what_was_said():
+    cifar = RunConfig(dataset="cifar10").resolved()
+    assert (cifar.model, cifar.width, cifar.model_norm) == ("preact_resnet18", 64, "batch")
+    assert cifar.eps == 8 / 255
+    assert cifar.step_size == pytest.approx(2 / 255)
+    said = RunConfig(dataset="cifar10", model="small_cnn", eps=0.1, step_size=0.05, width=8)
+    assert (
+        said.resolved().to_dict().items()
+        >= {
+            **{
+                "model": "small_cnn",
+                "eps": 0.1,
+                "step_size": 0.05,
+                "width": 8,
+                "model_norm": "none",
+            }
+        }.items()
+    )
+    assert said.resolved().resolved() == said.resolved()
+    assert RunConfig(norm="l2").resolved().eps == 0.5
+
+
+def test_the_name_follows_every_setting_and_only_the_settings():
+    names = {RunConfig(**kw).name for kw in ({}, {"lr": 0.2}, {"seed": 1}, {"compile": True})}
+    assert len(names) == 4
+    assert RunConfig(lr=1).name == RunConfig(lr=1.0).name
+    assert RunConfig().name == RunConfig().resolved().name
+
+
+def test_a_config_survives_its_dictionary():
+    config = RunConfig(optimizer="engm", scale=2.5, subset=30).resolved()
+    assert RunConfig.from_dict(config.to_dict()) == config
+
+
+def test_fractions_are_numbers():
+    assert parse_number("8/255") == 8 / 255
+    for wrong in ("8/0", "eight", "1/2/3"):
+        with pytest.raises(InputError, match="is not a number"):
+            parse_number(wrong)
+
+
+def test_every_dataset_of_the_config_exists_and_has_its_defaults():
+    assert set(get_args(settings.DatasetName)) == set(SPECS)
+    for name in SPECS:
+        assert None not in [
+            v for k, v in RunConfig(dataset=name).resolved().to_dict().items() if k != "subset"
+        ]
+
+
+def test_importing_the_package_and_its_command_loads_nothing_heavy():
+    code = (
+        "import sys, engm, engm.cli; "
+        "print([m for m in ('torch', 'numpy', 'matplotlib', 'papermill', 'ipywidgets') "
+        "if m in sys.modules])"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "[]"
+
+
+def test_the_face_of_the_package_gives_every_name_it_promises():
+    import engm
+
+    assert {name: getattr(engm, name).__name__ for name in engm.__all__} == {
+        name: name for name in engm.__all__
+    }
+    with pytest.raises(AttributeError, match="it has ENGM"):
+        _ = engm.SGD

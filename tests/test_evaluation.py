@@ -1,0 +1,96 @@
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from torch import nn
+
+from engm.attacks import PGD
+from engm.data import Split
+from engm.errors import InputError
+from engm.evaluation import evaluate
+from engm.run_directory import load_tensors
+
+EPS = 0.1
+
+
+def linear_problem(n: int = 300) -> tuple[nn.Module, Split]:
+    torch.manual_seed(3)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(16, 2))
+    # pixels far from 0 and 1, so that the ball is never cut
+    images = torch.randint(60, 200, (n, 1, 4, 4), dtype=torch.uint8)
+    return model, Split(images, torch.randint(2, (n,)))
+
+
+def exact_robust_accuracy(model: nn.Module, split: Split, eps: float) -> float:
+    weight = model[1].weight[1] - model[1].weight[0]
+    sign = split.labels * 2 - 1
+    margin = sign * (model(split.images / 255) @ torch.tensor([-1.0, 1.0]))
+    return float((margin > eps * weight.abs().sum()).float().mean())
+
+
+ATTACK = PGD(eps=EPS, step_size=EPS, num_steps=3, stop_early=True)
+
+
+def test_on_a_linear_model_the_accuracies_are_the_closed_form(tmp_path):
+    model, split = linear_problem()
+    found = evaluate(model, split, ATTACK, batch_size=64, save_to=tmp_path / "x.pt")
+    assert found.clean_accuracy == pytest.approx(exact_robust_accuracy(model, split, 0))
+    assert found.robust_accuracy == pytest.approx(exact_robust_accuracy(model, split, EPS))
+    assert 0.1 < found.robust_accuracy < found.clean_accuracy - 0.1
+    assert found.num_examples == 300
+    assert found.largest_perturbation == pytest.approx(EPS, abs=1e-6)
+    kept = load_tensors(tmp_path / "x.pt")["x_adv"]
+    assert torch.equal(kept, found.x_adv)
+    again = (model(kept).argmax(1) == split.labels).float().mean().item()
+    assert again == pytest.approx(found.robust_accuracy)
+
+
+def test_the_seed_alone_decides_and_the_global_generator_is_left_alone():
+    model, split = linear_problem()
+    attack = replace(ATTACK, step_size=0.01)
+    before = torch.get_rng_state()
+    first, second, other = (evaluate(model, split, attack, seed=s) for s in (0, 0, 1))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(first.x_adv, second.x_adv)
+    assert not torch.equal(first.x_adv, other.x_adv)
+
+
+def test_the_model_is_evaluated_in_eval_mode_and_left_as_it_was():
+    _, split = linear_problem()
+    model = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(16), nn.Dropout(0.9), nn.Linear(16, 2))
+    model.train()
+    model[1].eval()
+    statistics = model[1].running_mean.clone()
+    first, second = (evaluate(model, split, ATTACK).clean_accuracy for _ in range(2))
+    assert first == second
+    assert [m.training for m in model] == [True, False, True, True]
+    assert torch.equal(model[1].running_mean, statistics)
+
+
+@dataclass(frozen=True)
+class Cheat:
+    """An attack that returns x plus a constant."""
+
+    shift: float
+    eps: float = EPS
+    norm: str = "linf"
+
+    def __call__(self, model, x, y, generator=None):
+        return x + self.shift
+
+
+@pytest.mark.parametrize(
+    ("shift", "message"),
+    [(0.11, "left its budget"), (0.9, "outside"), (float("nan"), "outside")],
+)
+def test_an_attack_that_breaks_the_rules_is_not_believed(shift, message):
+    model, split = linear_problem()
+    with pytest.raises(InputError, match=message):
+        evaluate(model, split, Cheat(shift))
+    assert evaluate(model, split, Cheat(0.09)).largest_perturbation == pytest.approx(0.09)
+
+
+def test_nothing_to_evaluate_is_refused():
+    model, split = linear_problem()
+    with pytest.raises(InputError, match="no example"):
+        evaluate(model, Split(split.images[:0], split.labels[:0]), ATTACK)

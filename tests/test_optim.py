@@ -1,0 +1,298 @@
+import copy
+import io
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+from torch.nn import functional as F
+
+from engm.config import RunConfig
+from engm.errors import InputError, NonFiniteLossError
+from engm.example_norms import loop_norms
+from engm.optim import ENGM, MSGD, build, example_weights
+
+
+def network(norm: type[nn.Module] | None = None) -> nn.Module:
+    torch.manual_seed(0)
+    middle = [norm(4)] if norm else []
+    layers = [nn.Conv2d(1, 4, 3), *middle, nn.ReLU(), nn.Flatten(), nn.Linear(4 * 36, 10)]
+    return nn.Sequential(*layers).double()
+
+
+def batch(n: int = 6, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.rand(n, 1, 8, 8, generator=generator, dtype=torch.float64)
+    return x, torch.randint(10, (n,), generator=generator)
+
+
+def losses_of(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    return F.cross_entropy(model(x), y, reduction="none")
+
+
+def one_by_one(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> list[list[torch.Tensor]]:
+    """The oracle: each example alone through the model."""
+    rows = []
+    for i in range(len(x)):
+        loss = F.cross_entropy(model(x[i : i + 1]), y[i : i + 1])
+        rows.append(list(torch.autograd.grad(loss, list(model.parameters()))))
+    return rows
+
+
+def norm_of(gradients: list[torch.Tensor]) -> torch.Tensor:
+    return torch.cat([g.flatten() for g in gradients]).norm()
+
+
+def test_loop_norms_are_those_of_each_example_alone():
+    model, (x, y) = network(), batch()
+    expected = torch.stack([norm_of(row) for row in one_by_one(model, x, y)])
+    found = loop_norms(losses_of(model, x, y), list(model.parameters()))
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
+
+
+def test_batch_norm_in_train_mode_couples_examples_and_shares_still_add_up():
+    model, (x, y) = network(nn.BatchNorm2d), batch()
+    parameters = list(model.parameters())
+    losses = losses_of(model, x, y)
+    rows = [torch.autograd.grad(loss, parameters, retain_graph=True) for loss in losses]
+    whole = torch.autograd.grad(losses.sum(), parameters, retain_graph=True)
+    for index, gradient in enumerate(whole):
+        torch.testing.assert_close(sum(row[index] for row in rows), gradient, rtol=1e-9, atol=1e-12)
+    expected = torch.stack([norm_of(list(row)) for row in rows])
+    torch.testing.assert_close(loop_norms(losses, parameters), expected, rtol=1e-12, atol=0)
+    # in eval mode an example is on its own again
+    model.eval()
+    alone = torch.stack([norm_of(row) for row in one_by_one(model, x, y)])
+    torch.testing.assert_close(loop_norms(losses_of(model, x, y), parameters), alone)
+
+
+@pytest.mark.parametrize("scale", [0.7, "mean"])
+@pytest.mark.parametrize("floor", [0.01, 0.5, 1.0])
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_engm_takes_the_steps_of_the_equations(scale, floor, nesterov):
+    model = network()
+    reference = copy.deepcopy(model)
+    lr, momentum, decay = 0.05, 0.9, 0.01
+    optimizer = ENGM(model, lr, momentum, decay, scale, floor, nesterov=nesterov)
+    velocity = [torch.zeros_like(p) for p in reference.parameters()]
+    running = 0.0
+    for step in range(12):
+        x, y = batch(seed=step)
+        optimizer.zero_grad()
+        optimizer.step(lambda x=x, y=y: losses_of(model, x, y))
+
+        rows = one_by_one(reference, x, y)
+        norms = [float(norm_of(row)) for row in rows]
+        mean = sum(norms) / len(norms)
+        running = mean if step == 0 else 0.99 * running + 0.01 * mean
+        c = running if scale == "mean" else scale
+        weights = [c / max(norm, floor * c) for norm in norms]
+        with torch.no_grad():
+            for k, p in enumerate(reference.parameters()):
+                g = sum(w * row[k] for w, row in zip(weights, rows, strict=True)) / len(rows)
+                g = g + decay * p
+                velocity[k] = momentum * velocity[k] + g if step else g
+                p -= lr * (g + momentum * velocity[k] if nesterov else velocity[k])
+        assert optimizer.last.weights.tolist() == pytest.approx(weights, rel=1e-9)
+        assert optimizer.last.scale == pytest.approx(c, rel=1e-9)
+    for p, q in zip(model.parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-12)
+
+
+def test_clipping_that_never_bites_is_msgd():
+    models = [network() for _ in range(2)]
+    engm = ENGM(models[0], 0.1, 0.9, 5e-4, scale=1e6, floor=1.0)
+    msgd = MSGD(models[1].parameters(), 0.1, momentum=0.9, weight_decay=5e-4)
+    for step in range(5):
+        x, y = batch(seed=step)
+        for model, optimizer in zip(models, (engm, msgd), strict=True):
+            optimizer.zero_grad()
+            optimizer.step(lambda model=model, x=x, y=y: losses_of(model, x, y))
+    for p, q in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-12, atol=0)
+
+
+def test_an_example_that_shouts_does_not_move_engm():
+    def step(factor: float, optimizer_of) -> torch.Tensor:
+        model, (x, y) = network(), batch()
+        loud = torch.ones(len(x), dtype=x.dtype)
+        loud[2] = factor
+        optimizer_of(model).step(lambda: loud * losses_of(model, x, y))
+        return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+    def engm(model):
+        return ENGM(model, 0.1, scale=1.0, floor=1e-6)
+
+    def msgd(model):
+        return MSGD(model.parameters(), 0.1)
+
+    torch.testing.assert_close(step(1.0, engm), step(1e4, engm), rtol=1e-9, atol=1e-12)
+    assert (step(1.0, msgd) - step(1e4, msgd)).norm() > 1
+
+
+@given(
+    norms=st.lists(st.floats(0, 1e6, allow_subnormal=False), min_size=1, max_size=8),
+    scale=st.floats(1e-3, 1e3),
+    floor=st.floats(1e-3, 1),
+)
+def test_no_example_pulls_harder_than_the_scale(norms, scale, floor):
+    g = torch.tensor(norms, dtype=torch.float64)
+    w = example_weights(g, scale, floor)
+    assert (w * g <= scale * (1 + 1e-12)).all()
+    assert (w <= 1 / floor * (1 + 1e-12)).all()
+
+
+def test_msgd_is_torch_sgd_on_the_mean_and_clips_the_whole_gradient():
+    for max_norm in (None, 0.05):
+        ours, theirs = network(), network()
+        optimizer = MSGD(ours.parameters(), 0.1, momentum=0.9, weight_decay=0.01, max_norm=max_norm)
+        sgd = torch.optim.SGD(theirs.parameters(), 0.1, momentum=0.9, weight_decay=0.01)
+        for step in range(4):
+            x, y = batch(seed=step)
+            optimizer.zero_grad()
+            returned = optimizer.step(lambda x=x, y=y: losses_of(ours, x, y))
+            sgd.zero_grad()
+            losses = losses_of(theirs, x, y)
+            losses.mean().backward()
+            if max_norm is not None:
+                length = norm_of([p.grad for p in theirs.parameters()])
+                assert length > max_norm
+                for p in theirs.parameters():
+                    p.grad *= max_norm / (length + 1e-6)
+            sgd.step()
+            assert torch.equal(returned, losses.detach())
+        for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
+            torch.testing.assert_close(p, q, rtol=1e-12, atol=1e-15)
+
+
+def test_a_state_dict_goes_on_bitwise_where_it_was_taken():
+    def steps(optimizer, model, which):
+        for step in which:
+            x, y = batch(seed=step)
+            optimizer.zero_grad()
+            optimizer.step(lambda x=x, y=y: losses_of(model, x, y))
+
+    whole = network()
+    steps(ENGM(whole, 0.1), whole, range(6))
+
+    first = network()
+    optimizer = ENGM(first, 0.1)
+    steps(optimizer, first, range(3))
+    file = io.BytesIO()
+    torch.save({"model": first.state_dict(), "optimizer": optimizer.state_dict()}, file)
+    file.seek(0)
+    state = torch.load(file, weights_only=True)
+    second = network()
+    second.load_state_dict(state["model"])
+    optimizer = ENGM(second, 0.1)
+    optimizer.load_state_dict(state["optimizer"])
+    steps(optimizer, second, range(3, 6))
+    assert all(
+        torch.equal(p, q) for p, q in zip(whole.parameters(), second.parameters(), strict=True)
+    )
+
+
+def test_schedulers_and_parameter_groups_work_as_with_sgd():
+    model, (x, y) = network(), batch()
+    optimizer = ENGM(model, 0.1)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5)
+    optimizer.step(lambda: losses_of(model, x, y))
+    scheduler.step()
+    assert optimizer.param_groups[0]["lr"] == 0.05
+
+
+def test_frozen_parameters_stay_and_do_not_count():
+    model, (x, y) = network(), batch()
+    model[0].requires_grad_(False)
+    before = model[0].weight.clone()
+    optimizer = ENGM(model, 0.1)
+    optimizer.step(lambda: losses_of(model, x, y))
+    assert torch.equal(model[0].weight, before)
+    rows = one_by_one_of_last_layer(network(), x, y)
+    assert optimizer.last.norms.tolist() == pytest.approx(rows, rel=1e-9)
+
+
+def one_by_one_of_last_layer(model, x, y):
+    last = list(model[-1].parameters())
+    norms = []
+    for i in range(len(x)):
+        loss = F.cross_entropy(model(x[i : i + 1]), y[i : i + 1])
+        norms.append(float(norm_of(list(torch.autograd.grad(loss, last)))))
+    return norms
+
+
+def test_all_gradients_zero_is_a_step_of_decay_alone():
+    model = nn.Linear(2, 1, bias=False).double()
+    before = model.weight.detach().clone()
+    x = torch.zeros(3, 2, dtype=torch.float64)
+    ENGM(model, 0.1, 0.0, weight_decay=0.5).step(lambda: model(x)[:, 0])
+    torch.testing.assert_close(model.weight.detach(), before * 0.95)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("optimizer_of", [ENGM, lambda m, lr: MSGD(m.parameters(), lr)])
+def test_a_loss_that_is_not_finite_leaves_the_weights_alone(bad, optimizer_of):
+    model, (x, y) = network(), batch()
+    before = copy.deepcopy(model.state_dict())
+    factor = torch.ones(len(x), dtype=x.dtype)
+    factor[1] = bad
+    with pytest.raises(NonFiniteLossError, match="1 of 6 losses are inf or nan; no step was taken"):
+        optimizer_of(model, 0.1).step(lambda: factor * losses_of(model, x, y))
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+
+
+def test_a_gradient_that_is_not_finite_is_refused_too():
+    model = nn.Linear(1, 1, bias=False).double()
+    model.weight.data.zero_()
+    x = torch.tensor([[0.0], [1.0]], dtype=torch.float64)
+    with pytest.raises(NonFiniteLossError, match="gradient of an example"):
+        ENGM(model, 0.1).step(lambda: model(x).abs().sqrt()[:, 0])
+    assert model.weight.item() == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"scale": 0}, "scale must be a number above 0, or 'mean'; got 0"),
+        ({"scale": "max"}, "scale must be a number above 0"),
+        ({"floor": 0}, r"floor must be in \(0, 1\], got 0"),
+        ({"norms": "fast"}, "norms must be 'loop', got 'fast'"),
+    ],
+)
+def test_arguments_out_of_range(arguments, message):
+    with pytest.raises(InputError, match=message):
+        ENGM(network(), 0.1, **arguments)
+
+
+def test_the_mistakes_that_people_make_get_an_answer():
+    model, (x, y) = network(), batch()
+    optimizer = ENGM(model, 0.1)
+    with pytest.raises(InputError, match="ENGM takes the model"):
+        ENGM(model.parameters(), 0.1)
+    with pytest.raises(InputError, match="takes a closure"):
+        optimizer.step(None)
+    with pytest.raises(InputError, match="reduction='none'"):
+        optimizer.step(lambda: F.cross_entropy(model(x), y))
+    with pytest.raises(InputError, match="no_grad"):
+        optimizer.step(lambda: losses_of(model, x, y).detach())
+    with pytest.raises(InputError, match="no parameter that requires a gradient"):
+        ENGM(network().requires_grad_(False), 0.1)
+    other = network()
+    with pytest.raises(InputError, match="is it the same model"):
+        optimizer.step(lambda: losses_of(other, x, y))
+    with pytest.raises(InputError, match="max_norm must be above 0"):
+        MSGD(model.parameters(), 0.1, max_norm=0)
+
+
+def test_a_run_gets_the_optimizer_it_asks_for():
+    model = network()
+    settings = dict(lr=0.3, momentum=0.8, weight_decay=1e-3)
+    for name, kind in (("msgd", MSGD), ("msgd-clip", MSGD), ("engm", ENGM)):
+        optimizer = build(RunConfig(optimizer=name, **settings), model)
+        assert type(optimizer) is kind
+        assert settings.items() <= optimizer.param_groups[0].items()
+    assert build(RunConfig(optimizer="msgd"), model).max_norm is None
+    assert build(RunConfig(optimizer="msgd-clip", max_norm=2), model).max_norm == 2
+    engm = build(RunConfig(optimizer="engm", scale=2, floor=0.5), model)
+    assert (engm.scale, engm.floor) == (2, 0.5)

@@ -1,0 +1,63 @@
+import pytest
+
+from engm.config import RunConfig
+from engm.errors import InputError
+from engm.files import write_json
+from engm.results import Quantity, collect, summarise, to_markdown
+
+
+def write_run(root, robust, last=None, clean=0.9, data="Digits", **settings):
+    config = RunConfig(**settings).resolved()
+    folder = root / config.name
+    write_json(folder / "config.json", config.to_dict())
+    if robust is not None:
+        last = robust if last is None else last
+        write_json(
+            folder / "result.json",
+            {
+                "data": data,
+                "best": {"clean_accuracy": clean, "robust_accuracy": robust},
+                "last": {"clean_accuracy": clean, "robust_accuracy": last},
+                "robust_overfitting_gap": robust - last,
+            },
+        )
+    return folder
+
+
+def test_seeds_share_a_row_with_mean_and_sample_deviation(tmp_path):
+    for seed, robust in enumerate((0.60, 0.64, 0.68)):
+        write_run(tmp_path, robust, last=robust - 0.1, seed=seed)
+    write_run(tmp_path, 0.7, optimizer="engm", lr=0.2)
+    records, unfinished = collect(tmp_path)
+    assert (len(records), unfinished) == (4, [])
+    rows = {row["optimizer"]: row for row in summarise(records)}
+    assert rows["msgd"]["robust (best)"].mean == pytest.approx(0.64)
+    assert rows["msgd"]["robust (best)"].deviation == pytest.approx(0.04)
+    assert rows["msgd"]["robust (last)"].mean == pytest.approx(0.54)
+    assert rows["msgd"]["gap"].mean == pytest.approx(0.1)
+    assert rows["engm"]["robust (best)"] == Quantity(0.7, None, 1)
+    assert to_markdown([rows["msgd"]]).splitlines()[2] == (
+        "| Digits | pgd_at | msgd | 0.1 | 90.0 ± 0.0 | 64.0 ± 4.0 | 90.0 ± 0.0 | 54.0 ± 4.0 "
+        "| 10.0 ± 0.0 | 3 |"
+    )
+
+
+def test_runs_that_differ_in_anything_else_are_never_averaged(tmp_path):
+    for number, settings in enumerate(({}, {"eval_steps": 30}, {"epochs": 7}, {"eps": 0.1})):
+        write_run(tmp_path / str(number), 0.5, **settings)
+    write_run(tmp_path / "jpeg", 0.5, data="Digits (JPEG)")
+    rows = summarise(collect(tmp_path)[0])
+    assert len(rows) == 5
+    assert {"eval_steps", "epochs", "eps"} <= set(rows[0])
+
+
+def test_unfinished_runs_are_left_out_and_named(tmp_path):
+    write_run(tmp_path, 0.5)
+    cut_off = write_run(tmp_path, None, seed=1)
+    records, unfinished = collect(tmp_path)
+    assert (len(records), unfinished) == (1, [cut_off])
+
+
+def test_a_folder_without_runs_says_how_to_make_one(tmp_path):
+    with pytest.raises(InputError, match="there is no run in .*engm train --out"):
+        collect(tmp_path)

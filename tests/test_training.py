@@ -1,0 +1,280 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+
+from engm import data, training
+from engm.config import RunConfig
+from engm.errors import InputError, NonFiniteLossError
+from engm.evaluation import attack_of, evaluate_run
+from engm.run_directory import load_tensors, read_metrics
+from engm.training import build_scheduler, fit, pick_device
+
+TINY = RunConfig(
+    subset=40, width=4, num_steps=2, eval_steps=2, epochs=3, batch_size=16, momentum=0.5, lr=0.05
+)
+
+
+def weights(run_folder, which="last"):
+    return load_tensors(run_folder / f"checkpoint-{which}.pt")["model"]
+
+
+def same(first, second):
+    return first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
+
+
+def fit_quietly(config, out, **kw):
+    return fit(config, out, device="cpu", progress=False, **kw)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    return fit_quietly(TINY, tmp_path_factory.mktemp("runs"))
+
+
+def test_a_run_leaves_everything_behind_that_the_contract_names(finished):
+    names = {path.name for path in finished.folder.iterdir()}
+    assert names == {
+        *("config.json", "metrics.jsonl", "result.json", "checkpoint-last.pt"),
+        *("checkpoint-best.pt", "adversarial-last.pt", "adversarial-best.pt"),
+    }
+    config = json.loads((finished.folder / "config.json").read_text())
+    assert {**TINY.resolved().to_dict()}.items() <= config.items()
+    assert config["environment"]["packages"]["torch"] == torch.__version__
+    assert [line["epoch"] for line in finished.metrics] == [1, 2, 3]
+    assert finished.result["data"] == "Digits"
+    assert finished.result["last"]["num_examples"] == 797
+
+
+def test_the_recorded_accuracies_can_be_had_again_from_the_files(finished):
+    dataset = data.load("digits", subset=40)
+    for which in ("last", "best"):
+        again = evaluate_run(finished.folder, which, dataset).to_dict()
+        assert again == finished.result[which]
+        kept = load_tensors(finished.folder / f"adversarial-{which}.pt")["x_adv"]
+        assert kept.shape == dataset.test.images.shape
+
+
+def test_best_is_the_first_epoch_of_highest_validation_robust_accuracy(finished):
+    robust = [line["validation_robust_accuracy"] for line in finished.metrics]
+    best = load_tensors(finished.folder / "checkpoint-best.pt")
+    assert best["epoch"] == robust.index(max(robust)) + 1
+
+
+def test_a_seed_fixes_the_weights_and_another_one_changes_them(finished, tmp_path):
+    state = torch.get_rng_state()
+    assert same(weights(fit_quietly(TINY, tmp_path).folder), weights(finished.folder))
+    assert torch.equal(torch.get_rng_state(), state)
+    other = fit_quietly(replace(TINY, seed=1), tmp_path)
+    assert not same(weights(other.folder), weights(finished.folder))
+
+
+def test_the_test_set_has_no_part_in_training_or_selection(finished, tmp_path, monkeypatch):
+    load = data.load
+
+    def with_wrong_test_labels(*args, **kwargs):
+        dataset = load(*args, **kwargs)
+        wrong = data.Split(dataset.test.images, (dataset.test.labels + 1) % 10)
+        return replace(dataset, test=wrong)
+
+    monkeypatch.setattr(data, "load", with_wrong_test_labels)
+    run = fit_quietly(TINY, tmp_path)
+    assert run.result["last"]["clean_accuracy"] != finished.result["last"]["clean_accuracy"]
+    for which in ("last", "best"):
+        assert same(weights(run.folder, which), weights(finished.folder, which))
+
+
+def test_a_complete_run_is_not_repeated(finished, monkeypatch):
+    monkeypatch.setattr(training, "train_one_epoch", None)
+    again = fit_quietly(TINY, finished.folder.parent)
+    assert (again.result, again.metrics) == (finished.result, finished.metrics)
+
+
+LONG = replace(TINY, epochs=6, optimizer="engm", model_norm="batch", schedule="one-cycle")
+
+
+@pytest.mark.parametrize("lines", [1, 3])
+def test_killed_and_called_again_ends_with_bitwise_the_same_weights(lines, tmp_path):
+    whole = fit_quietly(LONG, tmp_path / "whole")
+    code = (
+        "from engm.training import fit; from engm.config import RunConfig; import torch; "
+        f"torch.set_num_threads({torch.get_num_threads()}); "
+        f"fit(RunConfig(**{LONG.to_dict()!r}), {str(tmp_path / 'cut')!r}, device='cpu')"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
+    metrics = tmp_path / "cut" / LONG.name / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not metrics.exists() or metrics.read_bytes().count(b"\n") < lines:
+        assert process.poll() is None, "ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (metrics.parent / "result.json").exists()
+
+    resumed = fit_quietly(LONG, tmp_path / "cut")
+    assert same(weights(resumed.folder), weights(whole.folder))
+    assert same(weights(resumed.folder, "best"), weights(whole.folder, "best"))
+    forget_time = [{**line, "seconds": 0} for line in resumed.metrics]
+    assert forget_time == [{**line, "seconds": 0} for line in whole.metrics]
+    del resumed.result["environment"], whole.result["environment"]
+    assert resumed.result == whole.result
+    assert not list(resumed.folder.glob("*.tmp")) + list(resumed.folder.glob(".*"))
+
+
+@pytest.mark.parametrize("stage", ["before best", "before last", "in the line"])
+def test_a_cut_between_two_writes_is_mended(stage, finished, tmp_path, monkeypatch):
+    class Killed(BaseException):
+        pass
+
+    saved = training.save_tensors
+    calls = []
+
+    def save(path, state):
+        calls.append(path.name)
+        of_kind = [name for name in calls if (stage == "before best") == ("best" in name)]
+        if len(of_kind) == (1 if stage == "before best" else 2) and of_kind[-1] == path.name:
+            raise Killed
+        saved(path, state)
+
+    monkeypatch.setattr(training, "save_tensors", save)
+    with pytest.raises(Killed):
+        fit_quietly(TINY, tmp_path)
+    monkeypatch.undo()
+    metrics = tmp_path / TINY.name / "metrics.jsonl"
+    assert metrics.read_text().count("\n") == (1 if stage == "before best" else 2)
+    if stage == "in the line":
+        metrics.write_bytes(metrics.read_bytes()[:-20])
+    resumed = fit_quietly(TINY, tmp_path)
+    assert [line["epoch"] for line in resumed.metrics] == [1, 2, 3]
+    assert same(weights(resumed.folder), weights(finished.folder))
+    assert same(weights(resumed.folder, "best"), weights(finished.folder, "best"))
+
+
+def test_a_loss_that_is_not_finite_stops_with_epoch_step_and_a_checkpoint(tmp_path):
+    config = replace(TINY, lr=1e20, schedule="constant")
+    with pytest.raises(NonFiniteLossError, match=r"epoch \d, step \d: .* lr may help") as caught:
+        fit_quietly(config, tmp_path)
+    folder = tmp_path / config.name
+    assert str(folder / "checkpoint-failed.pt") in str(caught.value)
+    assert "model" in load_tensors(folder / "checkpoint-failed.pt")
+    assert not (folder / "result.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [
+        ("constant", [1.0] * 8),
+        ("piecewise", [1, 1, 1, 1, 0.1, 0.1, 0.01, 0.01]),
+        ("cosine", [0.5 * (1 + torch.tensor(torch.pi * t / 8).cos().item()) for t in range(8)]),
+    ],
+)
+def test_schedules_are_their_formulas(schedule, expected):
+    assert rates(schedule) == pytest.approx([0.4 * e for e in expected], abs=1e-7)
+
+
+def rates(schedule):
+    config = RunConfig(lr=0.4, epochs=4, schedule=schedule)
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.4)
+    scheduler = build_scheduler(config, optimizer, steps_per_epoch=2)
+    found = []
+    for _ in range(8):
+        found.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    return found
+
+
+def test_one_cycle_rises_to_the_lr_and_falls_to_about_nothing():
+    found = rates("one-cycle")
+    assert found[0] == pytest.approx(0.04)
+    assert max(found) <= 0.4
+    top = found.index(max(found))
+    assert 1 <= top <= 3
+    assert found[top:] == sorted(found[top:], reverse=True)
+    assert found[-1] < 0.001
+
+
+def test_a_single_step_is_taken_at_the_full_rate():
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.4)
+    build_scheduler(RunConfig(lr=0.4, epochs=1), optimizer, steps_per_epoch=1)
+    assert optimizer.param_groups[0]["lr"] == 0.4
+
+
+def test_the_options_for_gpus_run_on_the_cpu_too(finished, tmp_path, monkeypatch):
+    compiled = []
+
+    def compile_without_a_compiler(model):
+        compiled.append(model)
+        return real_compile(model, backend="eager")
+
+    real_compile = torch.compile
+    monkeypatch.setattr(torch, "compile", compile_without_a_compiler)
+    options = dict(precision="bfloat16", channels_last=True, compile=True)
+    run = fit_quietly(replace(TINY, **options), tmp_path)
+    assert len(compiled) == 1
+    losses = [line["train_loss"] for line in run.metrics]
+    full = [line["train_loss"] for line in finished.metrics]
+    assert losses == pytest.approx(full, rel=0.05)
+    assert losses != full  # bfloat16 was really used
+
+
+def test_engm_and_both_baselines_learn_the_digits(tmp_path):
+    for optimizer in ("msgd", "msgd-clip", "engm"):
+        config = replace(TINY, optimizer=optimizer, subset=100, width=8, epochs=6, lr=0.1)
+        run = fit_quietly(replace(config, method="natural"), tmp_path, save_adversarial=False)
+        assert run.result["last"]["clean_accuracy"] > 0.4
+        assert not (run.folder / "adversarial-last.pt").exists()
+        assert ("example_norm" in run.metrics[0]) is (optimizer == "engm")
+
+
+def test_validation_uses_the_attack_of_training_and_the_test_that_of_the_config():
+    config = replace(TINY, eval_steps=9).resolved()
+    assert attack_of(config).num_steps == 9
+    assert attack_of(config, num_steps=2).num_steps == 2
+    assert attack_of(config).eps == config.eps
+
+
+def test_a_device_that_is_not_there_is_refused():
+    assert pick_device("cpu").type == "cpu"
+    with pytest.raises(InputError, match="cannot use device 'gpu'.*use 'cpu' or 'auto'"):
+        pick_device("gpu")
+
+
+def test_a_folder_of_another_run_is_refused(finished, tmp_path):
+    folder = tmp_path / TINY.name
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(replace(TINY, lr=0.2).resolved().to_dict()))
+    with pytest.raises(InputError, match="holds a run of another config"):
+        fit_quietly(TINY, tmp_path)
+
+
+def test_metrics_cut_at_any_byte_give_the_whole_lines(finished, tmp_path):
+    whole = (finished.folder / "metrics.jsonl").read_bytes()
+    for size in range(len(whole) + 1):
+        (tmp_path / "metrics.jsonl").write_bytes(whole[:size])
+        assert read_metrics(tmp_path) == finished.metrics[: whole[:size].count(b"\n")]
+
+
+def test_a_damaged_or_hostile_checkpoint_is_refused(finished, tmp_path):
+    whole = (finished.folder / "checkpoint-last.pt").read_bytes()
+    path = tmp_path / "checkpoint-last.pt"
+    for content in (b"", b"no checkpoint", whole[: len(whole) // 2]):
+        path.write_bytes(content)
+        with pytest.raises(InputError, match="checkpoint-last.pt is not a file of this kit"):
+            load_tensors(path)
+
+    class Hostile:
+        def __reduce__(self):
+            return (os.mkdir, (str(tmp_path / "owned"),))
+
+    torch.save({"model": Hostile()}, path)
+    with pytest.raises(InputError, match="is not a file of this kit"):
+        load_tensors(path)
+    assert not (tmp_path / "owned").exists()
