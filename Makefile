@@ -3,6 +3,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 OUT ?= outputs
+# Models of this size do not gain from more threads, and two busy test workers lose much.
+export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test lint notebooks lab freeze-notebooks clean
@@ -23,7 +25,7 @@ demo: .venv/ready  ## run every notebook on the digits, and build one HTML repor
 	@$(BIN)/engm demo --out $(OUT)
 
 test: .venv/ready lint  ## ruff, mypy, pytest, nbval
-	$(BIN)/pytest
+	$(BIN)/pytest -n 2
 	$(MAKE) --no-print-directory notebooks
 
 lint: .venv/ready

@@ -15,7 +15,7 @@ from archives import list_files, read_files
 from PIL import Image
 from tqdm.auto import tqdm
 
-from engm.data import DatasetSpec, stratified_order
+from engm.data_cache import DatasetSpec, stratified_order
 from engm.errors import InputError
 
 _CIFAR10 = {
@@ -90,10 +90,7 @@ def read_dataset(spec: DatasetSpec, path: Path) -> Contents:
 
 
 def _check_counts(spec: DatasetSpec, path: Path, contents: Contents) -> None:
-    if len(contents.class_names) != spec.num_classes:
-        raise InputError(
-            f"{path} names {len(contents.class_names)} classes, {spec.title} has {spec.num_classes}"
-        )
+    _check_class_count(spec, path, len(contents.class_names))
     for part, count in (("train", spec.train_count), ("test", spec.test_count)):
         labels = contents.arrays[f"{part}_labels"]
         if labels.max() >= spec.num_classes:
@@ -111,10 +108,15 @@ def _check_counts(spec: DatasetSpec, path: Path, contents: Contents) -> None:
             )
 
 
+def _check_class_count(spec: DatasetSpec, path: Path, count: int) -> None:
+    if count != spec.num_classes:
+        raise InputError(f"{path} names {count} classes, {spec.title} has {spec.num_classes}")
+
+
 def _read_cifar(spec: DatasetSpec, path: Path, names: list[str]) -> Contents | None:
-    coarse = spec.name == "cifar10"
-    parts = _CIFAR10 if coarse else {"train": ["train"], "test": ["test"]}
-    wanted = [*parts["train"], *parts["test"], *([] if coarse else ["meta"])]
+    ten = spec.name == "cifar10"
+    parts = _CIFAR10 if ten else {"train": ["train"], "test": ["test"]}
+    wanted = [*parts["train"], *parts["test"], *([] if ten else ["meta"])]
     folder = _folder_of(path, names, wanted)
     if folder is None:
         return None
@@ -123,7 +125,7 @@ def _read_cifar(spec: DatasetSpec, path: Path, names: list[str]) -> Contents | N
         name.removeprefix(folder): _unpickled(name, content)
         for name, content in tqdm(read, total=len(wanted), desc=path.name)
     }
-    key = "labels" if coarse else "fine_labels"
+    key = "labels" if ten else "fine_labels"
     arrays = {}
     for part, files in parts.items():
         batches = [_cifar_batch(spec, folder + name, entries[name], key) for name in files]
@@ -215,9 +217,10 @@ def _idx_array(name: str, content: bytes, shape: tuple[int, ...], images: bool) 
 
 def _read_tiny_imagenet(spec: DatasetSpec, path: Path, names: list[str]) -> Contents | None:
     found = [name for name in names if f"/{name}".endswith("/val/val_annotations.txt")]
-    if not found:
+    top = found[0].removesuffix("val/val_annotations.txt") if found else ""
+    # many sort val/images into class folders, and leave the annotations behind
+    if not found or not any(name.startswith(f"{top}val/images/") for name in names):
         return None
-    top = found[0].removesuffix("val/val_annotations.txt")
     texts = {found[0], f"{top}wnids.txt"} & set(names)
     text = {
         name.removeprefix(top): content.decode("utf-8", "replace")
@@ -277,6 +280,7 @@ def _plain(name: str) -> str:
 def _read_images(
     spec: DatasetSpec, path: Path, parts: Mapping[str, Mapping[str, str]], class_names: list[str]
 ) -> dict[str, np.ndarray]:
+    _check_class_count(spec, path, len(class_names))
     label_of = {name: label for label, name in enumerate(class_names)}
     arrays: dict[str, np.ndarray] = {}
     row_of: dict[str, tuple[np.ndarray, int]] = {}

@@ -14,7 +14,7 @@ import click
 import numpy as np
 from layouts import Contents, read_dataset
 
-from engm.data import SPECS, DatasetSpec, data_root
+from engm.data_cache import SPECS, DatasetSpec, data_root
 from engm.errors import InputError
 from engm.files import atomic_path, write_json
 
@@ -53,7 +53,7 @@ def main(name: str | None, archive: Path | None, root: Path | None) -> None:
     except InputError as error:
         raise click.ClickException(str(error)) from None
     except OSError as error:
-        raise click.ClickException(f"{error}; nothing was written") from None
+        raise click.ClickException(f"{error}; {name} is not prepared") from None
     setting = "" if cache.parent == data_root() else f"ENGM_DATA={shlex.quote(str(cache.parent))} "
     click.echo(f"Try it: {setting}engm train --dataset {name}")
 
@@ -119,7 +119,7 @@ def write_cache(
             )
         cache_sha256 = _sha256(temporary)
     mean, std = channel_statistics(contents.arrays["train_images"])
-    note = "the official files" if contents.official else "re-encoded as image files by others"
+    note = "official layout" if contents.official else "re-encoded as image files by others"
     write_json(
         root / f"{spec.name}.json",
         {

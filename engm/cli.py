@@ -13,15 +13,15 @@ from engm.errors import InputError, NonFiniteLossError
 
 
 class _Command(click.Command):
-    """Names every option when one is unknown and nothing comes close."""
+    """Names every option when one is unknown."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         try:
             return super().parse_args(ctx, args)
         except click.NoSuchOption as error:
-            known = sorted(name for item in self.get_params(ctx) for name in item.opts)
-            close = error.possibilities or known
-            raise click.NoSuchOption(error.option_name, possibilities=close, ctx=ctx) from None
+            known = ", ".join(item.opts[0] for item in self.get_params(ctx))
+            message = f"no such option {error.option_name!r}; the options are {known}"
+            raise click.UsageError(message, ctx) from None
 
 
 class _Group(click.Group):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from engm import models
-from engm.attacks import FGSM, PGD, eval_mode
+from engm.attacks import FGSM, PGD, eval_mode, fooled
 from engm.config import RunConfig
 from engm.data import Dataset, Split, batches
 from engm.errors import InputError
@@ -199,4 +199,4 @@ def _check(attack: PGD | FGSM, x: Tensor, x_adv: Tensor) -> float:
 
 @torch.no_grad()
 def _count_correct(model: nn.Module, x: Tensor, y: Tensor) -> int:
-    return int((model(x).argmax(1) == y).sum())
+    return len(y) - int(fooled(model(x), y).sum())

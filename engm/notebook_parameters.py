@@ -6,7 +6,6 @@ Here nothing runs until every value has the type that the notebook declares.
 
 import ast
 import io
-import math
 import numbers
 import tokenize
 from collections.abc import Callable, Iterator, Mapping
@@ -142,7 +141,7 @@ def _accept(
         for reading in readings(value, kind):
             try:
                 accepted[name] = _fit(reading, kind)
-                ast.literal_eval(repr(accepted[name]))  # the notebook will read it back from this
+                ast.literal_eval(repr(accepted[name]))  # nan and objects cannot be read back
                 break
             except _NOT_A_VALUE:
                 continue
@@ -184,7 +183,7 @@ def _fit(value: Any, kind: ast.expr) -> Any:
             return value
         case ast.Name(id="int") if is_number and isinstance(value, numbers.Integral):
             return int(value)
-        case ast.Name(id="float") if is_number and math.isfinite(value):
+        case ast.Name(id="float") if is_number:
             return float(value)
         case ast.Name(id="list" | "tuple" as name) if is_sequence:
             return list(value) if name == "list" else tuple(value)

@@ -11,6 +11,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from engm.results import Quantity
@@ -100,7 +101,7 @@ def lines(
     for colour, (name, values) in zip(COLOURS, curves.items(), strict=False):
         axes.plot(x, values, "o-", color=colour, label=name, markersize=4)
     if all(isinstance(value, int) for value in x):
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel(x_label)
     axes.set_ylabel(y_label)
     axes.grid(axis="y", alpha=0.3)
@@ -176,12 +177,11 @@ def pulls(norms: Tensor, weights: Tensor, scale: float) -> Figure:
         weights: w_i, `[n]`.
         scale: c, drawn as a line.
     """
-    norms, order = norms.detach().cpu().sort()
+    lengths, order = (values.numpy() for values in norms.detach().cpu().sort())
+    weighed = lengths * weights.detach().cpu().numpy()[order]
     figure, axes = plt.subplots(figsize=(7, 3.2))
-    axes.plot(norms, "o", color=ORANGE, markersize=4, label="MSGD: $|g_i|$")
-    axes.plot(
-        norms * weights.detach().cpu()[order], "o", color=BLUE, markersize=4, label="ENGM: $w_i|g_i|$"
-    )
+    axes.plot(lengths, "o", color=ORANGE, markersize=4, label="MSGD: $|g_i|$")
+    axes.plot(weighed, "o", color=BLUE, markersize=4, label="ENGM: $w_i|g_i|$")
     axes.axhline(scale, color="#555555", linewidth=1, linestyle="--", label="$c$")
     axes.set_xlabel("examples of the batch, by the length of their gradient")
     axes.set_ylabel("pull on the weights")
@@ -193,11 +193,11 @@ def pulls(norms: Tensor, weights: Tensor, scale: float) -> Figure:
 
 def show_image(axes: Axes, image: Tensor) -> None:
     """Draws `[c, h, w]` pixels in [0, 1] on `axes`, grey for one channel, without ticks."""
-    pixels = image.detach().cpu().permute(1, 2, 0)
+    pixels = image.detach().cpu().permute(1, 2, 0).numpy()
     if pixels.shape[2] == 1:
         axes.imshow(pixels[..., 0], cmap="gray", vmin=0, vmax=1)
     else:
-        axes.imshow(pixels.clamp(0, 1))
+        axes.imshow(pixels.clip(0, 1))
     axes.set_xticks([])
     axes.set_yticks([])
 

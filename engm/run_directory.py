@@ -112,7 +112,7 @@ def environment(device: torch.device) -> dict[str, Any]:
     on_gpu = device.type == "cuda"
     return {
         "python": platform.python_version(),
-        "platform": platform.platform(),
+        "system": f"{platform.system()} {platform.machine()}",
         "packages": {name: metadata.version(name) for name in packages},
         "commit": _commit(),
         "device": torch.cuda.get_device_name(device)

@@ -419,6 +419,8 @@ def test_starts_follow_the_global_generator_or_the_one_given(trained):
 def test_no_grad_and_inference_mode_callers_get_the_same(trained, loss, norm):
     model, x, y = trained
     model = copy.deepcopy(model).requires_grad_()
+    # the first layer then keeps the images themselves for its gradient
+    model.pixels = nn.Identity()
     attack = PGD(eps=0.1, step_size=0.05, num_steps=2, restarts=2, loss=loss, norm=norm)
     generator = torch.Generator()
     expected = attack(model, x, y, generator=generator.manual_seed(0))

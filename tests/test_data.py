@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from engm import data
+from engm import data_cache
 from engm.data import Split, batches, load, stratified_order, to_float
 from engm.errors import InputError
 
@@ -132,7 +132,7 @@ def test_load_explains_what_it_cannot_do(arguments, message):
 
 
 def test_which_data_sets_are_augmented():
-    augmented = {name for name, spec in data.SPECS.items() if spec.augment}
+    augmented = {name for name, spec in data_cache.SPECS.items() if spec.augment}
     assert augmented == {"cifar10", "cifar100", "tiny-imagenet"}
 
 
@@ -309,8 +309,8 @@ def test_a_gpu_sees_the_same_batches_and_is_not_waited_for(noise):
 
 @pytest.fixture
 def cached(tmp_path, monkeypatch) -> Path:
-    spec = replace(data.SPECS["cifar10"], train_count=200, test_count=40)
-    monkeypatch.setitem(data.SPECS, "cifar10", spec)
+    spec = replace(data_cache.SPECS["cifar10"], train_count=200, test_count=40)
+    monkeypatch.setitem(data_cache.SPECS, "cifar10", spec)
     monkeypatch.setenv("ENGM_DATA", str(tmp_path))
     generator = np.random.default_rng(0)
     arrays = {}
@@ -349,12 +349,12 @@ def test_a_cache_is_loaded_whole(cached):
 
 
 def test_the_folder_is_the_argument_then_the_variable_then_the_home(cached, monkeypatch, tmp_path):
-    assert data.data_root("~/x") == Path.home() / "x"
-    assert data.data_root() == cached
+    assert data_cache.data_root("~/x") == Path.home() / "x"
+    assert data_cache.data_root() == cached
     with pytest.raises(InputError, match=r"prepare.py cifar10 --root '.*/a b'"):
         load("cifar10", root=tmp_path / "a b")
     monkeypatch.delenv("ENGM_DATA")
-    assert data.data_root() == Path.home() / ".cache" / "engm"
+    assert data_cache.data_root() == Path.home() / ".cache" / "engm"
     assert len(load("cifar10", root=cached).test) == 40
 
 

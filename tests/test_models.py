@@ -194,6 +194,6 @@ def test_wrong_images():
     with pytest.raises(InputError, match="in_channels"):
         model(torch.rand(2, 1, 8, 8))
     with pytest.raises(InputError, match=r"\[n, 3, height, width\]"):
-        model(torch.rand(3, 8, 8))
+        model(torch.rand(8, 3, 8))
     with pytest.raises(InputError, match=r"x.float\(\) / 255"):
         model(torch.zeros(2, 3, 8, 8, dtype=torch.uint8))

@@ -71,6 +71,7 @@ def test_parameters_are_read_as_python_reads_them(declared):
         ("flag", "FALSE", False),
         ("flag", "true", True),
         ("title", "5", "5"),
+        ("title", "'x'", "'x'"),
         ("title", 'say "hi"\\', 'say "hi"\\'),
         ("quoted", "-1", -1),
     ],
@@ -210,8 +211,12 @@ facts = {"executable": sys.executable, "cwd": os.getcwd(), "engm": engm.__file__
          "data": os.environ["ENGM_DATA"], "size": size, "title": title}
 Path("own_file.json").write_text(json.dumps(facts))
 engm.notebooks.publish({"summary": [{"quantity": "first", "value": 1}]})
-engm.notebooks.publish({"summary": [{"quantity": "lr", "value": lr}], "verdict": "holds"})
+engm.notebooks.publish({"summary": [{"value": lr, "quantity": "lr"}], "verdict": "holds"})
 """
+
+
+LEAVES = "import sys, engm.notebooks\nengm.notebooks.publish({'summary': []})\nsys.exit(0)"
+SLEEPS = "import os, time\nopen('pid', 'w').write(str(os.getpid()))\ntime.sleep(5)"
 
 
 @pytest.fixture(scope="module")
@@ -227,24 +232,31 @@ def executed(tmp_path_factory) -> dict:
     fail = "x = 1\n", "", "# why\nraise ValueError('\\x1b[31mred\\x1b[0m <b>')", "print('never')"
     paths = {
         "fail": write_notebook(source, "01_fail", "n = 1", *fail),
-        "exit": write_notebook(source, "02_exit", "n = 1", "import sys\nsys.exit(0)", "x = 2"),
+        "exit": write_notebook(source, "02_exit", "n = 1", LEAVES, "x = 2"),
         "last": write_notebook(source, "03_last", "n = 1", "import sys; sys.exit(0)"),
         "dies": write_notebook(source, "04_dies", "n = 1", "import os; os._exit(0)", "x = 2"),
     }
-    hang = "import os, time\nopen('pid', 'w').write(str(os.getpid()))\ntime.sleep(600)"
+    skips = nbformat.read(write_notebook(source, "05_skips", "n = 1", "x = 2"), as_version=4)
+    skips.cells[1].metadata.tags = ["skip-execution"]
+    nbformat.write(skips, source / "05_skips.ipynb")
+    paths["skips"] = source / "05_skips.ipynb"
+    (folder / "shadow" / "engm").mkdir(parents=True)
+    (folder / "shadow" / "engm" / "__init__.py").touch()
     out.mkdir()
     for name in ("00_good", "01_fail"):
         (out / f"{name}.result.json").write_text('{"summary": "of an earlier run"}')
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("JUPYTER_PATH", str(folder / "jupyter"))
         patch.setenv("ENGM_DATA", "some/data")
+        patch.setenv("PYTHONPATH", str(folder / "shadow"))
         before = dict(os.environ), os.getcwd()
         values = {"lr": 1, "size": (4, 5), "title": 'a "b" \\ {c}\n'}
         runs = {"good": notebooks.run(good, values, output_dir=out, progress=False)}
         for name, path in paths.items():
             runs[name] = notebooks.run(path, output_dir=out, progress=False)
-        path = write_notebook(source, "05_hang", hang, "x = 2")
-        runs["hang"] = notebooks.run(path, output_dir=out, timeout=8, progress=False)
+        # each cell alone would be in time
+        path = write_notebook(source, "06_late", SLEEPS, "time.sleep(7)", "x = 2")
+        runs["late"] = notebooks.run(path, output_dir=out, timeout=8, progress=False)
         assert (dict(os.environ), os.getcwd()) == before
     return runs
 
@@ -273,7 +285,7 @@ def test_the_last_result_is_handed_out_and_written(executed):
     written = json.loads((run.path.parent / "00_good.result.json").read_text())
 
     assert run.result == written
-    assert list(written["summary"][0].items()) == [("quantity", "lr"), ("value", 1.0)]
+    assert list(written["summary"][0].items()) == [("value", 1.0), ("quantity", "lr")]
     assert written["verdict"] == "holds"
 
 
@@ -301,7 +313,7 @@ def test_a_failed_run_leaves_no_result_of_an_earlier_one(executed):
         ("exit", 2, "SystemExit"),
         ("last", 2, "SystemExit"),
         ("dies", 2, "DeadKernelError"),
-        ("hang", 1, "CellTimeoutError"),
+        ("skips", 2, "NotExecuted"),
     ],
 )
 def test_only_a_notebook_that_ran_to_its_end_is_done(executed, kind, cell, name):
@@ -309,12 +321,15 @@ def test_only_a_notebook_that_ran_to_its_end_is_done(executed, kind, cell, name)
 
     assert not run.ok
     assert (run.error.cell, run.error.name) == (cell, name)
+    assert run.result is None
+    assert not run.path.with_name(f"{run.name}.result.json").exists()
 
 
-def test_the_kernel_is_gone_after_a_timeout(executed):
-    run = executed["hang"]
+def test_the_kernel_is_gone_after_the_time_that_all_cells_have(executed):
+    run = executed["late"]
     process = int((run.path.parent / "pid").read_text())
 
+    assert run.error.name == "CellTimeoutError"
     assert "within 8 s" in run.error.value
     for _ in range(100):
         try:
@@ -325,7 +340,7 @@ def test_the_kernel_is_gone_after_a_timeout(executed):
     pytest.fail("the kernel still runs")
 
 
-@pytest.mark.parametrize("kind", ["good", "fail", "exit", "dies", "hang"])
+@pytest.mark.parametrize("kind", ["good", "fail", "exit", "dies", "late"])
 def test_the_executed_notebook_is_whole_and_the_author_s(executed, kind):
     notebook = nbformat.read(executed[kind].path, as_version=4)
 

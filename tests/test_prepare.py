@@ -267,7 +267,7 @@ def test_a_folder_for_every_class(root, tmp_path, ending):
     spelled = [name.upper() if index % 2 else name for index, name in enumerate(OBJECTS)]
     files = class_folders("cifar10", spelled, second="val" if ending == ".zip" else "test")
     files = dict(sorted(files.items(), reverse=True))
-    files |= {"train/bird/.DS_Store": b"x", "__MACOSX/train/bird/0000.png": b"x", "README": b"x"}
+    files |= {"train/bird/._0000.png": b"x", "__MACOSX/train/bird/0000.png": b"x", "README": b"x"}
     top = "./" if ending == ".tar" else "CIFAR-10-images/data/"
     files = {top + name: content for name, content in files.items()}
     write = {"": write_folder, ".zip": write_zip}.get(ending, write_tar)
@@ -298,6 +298,7 @@ def test_tiny_imagenet_with_its_validation_images_sorted_into_folders(root, tmp_
     folders = ["n01", "n02", "n03"]
     files = class_folders("tiny-imagenet", folders, second="val")
     files["test/images/test_0.png"] = b"no label, never read"
+    files["val/val_annotations.txt"] = b"val_0.JPEG\tn01\n"
     run("tiny-imagenet", write_folder(tmp_path / "tiny", files), root)
     for part, found in stored(root, "tiny-imagenet").items():
         assert pairs(*found) == pairs(*truth("tiny-imagenet")[part])
@@ -440,8 +441,8 @@ def test_a_tar_that_declares_a_huge_file(root, tmp_path):
 def test_zeros_after_the_end_of_a_tar_count(root, tmp_path, monkeypatch):
     source = write_tar(tmp_path / "a.tar", {"train/bird/1.png": b"x"})
     packed = tmp_path / "a.tar.bz2"
-    packed.write_bytes(bz2.compress(source.read_bytes() + bytes(3_000_000)))
-    monkeypatch.setattr(archives, "MAX_BYTES", 1_000_000)
+    packed.write_bytes(bz2.compress(source.read_bytes() + bytes(9_000_000)))
+    monkeypatch.setattr(archives, "MAX_BYTES", 6_000_000)
     assert "unpacks to more than" in refused("cifar10", packed, root)
 
 
@@ -538,6 +539,8 @@ def test_packed_idx_files_that_are_wrong(root, tmp_path):
     name = "train-images-idx3-ubyte.gz"
     short = with_change(files, name, files[name][:-20])
     assert "cut short" in refused("fashion-mnist", write_folder(tmp_path / "short", short), root)
+    long = with_change(files, name, gzip.compress(gzip.decompress(files[name]) + b"x"))
+    assert "must be an idx" in refused("fashion-mnist", write_folder(tmp_path / "long", long), root)
     bomb = with_change(files, name, gzip.compress(bytes(10_000_000)))
     assert "must be an idx" in refused("fashion-mnist", write_folder(tmp_path / "bomb", bomb), root)
 
@@ -612,8 +615,12 @@ def test_nothing_to_read(root, tmp_path):
     ("name", "content", "message"),
     [
         ("train/n01/images/x.JPEG", b"x", "has 13 train images, TinyImageNet has 12"),
-        ("wnids.txt", b"n01 n02", "has train images of 'n03', which is not a class"),
-        ("wnids.txt", b"n01 n02 n03 n04", "names 4 classes, TinyImageNet has 3"),
+        ("wnids.txt", b"n01 n02 n04", "has train images of 'n03', which is not a class"),
+        (
+            "wnids.txt",
+            " ".join(map(str, range(300))).encode(),
+            "names 300 classes, TinyImageNet has 3",
+        ),
         ("val/val_annotations.txt", b"val_0.JPEG\tn01\n", "has 1 test images"),
         ("val/images/val_0.JPEG", None, "holds no 'tiny-imagenet-200/val/images/val_0.JPEG'"),
     ],
@@ -630,9 +637,14 @@ def test_tiny_imagenet_files_that_are_wrong(root, tmp_path, name, content, messa
 def test_a_folder_that_cannot_be_written_to(root, tmp_path):
     source = write_tar(tmp_path / "c.tar.gz", cifar_files("cifar10"))
     (tmp_path / "file").write_text("")
-    message = refused("cifar10", source, tmp_path / "file" / "cache")
-    assert "cannot be written to" in message
-    assert "--root" in message
+    # nobody writes to /proc, not even root
+    for folder in (tmp_path / "file" / "cache", tmp_path / "file", Path("/proc/sys")):
+        result = CliRunner().invoke(
+            prepare.main, ["cifar10", "--archive", str(source), "--root", str(folder)]
+        )
+        assert result.exit_code == 1
+        assert result.output.startswith(f"Error: {folder} cannot be written to")
+        assert "--root" in result.output
 
 
 @pytest.mark.parametrize("step", ["np.savez", "write_json"])

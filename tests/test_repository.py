@@ -1,0 +1,82 @@
+"""What the files around the package promise."""
+
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+import yaml
+
+from engm import notebooks
+from engm.results import collect, summarise, to_markdown
+
+ROOT = Path(__file__).parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+README = (ROOT / "README.md").read_text()
+
+
+def name_of(requirement):
+    return re.match(r"[A-Za-z0-9-]+", requirement).group().lower()
+
+
+def test_environment_yml_installs_this_package_with_everything_and_nothing_else():
+    environment = yaml.safe_load((ROOT / "environment.yml").read_text())
+    python, pip, section = environment["dependencies"]
+    floor = PROJECT["requires-python"].removeprefix(">=")
+    newest = PROJECT["classifiers"][-1].rsplit(" ", 1)[1]
+    below = f"3.{int(newest.split('.')[1]) + 1}"
+    assert (python, pip) == (f"python>={floor},<{below}", "pip")
+    assert section == {"pip": ["-e .[all]"]}
+    extras = PROJECT["optional-dependencies"]
+    named = re.search(r"\[(.*)\]", extras["all"][0]).group(1).split(",")
+    assert set(named) == set(extras) - {"all"}
+
+
+def test_dependencies_are_floors_and_the_constraints_pin_each_of_them():
+    extras = PROJECT["optional-dependencies"]
+    wanted = [*PROJECT["dependencies"], *extras["notebooks"], *extras["batch"], *extras["test"]]
+    wanted = [r for r in wanted if not r.startswith("engm[")]
+    assert all(re.fullmatch(r"[A-Za-z0-9-]+>=[0-9.]+", r) for r in wanted)
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    pins = dict(line.lower().split("==") for line in lines if line and line[0] != "#")
+    for requirement in wanted:
+        floor = requirement.split(">=")[1]
+        pinned = pins[name_of(requirement)]
+        assert tuple(map(int, pinned.split("."))) >= tuple(map(int, floor.split("."))), requirement
+
+
+def test_every_command_of_the_readme_exists():
+    targets = set(re.findall(r"^([a-z-]+):.*##", (ROOT / "Makefile").read_text(), re.M))
+    assert {"demo", "test", "help"} <= targets
+    for target in re.findall(r"make ([a-z-]+)", README):
+        assert target in targets, target
+    from engm.cli import main
+
+    for command in re.findall(r"^engm ([a-z]+)", README, re.M):
+        assert command in main.commands, command
+
+
+def test_links_within_the_repository_lead_somewhere():
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", README):
+        assert (ROOT / target).exists(), target
+    for path in notebooks.available():
+        for target in re.findall(r"\]\((?!https?:)([^)#\s\\]+)\)", path.read_text()):
+            assert (path.parent / target).exists(), (path.name, target)
+
+
+@pytest.mark.parametrize("path", notebooks.available(), ids=lambda path: path.stem)
+def test_notebooks_state_their_parameters_and_were_run(path):
+    import nbformat
+
+    assert notebooks.check(path, {}) == {}
+    cells = nbformat.read(path, as_version=4).cells
+    code = [cell for cell in cells if cell.cell_type == "code"]
+    assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
+    assert sum(cell.cell_type == "markdown" for cell in cells) >= len(code) - 3
+    assert path.stat().st_size < 600_000
+
+
+def test_the_table_of_the_readme_is_what_the_logs_give():
+    records, unfinished = collect(ROOT / "results" / "digits")
+    assert not unfinished
+    assert to_markdown(summarise(records)) in README
