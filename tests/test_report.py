@@ -217,7 +217,7 @@ def test_folds_widgets_and_streams(page):
     assert "a\nb <i>" in page.text
     assert page.text.index("Interactive in the notebook") < page.text.index("captured")
     assert "VBox" not in page.text
-    assert "0/3" not in page.text
+    assert page.text.count("Interactive in the notebook") == 1  # not for the progress bar
 
 
 @pytest.mark.parametrize(
@@ -291,7 +291,7 @@ def test_demo_goes_on_after_a_failure_and_reports_both(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("names", "parameters", "message"),
     [
-        (["11_goes_on"], {"11_goes_on": {"n": 0.5}}, "n = 0.5"),
+        (["10_stops", "11_goes_on"], {"11_goes_on": {"n": 0.5}}, "n = 0.5"),
         (["11_goes_on"], {"10_stops": {"n": 1}}, "'10_stops', which is not among"),
         (["11_goes_on", "11_goes_on"], None, "one name"),
         (["12_none"], None, "no notebook"),
