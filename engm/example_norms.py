@@ -1,11 +1,21 @@
-"""Example norms: how long is what each example contributes to the gradient of a batch?"""
+"""Example norms: how long is what each example contributes to the gradient of a batch?
 
-from collections.abc import Sequence
+`Watch` finds it exactly for all examples in one backward pass; `loop_norms` in one an example.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
 from engm.errors import InputError
+from engm.layer_shares import FORMULAS, Share, shares_of
+
+_NOTHING = "the losses do not depend on any of the parameters; is it the same model?"
+_WAY_OUT = "use norms='loop', which takes any model but one backward pass an example"
 
 
 def loop_norms(losses: Tensor, parameters: Sequence[Tensor]) -> Tensor:
@@ -40,3 +50,218 @@ def loop_norms(losses: Tensor, parameters: Sequence[Tensor]) -> Tensor:
         squares = [g.to(dtype).square().sum() for g in gradients if g is not None]
         norms.append(torch.stack(squares).sum().sqrt())
     return torch.stack(norms)
+
+
+class Watch:
+    """The shares of all examples in the gradient, from one forward and one backward pass.
+
+        with Watch(model) as watch:
+            losses = closure()               # [n]
+        watch.backward(losses)               # no gradient of a parameter is formed
+        norms = watch.norms()                # |g_i|
+        gradients = watch.weighted(weights)  # sum_i w_i g_i for each parameter
+
+    For each layer the input a of the forward pass and the gradient b of its output are a batch of
+    rows, and the gradient of the layer's parameters is a sum over the rows. g_i is row i's *share*
+    of it. Where layers treat examples apart (Linear, Conv2d, GroupNorm, LayerNorm, InstanceNorm,
+    BatchNorm in eval mode) that is the gradient of `losses[i]`. BatchNorm in train mode couples the
+    examples: b of row i then holds what all losses say about row i, so row i's share counts it as a
+    carrier of all losses, while `loop_norms` counts loss i as it reaches through all rows. Both add
+    up to the gradient of `losses.sum()`. Source: this kit; for the formulas see `layer_shares`.
+
+    The model may be called several times in the block, as in TRADES.
+
+    Args:
+        model: Its trainable layers are watched while the block runs.
+        measure: Whether `norms` will be asked for. Without, that work is spared, and what a layer
+            saw is kept instead of its shares.
+
+    Raises:
+        InputError: If a trainable parameter belongs to a layer that there is no formula for, or to
+            two layers.
+    """
+
+    def __init__(self, model: nn.Module, measure: bool = True) -> None:
+        self._layers = _trainable_layers(model)
+        self._measure = measure
+        self._hooks: list[Any] = []
+        self._inputs: dict[Node, Tensor] = {}
+        self._above: dict[Node, Node] = {}
+        self._edges: dict[nn.Module, list[GradientEdge]] = defaultdict(list)
+        self._modes: dict[nn.Module, set[bool]] = defaultdict(set)
+        self._shares: list[tuple[Tensor, Share]] = []
+        self._squares: list[Tensor] = []
+
+    def __enter__(self) -> "Watch":
+        """Begins to watch the layers."""
+        for layer in self._layers:
+            self._hooks.append(layer.register_forward_hook(self._record, with_kwargs=True))
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Ends to watch them."""
+        for hook in self._hooks:
+            hook.remove()
+
+    def backward(self, losses: Tensor, inputs: Tensor | None = None) -> Tensor | None:
+        """Runs the backward pass of `losses.sum()` and takes each layer's shares as it goes by.
+
+        Args:
+            losses: What the block computed, `[n]`.
+            inputs: What the gradient is wanted of, such as the images.
+
+        Returns:
+            The gradient of `inputs`, or `None` where there are none or the losses do not depend on
+            them.
+
+        Raises:
+            InputError: If a parameter was used outside of its layer, a layer saw another number of
+                rows than there are losses, or the losses depend on no parameter.
+        """
+        self._check(losses)
+        waiting = {layer: len(edges) for layer, edges in self._edges.items()}
+        seen: dict[nn.Module, list[tuple[Tensor, Tensor]]] = defaultdict(list)
+
+        def arrive(layer: nn.Module, edge: GradientEdge, b: Tensor | None) -> None:
+            a = self._inputs.pop(edge.node)
+            if b is not None:
+                seen[layer].append((a, b))
+            waiting[layer] -= 1
+            if not waiting[layer] and seen[layer]:
+                self._take(layer, seen.pop(layer))
+
+        calls = [(layer, edge) for layer, edges in self._edges.items() for edge in edges]
+        if not calls:
+            raise InputError(_NOTHING)
+        roots = [(layer, edge) for layer, edge in calls if self._is_root(edge)]
+        others = [(layer, edge) for layer, edge in calls if not self._is_root(edge)]
+        hooks = [
+            edge.node.register_prehook(
+                lambda gradients, layer=layer, edge=edge: arrive(
+                    layer, edge, gradients[edge.output_nr]
+                )
+            )
+            for layer, edge in others
+        ]
+        # As far as the first layers' outputs: no gradient of a weight lies on the way there.
+        ends: list[Any] = [edge for _, edge in roots] + ([] if inputs is None else [inputs])
+        try:
+            with torch.no_grad():
+                ones = torch.ones_like(losses)
+                found = torch.autograd.grad(losses, ends, ones, allow_unused=True)
+                for (layer, edge), b in zip(roots, found, strict=False):
+                    arrive(layer, edge, b)
+                for layer in [layer for layer in seen if seen[layer]]:
+                    self._take(layer, seen.pop(layer))  # some call of it had no part in the losses
+        finally:
+            # the hooks hold this object and it holds the graph: let go, or neither is ever freed
+            for hook in hooks:
+                hook.remove()
+            for kept in (self._inputs, self._above, self._edges):
+                kept.clear()
+        if not self._shares:
+            raise InputError(
+                "the losses do not depend on any of the parameters; is it the same model?"
+            )
+        return None if inputs is None else found[-1]
+
+    def norms(self) -> Tensor:
+        """Returns |g_i|, `[n]`, in float32, or float64 where the model's passes are."""
+        return torch.stack(self._squares).sum(0).sqrt()
+
+    def weighted(self, weights: Tensor, rows: Tensor | None = None) -> dict[Tensor, Tensor]:
+        """Returns sum_i w_i g_i for each parameter that had a part in the losses.
+
+        Args:
+            weights: w_i, `[n]`.
+            rows: Indices of the examples that count; all where left out.
+        """
+        return {parameter: share.weighted(weights, rows) for parameter, share in self._shares}
+
+    def _take(self, layer: nn.Module, calls: list[tuple[Tensor, Tensor]]) -> None:
+        for name, share in shares_of(layer, calls, self._measure).items():
+            self._shares.append((getattr(layer, name), share))
+            if self._measure:
+                self._squares.append(share.squares())
+
+    def _record(self, layer: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
+        if not output.requires_grad:
+            return
+        a = args[0] if args else kwargs["input"]
+        # the edge, not the tensor: it stays that of this layer if the output is changed in place
+        edge = get_gradient_edge(output)
+        self._inputs[edge.node] = a.detach()
+        self._edges[layer].append(edge)
+        self._modes[layer].add(layer.training)
+        if a.requires_grad:
+            self._above[edge.node] = get_gradient_edge(a).node
+
+    def _is_root(self, edge: GradientEdge) -> bool:
+        # whether no watched layer lies above this one
+        if edge.node not in self._above:
+            return True
+        return not any(
+            node in self._inputs for node in _graph(self._above[edge.node], self._inputs)
+        )
+
+    def _check(self, losses: Tensor) -> None:
+        for layer, edges in self._edges.items():
+            if self._modes[layer] != {layer.training}:
+                raise InputError(
+                    f"layer {self._layers[layer]!r} was put from train into eval mode, or back, "
+                    f"while the losses were computed; keep one mode, or {_WAY_OUT}"
+                )
+            for edge in edges:
+                rows = len(self._inputs[edge.node])
+                if rows != len(losses):
+                    raise InputError(
+                        f"layer {self._layers[layer]!r} saw {rows} rows for {len(losses)} losses; "
+                        f"give the model one row an example, in each call, or {_WAY_OUT}"
+                    )
+        uses: dict[Tensor, int] = defaultdict(int)
+        for node in _graph(losses.grad_fn):
+            for below, _ in node.next_functions:
+                if below is not None and hasattr(below, "variable"):
+                    uses[below.variable] += 1
+        for layer, name in self._layers.items():
+            for kind, parameter in layer.named_parameters(recurse=False):
+                if uses[parameter] > len(self._edges.get(layer, [])):
+                    raise InputError(
+                        f"{name}.{kind} was used, but not by calling its layer {name!r}; if the "
+                        f"model is compiled, give the uncompiled one; otherwise {_WAY_OUT}"
+                    )
+
+
+def _trainable_layers(model: nn.Module) -> dict[nn.Module, str]:
+    layers: dict[nn.Module, str] = {}
+    owners: dict[Tensor, str] = {}
+    for name, module in model.named_modules():
+        own = [(k, p) for k, p in module.named_parameters(recurse=False) if p.requires_grad]
+        if not own:
+            continue
+        if type(module) not in FORMULAS or not {k for k, _ in own} <= {"weight", "bias"}:
+            raise InputError(
+                f"there is no formula for {type(module).__name__} {name!r}; {_WAY_OUT}"
+            )
+        for _, parameter in own:
+            if parameter in owners:
+                raise InputError(
+                    f"{owners[parameter]!r} and {name!r} share a parameter; {_WAY_OUT}"
+                )
+            owners[parameter] = name
+        layers[module] = name
+    return layers
+
+
+def _graph(start: Node | None, stop: Any = ()) -> Iterator[Node]:
+    """Yields `start` and all nodes that it leads to, but not beyond those in `stop`."""
+    waiting, met = [start], {start}
+    while waiting:
+        node = waiting.pop()
+        if node is None:
+            continue
+        yield node
+        for below, _ in [] if node in stop else node.next_functions:
+            if below not in met:
+                met.add(below)
+                waiting.append(below)

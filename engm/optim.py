@@ -6,18 +6,17 @@ All take their step with the same call, whose closure returns one loss per examp
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from engm import processes
 from engm.config import RunConfig
 from engm.errors import InputError, NonFiniteLossError
-from engm.example_norms import loop_norms
-
-Closure = Callable[[], Tensor]
+from engm.measures import NO_STEP, Closure, ExactMeasure, InputMeasure, LoopMeasure, run_closure
 
 # The running mean of the example norms forgets over about 1 / (1 - 0.99) = 100 steps.
 _SCALE_DECAY = 0.99
@@ -27,7 +26,7 @@ class MSGD(torch.optim.SGD):
     """Momentum SGD, `v <- mu v + mean_i g_i + lambda theta`, `theta <- theta - eta v`.
 
     `torch.optim.SGD` whose closure returns one loss per example, with optional clipping of the
-    batch gradient.
+    batch gradient. Under `torch.distributed` the mean runs over the examples of all processes.
 
     Args:
         params: Parameters or parameter groups, as for `torch.optim.SGD`.
@@ -48,11 +47,12 @@ class MSGD(torch.optim.SGD):
         super().__init__(params, lr=lr, **sgd)
         self.max_norm = max_norm
 
-    def step(self, closure: Closure) -> Tensor:  # type: ignore[override]
+    def step(self, closure: Closure, inputs: Tensor | None = None) -> Tensor:  # type: ignore[override]
         """Takes a step along the mean gradient of the closure's losses.
 
         Args:
             closure: Runs the model and returns one loss per example, `[n]`.
+            inputs: Not used; here so that every optimizer takes the same call.
 
         Returns:
             The losses, `[n]`, detached.
@@ -61,10 +61,14 @@ class MSGD(torch.optim.SGD):
             InputError: If the closure returns something else than one loss per example.
             NonFiniteLossError: If a loss is inf or nan; the parameters are then as before.
         """
-        losses = _evaluate(closure)
+        losses = run_closure(closure)
+        bad = int((~losses.detach().isfinite()).sum())
+        if bad:
+            raise NonFiniteLossError(f"{bad} of {len(losses)} losses are inf or nan; {NO_STEP}")
         losses.mean().backward()
+        parameters = _parameters(self)
+        processes.average([p.grad for p in parameters if p.grad is not None], len(losses))
         if self.max_norm is not None:
-            parameters = [p for group in self.param_groups for p in group["params"]]
             nn.utils.clip_grad_norm_(parameters, self.max_norm)
         super().step()
         return losses.detach()
@@ -75,14 +79,16 @@ class ExampleWeights:
     """How a step of ENGM weighed its examples.
 
     Attributes:
-        norms: |g_i| before weighing, `[n]`.
+        norms: |g_i| before weighing, or their estimates, `[n]`.
         weights: w_i, `[n]`; the step followed the mean of the w_i g_i.
         scale: c, the longest that a w_i g_i may be.
+        excluded: How many examples had an inf or nan loss or gradient, and got weight 0.
     """
 
     norms: Tensor
     weights: Tensor
     scale: float
+    excluded: int
 
 
 class ENGM(torch.optim.SGD):
@@ -99,20 +105,28 @@ class ENGM(torch.optim.SGD):
         optimizer.zero_grad()
         optimizer.step(lambda: F.cross_entropy(model(x_adv), y, reduction="none"))
 
+    An example whose loss or gradient is inf or nan gets weight 0. Under `torch.distributed` each
+    process gives its own examples and the mean runs over all; the model is the bare one, not
+    wrapped for data parallelism.
+
     Args:
         model: The model whose trainable parameters are optimised.
         lr: Learning rate. With `scale="mean"` one that was tuned for MSGD carries over.
         momentum: Momentum.
         weight_decay: Weight decay.
-        scale: c, a number above 0, or "mean": the running mean, over steps, of the mean |g_i| of
-            the batch.
+        scale: c, a number above 0, or "mean": the running mean of |g_i| over the steps before (in
+            the first step, of the batch itself).
         floor: f in (0, 1]. Close to 0 every example is normalised to length c; 1 is per-example
             clipping, which leaves examples shorter than c as they are.
-        norms: How |g_i| is found. "loop": one backward pass an example, see `loop_norms`.
+        norms: How |g_i| is found. "exact": in the backward pass itself, see `Watch`. "input":
+            estimated from the gradients w.r.t. the inputs, see `InputEstimate`. "loop": one
+            backward pass an example, for models that "exact" has no formula for.
+        refresh_every: With "input", after how many steps the estimate is fitted anew.
         **sgd: `nesterov`, `dampening` and what else `torch.optim.SGD` takes.
 
     Attributes:
         last: The `ExampleWeights` of the last step, for plots; `None` before the first.
+        measure: What finds |g_i|; with "input" its `estimate.fits` tell how good the estimate is.
 
     Raises:
         InputError: If an argument is out of range, or the model has nothing to train.
@@ -126,70 +140,114 @@ class ENGM(torch.optim.SGD):
         weight_decay: float = 0.0,
         scale: float | Literal["mean"] = "mean",
         floor: float = 0.05,
-        norms: Literal["loop"] = "loop",
+        norms: Literal["exact", "input", "loop"] = "exact",
+        refresh_every: int = 20,
         **sgd: Any,
     ) -> None:
-        if not isinstance(model, nn.Module):
-            raise InputError(
-                f"ENGM takes the model, not {type(model).__name__}: write ENGM(model, lr=...)"
-            )
+        _check_model(model)
         if scale != "mean" and not (isinstance(scale, (int, float)) and 0 < scale < math.inf):
             raise InputError(f"scale must be a number above 0, or 'mean'; got {scale!r}")
         if not 0 < floor <= 1:
             raise InputError(f"floor must be in (0, 1], got {floor!r}")
-        if norms != "loop":
-            raise InputError(f"norms must be 'loop', got {norms!r}")
+        if norms not in ("exact", "input", "loop"):
+            raise InputError(f"norms must be 'exact', 'input' or 'loop', got {norms!r}")
         trainable = [p for p in model.parameters() if p.requires_grad]
-        if not trainable:
-            raise InputError("the model has no parameter that requires a gradient")
         super().__init__(trainable, lr=lr, momentum=momentum, weight_decay=weight_decay, **sgd)
         self.scale, self.floor = scale, floor
         self.last: ExampleWeights | None = None
+        self.measure: ExactMeasure | InputMeasure | LoopMeasure
+        if norms == "exact":
+            self.measure = ExactMeasure(model)
+        elif norms == "input":
+            self.measure = InputMeasure(model, refresh_every)
+        else:
+            self.measure = LoopMeasure(trainable)
         self._mean_norm = 0.0
+        self._pending: list[Tensor] = []
 
-    def step(self, closure: Closure) -> Tensor:  # type: ignore[override]
+    def step(  # type: ignore[override]
+        self, closure: Closure | None = None, inputs: Tensor | None = None
+    ) -> Tensor | None:
         """Takes a step along the mean of the weighted gradients of the closure's losses.
 
         Args:
-            closure: Runs the model and returns one loss per example, `[n]`.
+            closure: Runs the model and returns one loss per example, `[n]`. May be left out after
+                `accumulate`.
+            inputs: With `norms="input"` the images that the closure gives to the model.
 
         Returns:
-            The losses, `[n]`, detached.
+            The losses, `[n]`, detached; `None` without a closure.
 
         Raises:
             InputError: If the closure returns something else than one loss per example.
-            NonFiniteLossError: If a loss or its gradient is inf or nan; the parameters are then
-                as before.
+            NonFiniteLossError: If no example has a finite loss and gradient; the parameters are
+                then as before.
         """
-        losses = _evaluate(closure)
-        parameters = [p for group in self.param_groups for p in group["params"]]
-        norms = loop_norms(losses, parameters)
-        if not norms.isfinite().all():
-            raise NonFiniteLossError("the gradient of an example is inf or nan; no step was taken")
-        scale = self._next_scale(norms)
-        weights = example_weights(norms, scale, self.floor)
-        # mean_i w_i g_i is the gradient of mean_i w_i l_i, the weights held constant
-        (weights.to(losses.dtype) * losses).mean().backward()
+        losses = None
+        if closure is not None or not self._pending:
+            losses = self.accumulate(closure, inputs)
+        count = sum(len(norms) for norms in self._pending)
+        finite = torch.cat(self._pending)
+        finite = finite[finite.isfinite()]
+        gradients = [p.grad for p in _parameters(self) if p.grad is not None]
+        for gradient in gradients:
+            gradient.div_(count)
+        processes.average(gradients, count)
         super().step()
-        self.last = ExampleWeights(norms, weights, scale)
-        return losses.detach()
-
-    def state_dict(self) -> dict[str, Any]:
-        """Returns the state of `torch.optim.SGD` and the running mean of the example norms."""
-        return {**super().state_dict(), "mean_norm": self._mean_norm}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restores what `state_dict` returned; that of an MSGD starts the running mean anew."""
-        super().load_state_dict({k: v for k, v in state_dict.items() if k != "mean_norm"})
-        self._mean_norm = float(state_dict.get("mean_norm", 0.0))
-
-    def _next_scale(self, norms: Tensor) -> float:
-        if self.scale != "mean":
-            return float(self.scale)
-        mean = float(norms.mean())
+        mean = processes.mean(finite)
         decay = _SCALE_DECAY if self._mean_norm else 0.0
         self._mean_norm = decay * self._mean_norm + (1 - decay) * mean
-        return self._mean_norm
+        self._pending = []
+        return losses
+
+    def accumulate(self, closure: Closure | None, inputs: Tensor | None = None) -> Tensor:
+        """Adds sum_i w_i g_i of a part of a batch to the gradients, for a `step()` that follows.
+
+        A batch that does not fit into memory is given in parts; the step is the same as with the
+        whole, since c is fixed by the steps before (under "mean", in the very first step, by the
+        first part). BatchNorm in train mode sees the parts, not the whole.
+
+        Args:
+            closure: As for `step`, for the part.
+            inputs: As for `step`.
+
+        Returns:
+            The losses of the part, `[n]`, detached.
+        """
+        losses, norms, weighted = self.measure(closure, inputs)
+        good = norms.isfinite() & losses.isfinite()
+        if processes.mean(good.float()) == 0:
+            raise NonFiniteLossError(f"all losses or their gradients are inf or nan; {NO_STEP}")
+        scale = self._current_scale(norms[good])
+        weights = torch.where(good, example_weights(norms, scale, self.floor), 0.0)
+        excluded = len(losses) - int(good.sum())
+        gradients = weighted(weights, good.nonzero()[:, 0] if excluded else None)
+        for parameter, gradient in gradients.items():
+            before = parameter.grad
+            parameter.grad = gradient.to(parameter.dtype) + (0 if before is None else before)
+        self._pending.append(norms.masked_fill(~good, math.nan))
+        self.last = ExampleWeights(norms, weights, scale, excluded)
+        return losses
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns the state of `torch.optim.SGD`, the running mean and the estimate's line."""
+        own = {"mean_norm": self._mean_norm, "measure": self.measure.state()}
+        return {**super().state_dict(), "engm": own}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restores what `state_dict` returned; after that of an MSGD, ENGM's part starts anew."""
+        super().load_state_dict({k: v for k, v in state_dict.items() if k != "engm"})
+        own = state_dict.get("engm", {})
+        self._mean_norm = own.get("mean_norm", 0.0)
+        self.measure.load(own.get("measure", {}))
+
+    def _current_scale(self, norms: Tensor) -> float:
+        if self.scale != "mean":
+            return float(self.scale)
+        if self._mean_norm:
+            return self._mean_norm
+        # the first step: its first part speaks for all
+        return self.last.scale if self._pending and self.last else processes.mean(norms)
 
 
 def example_weights(norms: Tensor, scale: float, floor: float) -> Tensor:
@@ -210,31 +268,31 @@ def build(config: RunConfig, model: nn.Module) -> MSGD | ENGM:
     sgd: dict[str, Any] = dict(
         lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay
     )
-    if config.optimizer == "engm":
-        return ENGM(model, **sgd, scale=config.scale, floor=config.floor)
+    if config.optimizer in ("engm", "engm-input"):
+        norms: Any = "exact" if config.optimizer == "engm" else "input"
+        return ENGM(model, **sgd, scale=config.scale, floor=config.floor, norms=norms)
     max_norm = config.max_norm if config.optimizer == "msgd-clip" else None
     return MSGD((p for p in model.parameters() if p.requires_grad), **sgd, max_norm=max_norm)
 
 
-def _evaluate(closure: Closure) -> Tensor:
-    if not callable(closure):
+def _check_model(model: Any) -> None:
+    if not isinstance(model, nn.Module):
         raise InputError(
-            "step() takes a closure that runs the model and returns one loss per example: "
-            "optimizer.step(lambda: F.cross_entropy(model(x), y, reduction='none'))"
+            f"ENGM takes the model, not {type(model).__name__}: write ENGM(model, lr=...)"
         )
-    with torch.enable_grad():
-        losses = closure()
-    if not isinstance(losses, Tensor) or losses.dim() != 1 or not len(losses):
-        shape = list(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
+    if hasattr(model, "_orig_mod"):
         raise InputError(
-            f"the closure must return one loss per example, a tensor [n], not {shape}; "
-            "write reduction='none'"
+            "ENGM takes the model as it was before torch.compile; compile a copy of "
+            "the reference for the attack alone"
         )
-    if not losses.requires_grad:
+    if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
         raise InputError(
-            "the losses do not depend on a trainable parameter; was a no_grad() active?"
+            "ENGM takes the bare model, and averages over processes itself: give it "
+            "model.module, in the closure too"
         )
-    bad = cast(int, (~losses.detach().isfinite()).sum().item())
-    if bad:
-        raise NonFiniteLossError(f"{bad} of {len(losses)} losses are inf or nan; no step was taken")
-    return losses
+    if not any(p.requires_grad for p in model.parameters()):
+        raise InputError("the model has no parameter that requires a gradient")
+
+
+def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    return [p for group in optimizer.param_groups for p in group["params"]]

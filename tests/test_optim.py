@@ -85,8 +85,8 @@ def test_engm_takes_the_steps_of_the_equations(scale, floor, nesterov):
         rows = one_by_one(reference, x, y)
         norms = [float(norm_of(row)) for row in rows]
         mean = sum(norms) / len(norms)
-        running = mean if step == 0 else 0.99 * running + 0.01 * mean
-        c = running if scale == "mean" else scale
+        c = (running if step else mean) if scale == "mean" else scale
+        running = 0.99 * running + 0.01 * mean if step else mean
         weights = [c / max(norm, floor * c) for norm in norms]
         with torch.no_grad():
             for k, p in enumerate(reference.parameters()):
@@ -231,24 +231,52 @@ def test_all_gradients_zero_is_a_step_of_decay_alone():
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-@pytest.mark.parametrize("optimizer_of", [ENGM, lambda m, lr: MSGD(m.parameters(), lr)])
-def test_a_loss_that_is_not_finite_leaves_the_weights_alone(bad, optimizer_of):
+def test_a_loss_that_is_not_finite_leaves_the_weights_of_msgd_alone(bad):
     model, (x, y) = network(), batch()
     before = copy.deepcopy(model.state_dict())
     factor = torch.ones(len(x), dtype=x.dtype)
     factor[1] = bad
     with pytest.raises(NonFiniteLossError, match="1 of 6 losses are inf or nan; no step was taken"):
-        optimizer_of(model, 0.1).step(lambda: factor * losses_of(model, x, y))
+        MSGD(model.parameters(), 0.1).step(lambda: factor * losses_of(model, x, y))
     assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
 
 
-def test_a_gradient_that_is_not_finite_is_refused_too():
-    model = nn.Linear(1, 1, bias=False).double()
-    model.weight.data.zero_()
-    x = torch.tensor([[0.0], [1.0]], dtype=torch.float64)
-    with pytest.raises(NonFiniteLossError, match="gradient of an example"):
-        ENGM(model, 0.1).step(lambda: model(x).abs().sqrt()[:, 0])
-    assert model.weight.item() == 0
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("where", ["loss", "image"])
+def test_a_bad_example_gets_weight_zero_and_does_not_poison_the_others(bad, where):
+    others, (x, y) = network(), batch()
+    keep = torch.tensor([0, 2, 3, 4, 5])
+    engm = ENGM(others, 0.1, scale=1.0)
+    engm.step(lambda: losses_of(others, x[keep], y[keep]))
+
+    model = network()
+    factor = torch.ones(len(x), dtype=x.dtype)
+    seen = x.clone()
+    if where == "loss":
+        factor[1] = bad
+    else:
+        seen[1, 0, 3, 3] = bad
+    optimizer = ENGM(model, 0.1, scale=1.0)
+    optimizer.step(lambda: factor * losses_of(model, seen, y))
+    assert optimizer.last.excluded == 1
+    assert optimizer.last.weights[1] == 0
+    # the step is the mean over all six, the bad one counting as nothing
+    for p, q, start in zip(
+        model.parameters(), others.parameters(), network().parameters(), strict=True
+    ):
+        torch.testing.assert_close((p - start) * 6, (q - start) * 5, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("norms", ["exact", "input", "loop"])
+def test_all_examples_bad_is_refused_and_changes_nothing(norms):
+    model, (x, y) = network(), batch()
+    before = copy.deepcopy(model.state_dict())
+    optimizer = ENGM(model, 0.1, norms=norms)
+    with pytest.raises(NonFiniteLossError, match="all losses or their gradients are inf or nan"):
+        optimizer.step(lambda: float("nan") * losses_of(model, x, y), inputs=x)
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+    assert all(p.grad is None for p in model.parameters())
+    assert not optimizer.state
 
 
 @pytest.mark.parametrize(
@@ -257,7 +285,7 @@ def test_a_gradient_that_is_not_finite_is_refused_too():
         ({"scale": 0}, "scale must be a number above 0, or 'mean'; got 0"),
         ({"scale": "max"}, "scale must be a number above 0"),
         ({"floor": 0}, r"floor must be in \(0, 1\], got 0"),
-        ({"norms": "fast"}, "norms must be 'loop', got 'fast'"),
+        ({"norms": "fast"}, "norms must be 'exact', 'input' or 'loop', got 'fast'"),
     ],
 )
 def test_arguments_out_of_range(arguments, message):

@@ -1,0 +1,255 @@
+"""What each example contributes to the gradient of a layer's weight and bias.
+
+A layer saw the input a and passes on the output b = dL/d(output) of a whole batch. The gradient of
+its weight is a sum over rows, and row i of a and b gives example i's share of it. A share is kept
+in one of two forms, whichever is cheaper: itself, or as the a and b it is made of.
+
+    Linear     share_i = sum_p b_ip a_ip^T           p: positions, such as those in a sequence
+    Conv2d     the same with the patch of a that output position p sees
+    norms      share_i = sum_p b_ip x_ip             x: the normalised input
+
+Sources: Goodfellow 2015 (arXiv 1510.01799) for the norm of a linear layer's share; Li et al.
+(arXiv 2110.05679) and Bu et al. (arXiv 2205.10683, 2210.00038) for Gram matrices where the share is
+large; that convolutions are done without unfolding, and BatchNorm in train mode, is this kit's.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.nn.grad import conv2d_weight
+
+Calls = Sequence[tuple[Tensor, Tensor]]  # (a, b) of each call of a layer
+# A word of memory costs a CPU about as much as this many multiplications.
+_MEMORY_COST = 20
+
+
+class Share(Protocol):
+    """The shares of all examples in one parameter."""
+
+    def squares(self) -> Tensor:
+        """Returns the square of each share's length, `[n]`."""
+
+    def weighted(self, weights: Tensor, rows: Tensor | None) -> Tensor:
+        """Returns sum_i w_i share_i, over `rows` alone where given, in the parameter's shape."""
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Shares as they are, `[n, ...]`; `arrange` gives their sum the parameter's shape."""
+
+    shares: Tensor
+    arrange: Callable[[Tensor], Tensor] = lambda total: total
+
+    def squares(self) -> Tensor:
+        """As for `Share`."""
+        flat = self.shares.flatten(1)
+        return torch.linalg.vector_norm(flat, dim=1, dtype=_precise(flat.dtype)).square()
+
+    def weighted(self, weights: Tensor, rows: Tensor | None) -> Tensor:
+        """As for `Share`."""
+        shares = self.shares if rows is None else self.shares[rows]
+        weights = weights if rows is None else weights[rows]
+        return self.arrange((weights.to(shares.dtype) @ shares.flatten(1)).view(shares.shape[1:]))
+
+
+@dataclass(frozen=True)
+class Factors:
+    """Shares as the a and b they are made of.
+
+    Attributes:
+        calls: (a, b) of each call of the layer.
+        positions: Makes `[n, groups, positions, channels]` of an a and of a b.
+        product: The gradient of the weight from an a and a b.
+    """
+
+    calls: Calls
+    positions: tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]
+    product: Callable[[Tensor, Tensor], Tensor]
+
+    def squares(self) -> Tensor:
+        """As for `Share`."""
+        of_a, of_b = self.positions
+        a = torch.cat([of_a(a) for a, _ in self.calls], dim=2)
+        b = torch.cat([of_b(b) for _, b in self.calls], dim=2)
+        a, b = a.to(_precise(a.dtype)), b.to(_precise(b.dtype))
+        # |sum_p b_p a_p^T|^2 = sum_pq (a_p . a_q) (b_p . b_q)
+        grams = (a @ a.transpose(2, 3)) * (b @ b.transpose(2, 3))
+        return grams.sum((1, 2, 3)).clamp(min=0)
+
+    def weighted(self, weights: Tensor, rows: Tensor | None) -> Tensor:
+        """As for `Share`."""
+        total: Any = 0
+        for a, b in self.calls:
+            kept, w = (b, weights) if rows is None else (b[rows], weights[rows])
+            w = w.to(b.dtype).view(-1, *[1] * (b.dim() - 1))
+            total = total + self.product(a if rows is None else a[rows], kept * w)
+        return total
+
+
+def shares_of(module: nn.Module, calls: Calls, measure: bool) -> dict[str, Share]:
+    """Returns the shares of the examples in the trainable weight and bias of `module`.
+
+    Args:
+        module: A layer of one of the types in `FORMULAS`.
+        calls: Its input and the gradient of its output, for each time it was called.
+        measure: Whether the shares' lengths will be asked for.
+    """
+    weight_of, bias_dims = FORMULAS[type(module)]
+    found: dict[str, Share] = {}
+    if getattr(module, "weight", None) is not None and module.weight.requires_grad:
+        found["weight"] = weight_of(module, [(a.to(b.dtype), b) for a, b in calls], measure)
+    if getattr(module, "bias", None) is not None and module.bias.requires_grad:
+        found["bias"] = Stored(_total(_reduced(b, bias_dims(module, b)) for _, b in calls))
+    return found
+
+
+def _linear(module: Any, calls: Calls, measure: bool) -> Share:
+    calls = [(_rows(a), _rows(b)) for a, b in calls]  # [n, positions, channels]
+    positions = sum(b.shape[1] for _, b in calls)
+    if not measure or _gram_is_cheaper(positions, module.in_features, module.out_features):
+
+        def product(a: Tensor, b: Tensor) -> Tensor:
+            return b.flatten(0, 1).T @ a.flatten(0, 1)
+
+        return Factors(calls, (_one_group, _one_group), product)
+    return Stored(_total(b.transpose(1, 2) @ a for a, b in calls))
+
+
+def _rows(values: Tensor) -> Tensor:
+    return values.reshape(len(values), -1, values.shape[-1])
+
+
+def _one_group(values: Tensor) -> Tensor:
+    return values.unsqueeze(1)
+
+
+def _conv2d(module: Any, calls: Calls, measure: bool) -> Share:
+    mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+    around = module._reversed_padding_repeated_twice
+    calls = [(functional.pad(a, around, mode=mode) if any(around) else a, b) for a, b in calls]
+    groups, (height, width) = module.groups, module.kernel_size
+    outputs, inputs = module.out_channels // groups, module.in_channels // groups
+    spread: dict[str, Any] = dict(dilation=module.dilation, stride=module.stride)
+
+    def patches(a: Tensor) -> Tensor:
+        unfolded = functional.unfold(a, module.kernel_size, **spread)
+        return unfolded.view(len(a), groups, -1, unfolded.shape[2]).transpose(2, 3)
+
+    def pixels(b: Tensor) -> Tensor:
+        return b.reshape(len(b), groups, outputs, -1).transpose(2, 3)
+
+    def product(a: Tensor, b: Tensor) -> Tensor:
+        return conv2d_weight(a, module.weight.shape, b, **spread, groups=groups)
+
+    positions = sum(b.shape[2] * b.shape[3] for _, b in calls)
+    if not measure or _gram_is_cheaper(positions, inputs * height * width, outputs):
+        return Factors(calls, (patches, pixels), product)
+
+    def arrange(total: Tensor) -> Tensor:
+        # [groups, height * width, outputs, inputs] -> [groups * outputs, inputs, height, width]
+        return total.permute(0, 2, 3, 1).reshape(-1, inputs, height, width)
+
+    return Stored(_total(_conv2d_shares(module, a, b) for a, b in calls), arrange)
+
+
+def _conv2d_shares(module: Any, a: Tensor, b: Tensor) -> Tensor:
+    """Returns `[n, groups, kernel positions, outputs, inputs]`, without unfolding the padded a.
+
+    For each kernel position the patches' pixels are a shifted window of a. When b is laid out in
+    rows as long as those of a, zeros between, the window is a plain slice of a's memory, and the
+    share one matrix product. With a stride, a is first dealt out into one plane for each phase.
+    """
+    n, groups = len(a), module.groups
+    (kernel_rows, kernel_columns), (down, across) = module.kernel_size, module.stride
+    rows, columns = b.shape[2:]
+    height, width = -(-a.shape[2] // down), -(-a.shape[3] // across)  # of a plane
+    missing = (0, width * across - a.shape[3], 0, height * down - a.shape[2])
+    a = functional.pad(a, missing) if any(missing) else a
+    length = (rows - 1) * width + columns
+    b = functional.pad(b, (0, width - columns)) if width > columns else b
+    b = b.reshape(n * groups, b.shape[1] // groups, -1)[:, :, :length]
+    planes: dict[tuple[int, int], Tensor] = {}
+    inputs = a.shape[1] // groups
+    shares = b.new_empty(n * groups, kernel_rows * kernel_columns, b.shape[1], inputs)
+    for k in range(kernel_rows * kernel_columns):
+        y, x = k // kernel_columns * module.dilation[0], k % kernel_columns * module.dilation[1]
+        phase = (y % down, x % across)
+        if phase not in planes:
+            plane = a[:, :, phase[0] :: down, phase[1] :: across]
+            planes[phase] = plane.reshape(n * groups, inputs, -1)
+        first = y // down * width + x // across
+        window = planes[phase][:, :, first : first + length]
+        torch.bmm(b, window.transpose(1, 2), out=shares[:, k])
+    return shares.view(n, groups, *shares.shape[1:])
+
+
+def _gram_is_cheaper(positions: int, inputs: int, outputs: int) -> bool:
+    # the products of two Gram matrices, against writing a share and reading it twice
+    return positions**2 * (inputs + outputs) < _MEMORY_COST * inputs * outputs
+
+
+def _norm(module: Any, calls: Calls, measure: bool) -> Share:
+    def share(a: Tensor, b: Tensor) -> Tensor:
+        a, b = a.to(_precise(a.dtype)), b.to(_precise(b.dtype))
+        return _reduced(b * _normalised(module, a), FORMULAS[type(module)][1](module, b))
+
+    return Stored(_total(share(a, b) for a, b in calls))
+
+
+def _normalised(module: Any, a: Tensor) -> Tensor:
+    if isinstance(module, nn.LayerNorm):
+        return functional.layer_norm(a, module.normalized_shape, eps=module.eps)
+    if isinstance(module, nn.GroupNorm):
+        return functional.group_norm(a, module.num_groups, eps=module.eps)
+    now = module.training or module.running_mean is None
+    mean, variance = (None, None) if now else (module.running_mean, module.running_var)
+    if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d):
+        return functional.batch_norm(a, mean, variance, training=now, eps=module.eps)
+    return functional.instance_norm(a, mean, variance, use_input_stats=now, eps=module.eps)
+
+
+def _precise(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _total(parts: Any) -> Tensor:
+    first, *others = parts
+    return sum(others, first)
+
+
+def _reduced(values: Tensor, dims: Sequence[int]) -> Tensor:
+    return values.sum(tuple(dims)) if dims else values
+
+
+def _between(module: Any, b: Tensor) -> Sequence[int]:
+    return range(1, b.dim() - 1)
+
+
+def _beyond_channels(module: Any, b: Tensor) -> Sequence[int]:
+    return range(2, b.dim())
+
+
+def _leading(module: Any, b: Tensor) -> Sequence[int]:
+    return range(1, b.dim() - len(module.normalized_shape))
+
+
+# Exact types: a subclass may compute something else. For each the weight's share, and the
+# dimensions that the bias's share sums over.
+FORMULAS: dict[
+    type, tuple[Callable[[Any, Calls, bool], Share], Callable[[Any, Tensor], Sequence[int]]]
+] = {
+    nn.Linear: (_linear, _between),
+    nn.Conv2d: (_conv2d, _beyond_channels),
+    nn.BatchNorm1d: (_norm, _beyond_channels),
+    nn.BatchNorm2d: (_norm, _beyond_channels),
+    nn.BatchNorm3d: (_norm, _beyond_channels),
+    nn.GroupNorm: (_norm, _beyond_channels),
+    nn.InstanceNorm1d: (_norm, _beyond_channels),
+    nn.InstanceNorm2d: (_norm, _beyond_channels),
+    nn.InstanceNorm3d: (_norm, _beyond_channels),
+    nn.LayerNorm: (_norm, _leading),
+}
