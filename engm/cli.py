@@ -19,7 +19,8 @@ class _Command(click.Command):
         try:
             return super().parse_args(ctx, args)
         except click.NoSuchOption as error:
-            known = ", ".join(item.opts[0] for item in self.get_params(ctx))
+            options = [o for o in self.get_params(ctx) if isinstance(o, click.Option)]
+            known = ", ".join(option.opts[0] for option in options)
             message = f"no such option {error.option_name!r}; the options are {known}"
             raise click.UsageError(message, ctx) from None
 
@@ -40,8 +41,22 @@ class _Group(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
+        except BrokenPipeError:
+            raise  # the reader of a pipe has seen enough; click ends in silence
         except (InputError, NonFiniteLossError, OSError) as error:
             raise click.ClickException(str(error)) from None
+
+
+class _Path(click.Path):
+    """A path; an empty one is the trace of an empty variable, not the present folder."""
+
+    def __init__(self) -> None:
+        super().__init__(path_type=Path)
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> Any:
+        if value == "":
+            self.fail("the path is empty; '.' is the present folder", param, ctx)
+        return super().convert(value, param, ctx)
 
 
 class _Setting(click.ParamType):
@@ -88,9 +103,7 @@ def _settings(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 _device = click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, ...")
-_data_root = click.option(
-    "--data-root", type=click.Path(path_type=Path), help="where prepare.py put the datasets"
-)
+_data_root = click.option("--data-root", type=_Path(), help="where prepare.py put the datasets")
 
 
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
@@ -105,7 +118,7 @@ def main() -> None:
 
 @main.command()
 @_settings
-@click.option("--out", type=click.Path(path_type=Path), default=Path("runs"), show_default=True,
+@click.option("--out", type=_Path(), default=Path("runs"), show_default=True,
               help="folder of the run directories")  # fmt: skip
 @_device
 @_data_root
@@ -127,13 +140,18 @@ def train(
     from engm.training import fit
 
     click.echo("\n".join(f"{name:14} {value}" for name, value in config.to_dict().items()))
-    run = fit(config, out, device=device, data_root=data_root, save_adversarial=save_adversarial)
-    click.echo(f"\n{run.folder}\n")
+    where: dict[str, Any] = dict(device=device, data_root=data_root)
+    try:
+        run = fit(config, out, **where, save_adversarial=save_adversarial)
+    except KeyboardInterrupt:
+        click.echo("\nstopped; the same command goes on after the last whole epoch", err=True)
+        sys.exit(130)  # what shells report of Ctrl-C
+    click.echo(f"\n{click.format_filename(run.folder)}\n")
     click.echo(to_markdown(summarise([Record(run.folder, run.config, run.result)])))
 
 
 @main.command()
-@click.argument("run", type=click.Path(path_type=Path))
+@click.argument("run", type=_Path())
 @click.option("--checkpoint", type=click.Choice(["best", "last"]), help="default: both")
 @click.option("--num-steps", type=click.IntRange(min=1), help="PGD steps; default: the run's own")
 @_device
@@ -165,12 +183,12 @@ def evaluate(
             f"largest perturbation {result.largest_perturbation:.4f}"
         )
     write_json(run / "evaluation.json", found)
-    click.echo(f"written to {run / 'evaluation.json'}")
+    click.echo(f"written to {click.format_filename(run / 'evaluation.json')}")
 
 
 @main.command()
-@click.argument("runs", type=click.Path(path_type=Path), nargs=-1, required=True)
-@click.option("--out", type=click.Path(path_type=Path), help="also write the table to this file")
+@click.argument("runs", type=_Path(), nargs=-1, required=True)
+@click.option("--out", type=_Path(), help="also write the table to this file")
 def report(runs: tuple[Path, ...], out: Path | None) -> None:
     """Put the run directories at or below RUNS into one markdown table.
 
@@ -193,7 +211,7 @@ def report(runs: tuple[Path, ...], out: Path | None) -> None:
 @click.argument("notebook")
 @click.option("-p", "values", nargs=2, multiple=True, metavar="NAME VALUE",
               help="set a parameter of the notebook; may be repeated")  # fmt: skip
-@click.option("--out", type=click.Path(path_type=Path), default=Path("outputs"), show_default=True,
+@click.option("--out", type=_Path(), default=Path("outputs"), show_default=True,
               help="folder of the executed notebook and its result")  # fmt: skip
 @click.option("--timeout", type=click.FloatRange(min=0, min_open=True),
               help="seconds the notebook may take; default: no limit")  # fmt: skip
@@ -211,13 +229,13 @@ def run(
 
     path = notebooks.find(notebook)
     done = notebooks.run(path, notebooks.parse(path, dict(values)), output_dir=out, timeout=timeout)
-    click.echo(done.path)
+    click.echo(click.format_filename(done.path))
     if done.error is not None:
         raise click.ClickException(f"{notebook} failed in {done.error}")
 
 
 @main.command()
-@click.option("--out", type=click.Path(path_type=Path), default=Path("outputs"), show_default=True,
+@click.option("--out", type=_Path(), default=Path("outputs"), show_default=True,
               help="folder of the executed notebooks and the report")  # fmt: skip
 def demo(out: Path) -> None:
     """Run every notebook with its own defaults and build one report, OUT/index.html.

@@ -1,7 +1,7 @@
 """Clean and robust accuracy, recomputed from the adversarial examples themselves."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from engm.attacks import FGSM, PGD, eval_mode, fooled
 from engm.config import RunConfig
 from engm.data import Dataset, Split, batches
 from engm.errors import InputError
-from engm.run_directory import CHECKPOINTS, load_tensors, read_config, save_tensors
+from engm.run_directory import CHECKPOINTS, fits_config, load_tensors, read_config, save_tensors
 
 # float32 rounds x + perturbation: |x_adv - x| may exceed eps by some 1e-7
 _ROUNDING = 1e-5
@@ -51,10 +51,15 @@ def attack_of(config: RunConfig, *, num_steps: int | None = None) -> PGD:
     Args:
         config: The run.
         num_steps: PGD steps; `eval_steps` of the config where left out.
+
+    Raises:
+        InputError: If `num_steps` is not a whole number, 1 or more.
     """
     config = config.resolved()
+    if num_steps is not None:
+        config = replace(config, eval_steps=num_steps)
     assert config.eps
-    steps = num_steps or config.eval_steps
+    steps = config.eval_steps
     step_size = 2.5 * config.eps / steps
     return PGD(
         eps=config.eps, step_size=step_size, num_steps=steps, norm=config.norm, stop_early=True
@@ -144,18 +149,19 @@ def load_model(folder: Path, which: str, dataset: Dataset) -> nn.Module:
         dataset: The dataset of the run; it gives the number of classes and the shape of images.
 
     Raises:
-        InputError: If there is no such checkpoint, or it does not fit the run's config.
+        InputError: If there is no such checkpoint, it does not fit the run's config, or the dataset
+            is another one.
     """
     if which not in CHECKPOINTS:
         raise InputError(f"unknown checkpoint {which!r}; choose one of {', '.join(CHECKPOINTS)}")
-    model = build_model(read_config(folder), dataset)
+    config = read_config(folder)
+    if dataset.name != config.dataset:
+        raise InputError(f"{folder} is a run on {config.dataset}; it was given {dataset.name}")
+    model = build_model(config, dataset)
     path = folder / CHECKPOINTS[which]
     state = load_tensors(path)
-    try:
+    with fits_config(path):
         model.load_state_dict(state["model"])
-    except (KeyError, RuntimeError) as error:
-        reason = str(error).split("\n")[0]
-        raise InputError(f"{path} does not fit the config of its run: {reason}") from None
     return model.to(dataset.test.images.device).eval()
 
 
@@ -186,6 +192,8 @@ def evaluate_run(
 
 
 def _check(attack: PGD | FGSM, x: Tensor, x_adv: Tensor) -> float:
+    if x_adv.shape != x.shape:
+        raise InputError(f"{attack} returned shape {list(x_adv.shape)} for {list(x.shape)}")
     if not x_adv.isfinite().all() or x_adv.min() < 0 or x_adv.max() > 1:
         raise InputError(
             f"{attack} returned pixels outside [0, 1]; its accuracy would mean nothing"

@@ -6,6 +6,7 @@ shown in percent.
 
 import io
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -98,10 +99,10 @@ def lines(
         y_label: What the values are, with their unit.
     """
     figure, axes = plt.subplots(figsize=(6, 3.4))
-    for colour, (name, values) in zip(COLOURS, curves.items(), strict=False):
+    for colour, (name, values) in zip(cycle(COLOURS), curves.items(), strict=False):
         axes.plot(x, values, "o-", color=colour, label=name, markersize=4)
     if all(isinstance(value, int) for value in x):
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
     axes.set_xlabel(x_label)
     axes.set_ylabel(y_label)
     axes.grid(axis="y", alpha=0.3)
@@ -130,7 +131,7 @@ def learning_curves(runs: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]]) -
     figure, panels = plt.subplots(1, 2, figsize=(9, 3.4), sharex=True)
     for axes, kind in zip(panels, ("clean", "robust"), strict=True):
         key = f"validation_{kind}_accuracy"
-        for colour, (name, seeds) in zip(COLOURS, runs.items(), strict=False):
+        for colour, (name, seeds) in zip(cycle(COLOURS), runs.items(), strict=False):
             lines = [[100 * line[key] for line in metrics] for metrics in seeds]
             epochs = [line["epoch"] for line in seeds[0]]
             for line in lines if len(lines) > 1 else []:
@@ -219,6 +220,7 @@ def _percent_axis(axes: Axes, label: str) -> None:
     axes.set_ylim(0, 102)
     axes.set_ylabel(label)
     axes.grid(axis="y", alpha=0.3)
+    axes.set_axisbelow(True)
     _open(axes)
 
 

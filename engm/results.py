@@ -9,8 +9,7 @@ from typing import Any
 
 from engm.config import RunConfig
 from engm.errors import InputError
-from engm.files import read_json
-from engm.run_directory import CONFIG, RESULT, read_config
+from engm.run_directory import CONFIG, RESULT, read_config, read_result
 
 # columns that say what a run is, shown even where all runs agree
 _ALWAYS = ("dataset", "method", "optimizer")
@@ -63,7 +62,7 @@ def collect(root: Path) -> tuple[list[Record], list[Path]]:
     if not folders:
         raise InputError(f"there is no run in {root}; `engm train --out {root}` makes one")
     done = [folder for folder in folders if (folder / RESULT).exists()]
-    records = [Record(f, read_config(f), read_json(f / RESULT)) for f in done]
+    records = [Record(f, read_config(f), read_result(f)) for f in done]
     return records, [folder for folder in folders if folder not in done]
 
 
@@ -76,7 +75,18 @@ def summarise(records: Sequence[Record]) -> list[dict[str, Any]]:
     Returns:
         A row for each config: the settings in which the runs differ, and the `Quantity` of each
         accuracy. All other settings are the same in every row.
+
+    Raises:
+        InputError: If two records are the same run, which would count twice.
     """
+    seen: dict[Any, Path] = {}
+    for record in records:
+        key = (record.config, record.result["data"])
+        if key in seen:
+            raise InputError(
+                f"{seen[key]} and {record.folder} hold the same run; leave one of them out"
+            )
+        seen[key] = record.folder
     settings = [{**r.config.to_dict(), "dataset": r.result["data"]} for r in records]
     for setting in settings:
         del setting["seed"]

@@ -10,9 +10,12 @@ Each file is whole or absent; of `metrics.jsonl` each line is.
 """
 
 import json
-import pickle
+import os
 import platform
 import subprocess
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -34,10 +37,19 @@ def write_config(folder: Path, config: RunConfig, device: torch.device) -> None:
         InputError: If the folder holds a run of another config.
     """
     if (folder / CONFIG).exists():
-        if read_config(folder) != config:
-            raise InputError(f"{folder} holds a run of another config; choose another folder")
-        return
-    write_json(folder / CONFIG, {**config.to_dict(), "environment": environment(device)})
+        check_config(folder, config)
+    else:
+        write_json(folder / CONFIG, {**config.to_dict(), "environment": environment(device)})
+
+
+def check_config(folder: Path, config: RunConfig) -> None:
+    """Refuses a folder that does not hold a run of `config`.
+
+    Raises:
+        InputError: If it holds a run of another config, or none.
+    """
+    if read_config(folder) != config:
+        raise InputError(f"{folder} holds a run of another config; choose another folder")
 
 
 def read_config(folder: Path) -> RunConfig:
@@ -51,13 +63,39 @@ def read_config(folder: Path) -> RunConfig:
     values = read_json(folder / CONFIG)
     if not isinstance(values, dict):
         raise InputError(f"{folder / CONFIG} must hold an object, not {type(values).__name__}")
-    return RunConfig.from_dict({k: v for k, v in values.items() if k != "environment"})
+    try:
+        return RunConfig.from_dict({k: v for k, v in values.items() if k != "environment"})
+    except InputError as error:
+        raise InputError(f"{folder / CONFIG} is not of this version of the kit: {error}") from None
+
+
+def read_result(folder: Path) -> dict[str, Any]:
+    """Reads the result of the finished run in `folder`.
+
+    Raises:
+        InputError: If there is none, or it does not hold what a finished run writes.
+    """
+    result = read_json(folder / RESULT)
+    try:
+        numbers = [result[w][f"{k}_accuracy"] for w in CHECKPOINTS for k in ("clean", "robust")]
+        numbers.append(result["robust_overfitting_gap"])
+        whole = isinstance(result["data"], str) and all(isinstance(n, int | float) for n in numbers)
+    except (KeyError, TypeError, IndexError):
+        whole = False
+    if not whole:
+        raise InputError(
+            f"{folder / RESULT} is not the result of a run; delete it, and `engm train` with the "
+            "settings of the run makes it again"
+        )
+    return result
 
 
 def append_metrics(folder: Path, line: dict[str, Any]) -> None:
     """Adds the metrics of an epoch to `metrics.jsonl`."""
     with open(folder / METRICS, "a", encoding="utf-8") as file:
         file.write(json.dumps(line, allow_nan=False) + "\n")
+        file.flush()
+        os.fsync(file.fileno())  # on the disk before the checkpoint that counts the epoch
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
@@ -78,32 +116,71 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
 
 
 def keep_metrics(folder: Path, epochs: int) -> None:
-    """Cuts `metrics.jsonl` back to its first `epochs` lines, for a run that goes on from there."""
+    """Cuts `metrics.jsonl` back to its first `epochs` lines, for a run that goes on from there.
+
+    Raises:
+        InputError: If it has fewer.
+    """
     lines = read_metrics(folder)[:epochs]
+    if len(lines) < epochs:
+        raise InputError(
+            f"{folder / METRICS} has {len(lines)} of {epochs} epochs; delete {folder} and run again"
+        )
     write_text(folder / METRICS, "".join(json.dumps(line) + "\n" for line in lines))
 
 
 def save_tensors(path: Path, state: dict[str, Any]) -> None:
-    """Writes tensors and plain values to `path`, atomically."""
+    """Writes tensors and plain values to `path`, atomically.
+
+    Raises:
+        OSError: If they cannot be written; the file at `path`, if any, is as before.
+    """
     with atomic_path(path) as temporary:
-        torch.save(state, temporary)
+        try:
+            torch.save(state, temporary)
+        except RuntimeError as error:
+            raise OSError(f"could not write {path}; is the disk full?") from error
 
 
 def load_tensors(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
     """Reads what `save_tensors` wrote; no code from the file is run.
 
     Raises:
-        InputError: If the file is missing, cut off, or holds more than tensors and plain values.
+        InputError: If the file is missing, damaged, or holds more than tensors and plain values.
     """
     try:
-        return torch.load(path, map_location=device, weights_only=True)
+        # torch.load does not compare checksums: a flipped bit would be another weight
+        with zipfile.ZipFile(path) as archive:
+            if archive.testzip() is not None:
+                raise zipfile.BadZipFile("a checksum is wrong")
+        state = torch.load(path, map_location=device, weights_only=True)
     except FileNotFoundError:
-        raise InputError(f"there is no file {path}") from None
-    except (pickle.UnpicklingError, OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
-        reason = str(error).split("\n")[0][:200]
+        raise InputError(f"there is no file {path}; `engm train` makes it") from None
+    except PermissionError:
+        raise
+    except Exception as error:  # what a parser says of bytes that are not its own
+        reason = str(error).split("\n")[0].split(". ")[0][:200]
         raise InputError(
-            f"{path} is not a file of this kit, or is damaged ({reason}); delete it and run again"
+            f"{path} is not a file of this kit, or is damaged ({reason}); delete {path.parent} and "
+            "run again"
         ) from None
+    if not isinstance(state, dict):
+        raise InputError(f"{path} must hold a dictionary, not a {type(state).__name__}")
+    return state
+
+
+@contextmanager
+def fits_config(path: Path) -> Iterator[None]:
+    """Runs a block that takes the contents of the checkpoint `path` apart.
+
+    Raises:
+        InputError: Instead of what the block raises where an entry is missing or of another shape.
+    """
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        reason = str(error).split("\n")[0]
+        raise InputError(f"{path} does not fit the config of its run: {reason}") from None
 
 
 def environment(device: torch.device) -> dict[str, Any]:
@@ -128,6 +205,7 @@ def _commit() -> str | None:
     if not (checkout / ".git").exists():
         return None
     command = ["git", "-C", str(checkout), "describe", "--always", "--dirty", "--abbrev=40"]
+    command.append("--exclude=*")  # the commit itself, not the nearest tag
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):

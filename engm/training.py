@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -16,15 +16,18 @@ from engm import data, methods, optim
 from engm.config import RunConfig
 from engm.errors import InputError, NonFiniteLossError
 from engm.evaluation import attack_of, build_model, evaluate, evaluate_run
-from engm.files import read_json, write_json
+from engm.files import write_json
 from engm.run_directory import (
     CHECKPOINTS,
     RESULT,
     append_metrics,
+    check_config,
     environment,
+    fits_config,
     keep_metrics,
     load_tensors,
     read_metrics,
+    read_result,
     save_tensors,
     write_config,
 )
@@ -100,7 +103,7 @@ def train_one_epoch(
                 return method.losses(model, x, x_adv, y)
 
         try:
-            losses.append(optimizer.step(closure))
+            losses.append(cast(Tensor, optimizer.step(closure, inputs=x_adv)))
         except NonFiniteLossError as error:
             raise NonFiniteLossError(f"step {step}: {error}") from None
         if isinstance(optimizer, optim.ENGM) and optimizer.last:
@@ -148,15 +151,16 @@ def fit(
     config = config.resolved()
     folder = Path(out) / config.name
     target = pick_device(device)
-    write_config(folder, config, target)
     for leftover in folder.glob(".*.tmp"):
         leftover.unlink()  # a kill in the middle of a write leaves its temporary file
     if (folder / RESULT).exists():
-        return RunResult(folder, config, read_metrics(folder), read_json(folder / RESULT))
+        check_config(folder, config)
+        return RunResult(folder, config, read_metrics(folder), read_result(folder))
     dataset = data.load(config.dataset, root=data_root, subset=config.subset).to(target)
     cuda = [target] if target.type == "cuda" else []
     with torch.random.fork_rng(devices=cuda):
         run = _Run(config, dataset, target, folder)
+        write_config(folder, config, target)  # what cannot start leaves no folder
         run.resume()
         epochs = range(run.epoch, config.epochs)
         for _ in tqdm(epochs, config.name, config.epochs, initial=run.epoch, disable=not progress):
@@ -191,10 +195,11 @@ class _Run:
         path = self.folder / CHECKPOINTS["last"]
         if path.exists():
             state = load_tensors(path, self.device)
-            self.model.load_state_dict(state["model"])
-            self.optimizer.load_state_dict(state["optimizer"])
-            self.scheduler.load_state_dict(state["scheduler"])
-            self.epoch, self.best = state["epoch"], state["best"]
+            with fits_config(path):
+                self.model.load_state_dict(state["model"])
+                self.optimizer.load_state_dict(state["optimizer"])
+                self.scheduler.load_state_dict(state["scheduler"])
+                self.epoch, self.best = state["epoch"], state["best"]
         # an epoch that was counted but not kept is run again
         keep_metrics(self.folder, self.epoch)
 
@@ -284,8 +289,8 @@ def pick_device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
+        torch.empty(0, device=device).cpu()  # "meta" has no numbers to copy
+    except (RuntimeError, AssertionError, TypeError) as error:
         reason = str(error).split("\n")[0]
         raise InputError(f"cannot use device {name!r}: {reason}; use 'cpu' or 'auto'") from None
     return device
@@ -308,6 +313,7 @@ def build_scheduler(
         case "cosine":
             return lr_scheduler.CosineAnnealingLR(optimizer, steps)
         case "one-cycle":
+            steps = max(steps, 2)  # a single step would be taken at a rate of 0
             return lr_scheduler.OneCycleLR(
                 optimizer, config.lr, total_steps=steps, div_factor=10, cycle_momentum=False
             )

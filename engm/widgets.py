@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from engm import plots
 from engm.attacks import eval_mode
+from engm.errors import InputError
 
 
 class EpsExplorer(ipywidgets.VBox):
@@ -28,6 +29,9 @@ class EpsExplorer(ipywidgets.VBox):
         image: The slider over the images.
         picture: The figure, as a PNG.
         predicted: The class that the model sees at the moment.
+
+    Raises:
+        InputError: If there is no image, not one label for each, or no eps to slide to.
     """
 
     def __init__(
@@ -39,6 +43,11 @@ class EpsExplorer(ipywidgets.VBox):
         attack_of: Callable[[float], Any],
         largest_eps: float,
     ) -> None:
+        if not (len(x) == len(y) > 0 and largest_eps > 0):
+            raise InputError(
+                f"the explorer needs images, a label for each and an eps above 0; got {len(x)} "
+                f"images, {len(y)} labels and largest_eps={largest_eps!r}"
+            )
         self._model, self._x, self._y = model, x, y
         self._class_names, self._attack_of = class_names, attack_of
         self.eps = ipywidgets.FloatSlider(

@@ -1,7 +1,10 @@
+import hashlib
+import json
 import subprocess
 import sys
 from typing import get_args
 
+import numpy as np
 import pytest
 
 from engm import config as settings
@@ -24,6 +27,13 @@ from engm.errors import InputError
         ({"scale": "median"}, "scale must be one of mean or a finite number, got 'median'"),
         ({"eps": 8}, "eps must be at most 1 .*write 8/255"),
         ({"floor": 1.1}, "floor must be at most 1"),
+        ({"lr": float("inf")}, "lr must be a finite number, got inf"),
+        ({"lr": 10**400}, "lr must be a finite number, got 1000"),
+        ({"seed": -1}, "seed must be at least 0"),
+        ({"seed": 2**32}, "seed must be at most 4294967295, got 4294967296"),
+        ({"batch_size": 0}, "batch_size must be at least 1"),
+        ({"dataset": np.array(["digits", "cifar10"])}, "dataset must be one of"),
+        ({"lr": None}, "lr must be a finite number, got None"),
     ],
 )
 def test_a_wrong_value_is_refused_with_the_name_and_what_is_wanted(values, message):
@@ -34,6 +44,12 @@ def test_a_wrong_value_is_refused_with_the_name_and_what_is_wanted(values, messa
 def test_an_unknown_setting_names_the_nearest_and_all():
     with pytest.raises(InputError, match=r"unknown setting epoch \(did you mean epochs\?\).*lr"):
         RunConfig.from_dict({"epoch": 3})
+    with pytest.raises(InputError, match="unknown setting 3"):
+        RunConfig.from_dict({3: 3})
+
+
+def test_the_ends_of_the_ranges_are_in_them():
+    RunConfig(eps=1, floor=1, momentum=0, weight_decay=0, seed=2**32 - 1, batch_size=1, epochs=1)
 
 
 def test_resolved_fills_in_what_suits_the_dataset_and_keeps_what_was_said():
@@ -55,7 +71,29 @@ def test_resolved_fills_in_what_suits_the_dataset_and_keeps_what_was_said():
         }.items()
     )
     assert said.resolved().resolved() == said.resolved()
-    assert RunConfig(norm="l2").resolved().eps == 0.5
+    zero = RunConfig(momentum=0, weight_decay=0, compile=False, scale=2).resolved()
+    assert (zero.momentum, zero.weight_decay, zero.scale) == (0, 0, 2)
+
+
+# the measured results stand on these: whoever changes one has to measure again
+@pytest.mark.parametrize(
+    ("dataset", "expected", "l2_eps"),
+    [
+        ("digits", ("small_cnn", 32, "none", 0.15, 5, 50), 0.5),
+        ("fashion-mnist", ("small_cnn", 32, "none", 0.1, 7, 128), 1.5),
+        ("cifar10", ("preact_resnet18", 64, "batch", 8 / 255, 10, 128), 128 / 255),
+        ("cifar100", ("preact_resnet18", 64, "batch", 8 / 255, 10, 128), 128 / 255),
+        ("tiny-imagenet", ("preact_resnet18", 64, "batch", 8 / 255, 10, 128), 128 / 255),
+    ],
+)
+def test_the_defaults_of_a_dataset(dataset, expected, l2_eps):
+    names = ("model", "width", "model_norm", "eps", "num_steps", "batch_size")
+    found = RunConfig(dataset=dataset).resolved()
+    assert tuple(getattr(found, name) for name in names) == expected
+    assert found.step_size == pytest.approx(2.5 * expected[3] / expected[4])
+    assert RunConfig(dataset=dataset, norm="l2").resolved().eps == l2_eps
+    wide = RunConfig(dataset=dataset, model="wide_resnet34_10").resolved()
+    assert (wide.width, wide.model_norm) == (160, "batch")
 
 
 def test_the_name_follows_every_setting_and_only_the_settings():
@@ -63,6 +101,9 @@ def test_the_name_follows_every_setting_and_only_the_settings():
     assert len(names) == 4
     assert RunConfig(lr=1).name == RunConfig(lr=1.0).name
     assert RunConfig().name == RunConfig().resolved().name
+    values = json.dumps(dict(sorted(RunConfig(seed=3).resolved().to_dict().items())))
+    digest = hashlib.sha256(values.encode()).hexdigest()
+    assert RunConfig(seed=3).name == f"digits-pgd_at-msgd-seed3-{digest[:8]}"
 
 
 def test_a_config_survives_its_dictionary():
@@ -72,7 +113,7 @@ def test_a_config_survives_its_dictionary():
 
 def test_fractions_are_numbers():
     assert parse_number("8/255") == 8 / 255
-    for wrong in ("8/0", "eight", "1/2/3"):
+    for wrong in ("8/0", "eight", "1/2/3", f"{10**400}/1"):
         with pytest.raises(InputError, match="is not a number"):
             parse_number(wrong)
 

@@ -4,10 +4,12 @@ import pytest
 import torch
 from torch import nn
 
+from engm import evaluation, models
 from engm.attacks import PGD
-from engm.data import Split
+from engm.config import RunConfig
+from engm.data import Split, load
 from engm.errors import InputError
-from engm.evaluation import evaluate
+from engm.evaluation import attack_of, build_model, evaluate
 from engm.run_directory import load_tensors
 
 EPS = 0.1
@@ -72,8 +74,8 @@ class Cheat:
     """An attack that returns x plus a constant."""
 
     shift: float
-    eps: float = EPS
     norm: str = "linf"
+    eps: float = EPS
 
     def __call__(self, model, x, y, generator=None):
         return x + self.shift
@@ -81,13 +83,72 @@ class Cheat:
 
 @pytest.mark.parametrize(
     ("shift", "message"),
-    [(0.11, "left its budget"), (0.9, "outside"), (float("nan"), "outside")],
+    [
+        (0.11, "left its budget: a perturbation is 0.11"),
+        (0.9, "outside"),
+        (-0.9, "outside"),
+        (float("nan"), "outside"),
+        (torch.zeros(3, 1, 1, 1, 1), "returned shape"),
+    ],
 )
 def test_an_attack_that_breaks_the_rules_is_not_believed(shift, message):
     model, split = linear_problem()
     with pytest.raises(InputError, match=message):
         evaluate(model, split, Cheat(shift))
     assert evaluate(model, split, Cheat(0.09)).largest_perturbation == pytest.approx(0.09)
+
+
+def test_the_budget_of_l2_is_the_length_of_the_whole_perturbation():
+    model, split = linear_problem()
+    # 16 pixels, each moved by s: a length of 4 s
+    found = evaluate(model, split, Cheat(0.024, norm="l2"))
+    assert found.largest_perturbation == pytest.approx(0.096, abs=1e-6)
+    with pytest.raises(InputError, match="left its budget: a perturbation is 0.1040"):
+        evaluate(model, split, Cheat(0.026, norm="l2"))
+
+
+def test_what_counts_is_what_the_file_holds(tmp_path, monkeypatch):
+    model, split = linear_problem()
+    clean = split.images / 255
+    written = evaluation.save_tensors
+    monkeypatch.setattr(evaluation, "save_tensors", lambda path, _: written(path, {"x_adv": clean}))
+    found = evaluate(model, split, ATTACK, save_to=tmp_path / "x.pt")
+    assert found.robust_accuracy == found.clean_accuracy
+    assert found.largest_perturbation == 0
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_a_run_is_evaluated_with_the_attack_of_its_config(norm):
+    config = RunConfig(eps=0.2, norm=norm, num_steps=3, step_size=0.01, eval_steps=10)
+    expected = PGD(eps=0.2, step_size=0.05, num_steps=10, norm=norm, stop_early=True)
+    assert attack_of(config) == expected
+    assert attack_of(config, num_steps=5) == replace(expected, num_steps=5, step_size=0.1)
+    for wrong in (0, -1, "5", 2.5):
+        with pytest.raises(InputError, match=f"eval_steps must be .*, got {wrong!r}"):
+            attack_of(config, num_steps=wrong)
+
+
+def test_the_model_of_a_run_has_the_settings_of_its_config_and_the_pixels_of_its_data():
+    dataset = load("digits", subset=20)
+    config = RunConfig(width=6, model_norm="group", model="preact_resnet18")
+    found = build_model(config, dataset)
+    expected = models.build(
+        "preact_resnet18",
+        num_classes=10,
+        width=6,
+        norm="group",
+        in_channels=1,
+        mean=dataset.mean,
+        std=dataset.std,
+    )
+    assert str(found) == str(expected)
+    expected.load_state_dict(found.state_dict())
+    assert found(torch.ones(1, 1, 8, 8)).shape == (1, 10)
+    pixels = {name: b.flatten().tolist() for name, b in found.named_buffers() if "pixels" in name}
+    assert pixels == {
+        "pixels.mean": pytest.approx(dataset.mean),
+        "pixels.std": pytest.approx(dataset.std),
+    }
 
 
 def test_nothing_to_evaluate_is_refused():

@@ -51,6 +51,13 @@ def test_runs_that_differ_in_anything_else_are_never_averaged(tmp_path):
     assert {"eval_steps", "epochs", "eps"} <= set(rows[0])
 
 
+def test_one_run_never_counts_twice(tmp_path):
+    for name in ("first", "copy"):
+        write_run(tmp_path / name, 0.5)
+    with pytest.raises(InputError, match="copy.* and .*first.* hold the same run"):
+        summarise(collect(tmp_path)[0])
+
+
 def test_unfinished_runs_are_left_out_and_named(tmp_path):
     write_run(tmp_path, 0.5)
     cut_off = write_run(tmp_path, None, seed=1)

@@ -12,7 +12,7 @@ import torch
 from engm import data, training
 from engm.config import RunConfig
 from engm.errors import InputError, NonFiniteLossError
-from engm.evaluation import attack_of, evaluate_run
+from engm.evaluation import evaluate_run
 from engm.run_directory import load_tensors, read_metrics
 from engm.training import build_scheduler, fit, pick_device
 
@@ -201,10 +201,12 @@ def test_one_cycle_rises_to_the_lr_and_falls_to_about_nothing():
     assert found[-1] < 0.001
 
 
-def test_a_single_step_is_taken_at_the_full_rate():
+@pytest.mark.parametrize("schedule", ["constant", "piecewise", "cosine", "one-cycle"])
+def test_a_single_step_is_taken_at_about_the_full_rate(schedule):
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.4)
-    build_scheduler(RunConfig(lr=0.4, epochs=1), optimizer, steps_per_epoch=1)
-    assert optimizer.param_groups[0]["lr"] == 0.4
+    build_scheduler(RunConfig(lr=0.4, epochs=1, schedule=schedule), optimizer, steps_per_epoch=1)
+    assert 0.3 < optimizer.param_groups[0]["lr"] <= 0.4
+    assert schedule == "one-cycle" or optimizer.param_groups[0]["lr"] == 0.4
 
 
 def test_the_options_for_gpus_run_on_the_cpu_too(finished, tmp_path, monkeypatch):
@@ -234,17 +236,11 @@ def test_engm_and_both_baselines_learn_the_digits(tmp_path):
         assert ("example_norm" in run.metrics[0]) is (optimizer == "engm")
 
 
-def test_validation_uses_the_attack_of_training_and_the_test_that_of_the_config():
-    config = replace(TINY, eval_steps=9).resolved()
-    assert attack_of(config).num_steps == 9
-    assert attack_of(config, num_steps=2).num_steps == 2
-    assert attack_of(config).eps == config.eps
-
-
 def test_a_device_that_is_not_there_is_refused():
     assert pick_device("cpu").type == "cpu"
-    with pytest.raises(InputError, match="cannot use device 'gpu'.*use 'cpu' or 'auto'"):
-        pick_device("gpu")
+    for wrong in ("gpu", "meta", "cuda:99", None):
+        with pytest.raises(InputError, match=f"cannot use device {wrong!r}.*use 'cpu' or 'auto'"):
+            pick_device(wrong)
 
 
 def test_a_folder_of_another_run_is_refused(finished, tmp_path):
