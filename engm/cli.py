@@ -1,8 +1,9 @@
 """The command `engm`. Torch is imported when a command needs it, so `--help` answers at once."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -85,9 +86,9 @@ class _Setting(click.ParamType):
         return f"[{self.name}]" if len(self.names) > 0 else self.name.upper()
 
 
-def _settings(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Gives a command one option for each field of `RunConfig`."""
-    for item in reversed(fields(RunConfig)):
+def _settings(command: Callable[..., Any], names: Collection[str] = TYPES) -> Callable[..., Any]:
+    """Gives a command one option for each field of `RunConfig`, or for those in `names`."""
+    for item in reversed([item for item in fields(RunConfig) if item.name in names]):
         flag = f"--{item.name.replace('_', '-')}"
         is_flag = TYPES[item.name] is bool
         option = click.option(
@@ -102,6 +103,10 @@ def _settings(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
+_BENCH = (
+    *("model", "width", "model_norm", "batch_size", "num_steps", "precision", "channels_last"),
+    "seed",
+)
 _device = click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, ...")
 _data_root = click.option("--data-root", type=_Path(), help="where prepare.py put the datasets")
 
@@ -170,7 +175,7 @@ def evaluate(
     from engm.training import pick_device
 
     config = read_config(run)
-    dataset = data.load(config.dataset, root=data_root, subset=config.subset)
+    dataset = data.load(config.dataset, root=data_root)
     dataset = dataset.to(pick_device(device))
     found = {}
     for which in [checkpoint] if checkpoint else ["best", "last"]:
@@ -205,6 +210,39 @@ def report(runs: tuple[Path, ...], out: Path | None) -> None:
         click.echo(f"left out, not finished: {', '.join(map(str, unfinished))}", err=True)
     if out is not None:
         write_text(out, table)
+
+
+@main.command()
+@partial(_settings, names=_BENCH)
+@click.option("--image-size", type=click.IntRange(min=1), default=32, show_default=True,
+              help="height and width of the images")  # fmt: skip
+@click.option("--repeats", type=click.IntRange(min=1), default=15, show_default=True,
+              help="rounds; each measures every method once")  # fmt: skip
+@click.option("--methods", metavar="NAME,NAME,...",
+              help="what to measure; default: all, an unknown name lists them")  # fmt: skip
+@click.option("--out", type=_Path(), default=Path("outputs/bench"), show_default=True,
+              help="folder of bench.json and bench.png")  # fmt: skip
+@_device
+def bench(
+    image_size: int, repeats: int, methods: str | None, out: Path, device: str, **settings: Any
+) -> None:
+    """Measure time and peak memory of a step of ENGM, as ratios to MSGD.
+
+    In the same rounds it measures other libraries' ways to the same step, where they are installed:
+    pip install 'engm[peers]'.
+
+    \b
+    engm bench --model preact_resnet18 --model-norm group --width 32 --batch-size 16
+    """
+    config = RunConfig(**{"dataset": "cifar10"} | settings)
+    from engm import bench as measurement
+
+    names = methods.split(",") if methods is not None else measurement.METHODS
+    what: dict[str, Any] = dict(image_size=image_size, repeats=repeats, device=device)
+    result = measurement.run(config, names=names, **what)
+    measurement.write(result, out)
+    click.echo(measurement.table(result))
+    click.echo(f"written to {click.format_filename(out)}")
 
 
 @main.command()

@@ -220,7 +220,18 @@ def publish(result: dict[str, Any]) -> None:
             '0.1}, and a "verdict", if it has one, that is text'
         )
     lines = [", ".join(f"{key}: {value}" for key, value in row.items()) for row in rows]
-    display({RESULT_TYPE: result, "text/plain": "\n".join([*lines, verdict])}, raw=True)
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    table = [columns, ["---"] * len(columns)]
+    table += [[str(row.get(name, "")) for name in columns] for row in rows]
+    text = [" | ".join(cells) for cells in table] if columns else []
+    shown = {
+        RESULT_TYPE: result,
+        "text/markdown": "\n".join(
+            [f"**{verdict}**\n"] * bool(verdict) + [f"| {t} |" for t in text]
+        ),
+        "text/plain": "\n".join([*lines, verdict]),
+    }
+    display(shown, raw=True)
 
 
 def _check_json(value: Any, place: str) -> None:

@@ -190,7 +190,9 @@ def environment(device: torch.device) -> dict[str, Any]:
     return {
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
-        "packages": {name: metadata.version(name) for name in packages},
+        # torch itself knows its build, such as +cpu
+        "packages": {name: metadata.version(name) for name in packages}
+        | {"torch": torch.__version__},
         "commit": _commit(),
         "device": torch.cuda.get_device_name(device)
         if on_gpu

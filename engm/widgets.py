@@ -61,7 +61,8 @@ class EpsExplorer(ipywidgets.VBox):
         self.image = ipywidgets.IntSlider(
             max=len(x) - 1, description="image", continuous_update=False
         )
-        self.picture = ipywidgets.Image(format="png")
+        # a VBox would stretch it to the width of the page, and blur it
+        self.picture = ipywidgets.Image(format="png", layout={"align_self": "flex-start"})
         self.predicted = -1
         super().__init__([self.eps, self.image, self.picture])
         for slider in (self.eps, self.image):

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
@@ -52,7 +53,9 @@ def test_evaluate_gives_what_training_recorded_and_takes_more_steps(runs):
     again = json.loads((folder / "evaluation.json").read_text())
     assert again == {which: recorded[which] for which in ("best", "last")}
     assert f"best: clean {recorded['best']['clean_accuracy']:.1%}" in output
+    kept = (folder / "adversarial-last.pt").read_bytes()
     call("evaluate", folder, "--checkpoint", "last", "--num-steps", "7", "--device", "cpu")
+    assert (folder / "adversarial-last.pt").read_bytes() != kept
     more = json.loads((folder / "evaluation.json").read_text())
     assert "num_steps=7" in more["last"]["attack"]
     assert list(more) == ["last"]
@@ -91,22 +94,73 @@ def test_every_setting_of_a_run_is_an_option(runs):
         (["train", "--wd", "1"], "--weight-decay"),
         (["train", "--device", "gpu"], "cannot use device 'gpu'"),
         (["train", "--dataset", "cifar10", "--data-root", "nowhere"], "prepare.py cifar10"),
+        (["evaluate", "RUN", "--device", "gpu"], "cannot use device 'gpu'"),
         (["evaluate", "nowhere"], "nowhere is not a run directory"),
         (["report", "nowhere"], "there is no run in nowhere"),
-        (["trian"], "the commands are demo, evaluate, report, run, train"),
+        (["trian"], "the commands are bench, demo, evaluate, report, run, train"),
     ],
 )
-def test_mistakes_get_one_line_that_names_what_is_valid(arguments, message, tmp_path, monkeypatch):
+def test_mistakes_get_one_line_that_names_what_is_valid(
+    arguments, message, runs, tmp_path, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
+    arguments = [next(runs[0].iterdir()) if a == "RUN" else a for a in arguments]
     code = 1 if "must be" in message or "nowhere" in arguments or "gpu" in arguments else 2
     assert message in " ".join(call(*arguments, code=code).split())
 
 
-def test_fractions_and_flags_reach_the_config(monkeypatch):
+def test_every_option_arrives(monkeypatch):
     seen = []
-    monkeypatch.setattr("engm.training.fit", lambda config, *a, **k: seen.append(config) or 1 / 0)
-    CliRunner().invoke(main, ["train", "--eps", "8/255", "--scale", "2", "--channels-last"])
-    assert (seen[0].eps, seen[0].scale, seen[0].channels_last) == (8 / 255, 2.0, True)
+    monkeypatch.setattr("engm.training.fit", lambda *a, **k: seen.extend((*a, k)) or 1 / 0)
+    arguments = ["train", "--eps", "8/255", "--scale", "2", "--channels-last", "--out", "o"]
+    arguments += ["--device", "there", "--data-root", "d", "--no-save-adversarial"]
+    CliRunner().invoke(main, arguments)
+    config, out, others = seen
+    expected = RunConfig(eps=8 / 255, scale=2.0, channels_last=True)
+    assert (config, out) == (expected.resolved(), Path("o"))
+    assert others == {"device": "there", "data_root": Path("d"), "save_adversarial": False}
+    del seen[:]
+    CliRunner().invoke(main, ["train"])
+    assert seen[:2] == [RunConfig().resolved(), Path("runs")]
+
+
+def test_help_and_version():
+    assert call("train", "-h") == call("train", "--help")
+    help_text = " ".join(call("train", "-h").split())
+    assert "[linf|l2]" in help_text and "[mean|float]" in help_text and "INT" in help_text
+    assert "[default: 0.1]" in help_text
+    assert call("--version").startswith("main, version") or "version" in call("--version")
+
+
+def test_run_hands_on_its_values_and_fails_with_the_notebook(monkeypatch, tmp_path):
+    from engm import notebooks
+
+    seen = []
+    error = notebooks.NotebookError(3, "source", "ValueError", "no", "")
+
+    def run(path, values, **how):
+        seen.append((path.stem, values, how))
+        return notebooks.NotebookRun(
+            "n", tmp_path / "n.ipynb", 1.0, None if len(seen) == 1 else error
+        )
+
+    monkeypatch.setattr(notebooks, "run", run)
+    name = notebooks.available()[0].stem
+    output = call("run", name, "--out", tmp_path, "--timeout", 7)
+    assert output.strip() == str(tmp_path / "n.ipynb")
+    assert seen == [(name, {}, {"output_dir": tmp_path, "timeout": 7.0})]
+    assert f"{name} failed in cell [3] source: ValueError: no" in call("run", name, code=1)
+    assert "there is no parameter 'nonsense'" in call("run", name, "-p", "nonsense", 1, code=1)
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_demo_fails_where_a_notebook_does(broken, monkeypatch, tmp_path):
+    from engm import notebooks, report
+
+    error = notebooks.NotebookError(3, "source", "ValueError", "no", "") if broken else None
+    runs = [notebooks.NotebookRun(n, tmp_path, 1.0, e) for n, e in (("a", error), ("b", None))]
+    monkeypatch.setattr(report, "demo", lambda out: runs if out == tmp_path else None)
+    call("demo", "--out", tmp_path, code=int(broken))
 
 
 def test_ctrl_c_ends_in_one_line_and_the_same_command_goes_on(tmp_path):

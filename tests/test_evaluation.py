@@ -107,6 +107,26 @@ def test_the_budget_of_l2_is_the_length_of_the_whole_perturbation():
         evaluate(model, split, Cheat(0.026, norm="l2"))
 
 
+def test_the_largest_perturbation_is_that_of_any_batch():
+    model, split = linear_problem()
+    shifts = iter([0.02, 0.09, 0.01])
+
+    class Uneven(Cheat):
+        def __call__(self, model, x, y, generator=None):
+            return x + next(shifts)
+
+    found = evaluate(model, split, Uneven(0.0), batch_size=100)
+    assert found.largest_perturbation == pytest.approx(0.09, abs=1e-6)
+
+
+def test_counting_keeps_no_graph():
+    model, split = linear_problem()
+    watched = []
+    model.register_forward_hook(lambda *_: watched.append(torch.is_grad_enabled()))
+    evaluate(model, split, ATTACK)
+    assert watched[-2:] == [False, False]  # clean and robust, after the attack
+
+
 def test_what_counts_is_what_the_file_holds(tmp_path, monkeypatch):
     model, split = linear_problem()
     clean = split.images / 255

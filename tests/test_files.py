@@ -9,13 +9,19 @@ from engm.files import atomic_path, read_json, write_json, write_text
 @pytest.mark.parametrize("interruption", [ValueError, KeyboardInterrupt])
 def test_a_file_is_whole_or_as_it_was(interruption, tmp_path):
     path = tmp_path / "new folder" / "name.txt"
+
+    def interrupted():
+        before = path.exists()
+        with atomic_path(path) as temporary:
+            temporary.write_text("half")
+            assert path.exists() is before
+            raise interruption
+
     for before in (None, "old"):
         if before:
             write_text(path, before)
-        with pytest.raises(interruption), atomic_path(path) as temporary:
-            temporary.write_text("half")
-            assert path.exists() is (before is not None)
-            raise interruption
+        with pytest.raises(interruption):
+            interrupted()
         assert [p.name for p in path.parent.iterdir()] == ["name.txt"] * (before is not None)
     assert path.read_text() == "old"
     write_text(path, "ß")

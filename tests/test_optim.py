@@ -1,5 +1,6 @@
 import copy
 import io
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from engm.example_norms import loop_norms
 from engm.optim import ENGM, MSGD, build, example_weights
 
 
-def network(norm: type[nn.Module] | None = None) -> nn.Module:
+def network(norm: Callable[[int], nn.Module] | None = None) -> nn.Module:
     torch.manual_seed(0)
     middle = [norm(4)] if norm else []
     layers = [nn.Conv2d(1, 4, 3), *middle, nn.ReLU(), nn.Flatten(), nn.Linear(4 * 36, 10)]
@@ -129,6 +130,33 @@ def test_an_example_that_shouts_does_not_move_engm():
 
     torch.testing.assert_close(step(1.0, engm), step(1e4, engm), rtol=1e-9, atol=1e-12)
     assert (step(1.0, msgd) - step(1e4, msgd)).norm() > 1
+
+
+def test_a_million_times_the_loss_of_one_example_moves_the_step_no_further_than_the_bound():
+    def updated(factor: float) -> torch.Tensor:
+        model, (x, y) = network(), batch()
+        loud = torch.ones(len(x), dtype=x.dtype)
+        loud[2] = factor
+        ENGM(model, lr=0.1, scale=0.5, floor=0.3).step(lambda: loud * losses_of(model, x, y))
+        return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+    # its w_i g_i is at most c long before and after: 2 c / n, times the learning rate
+    assert (updated(1e6) - updated(1.0)).norm() <= 0.1 * 2 * 0.5 / 6 * (1 + 1e-9)
+
+
+def test_a_hundred_steps_of_the_fast_norms_are_a_hundred_of_the_loop():
+    models = [network(lambda c: nn.GroupNorm(2, c)) for _ in range(2)]
+    pairs = [
+        (m, ENGM(m, 0.02, 0.9, 5e-4, norms=n))
+        for m, n in zip(models, ("exact", "loop"), strict=True)
+    ]
+    for step in range(100):
+        x, y = batch(n=4, seed=step)
+        for model, optimizer in pairs:
+            optimizer.zero_grad()
+            optimizer.step(lambda model=model, x=x, y=y: losses_of(model, x, y))
+    for p, q in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-8, atol=1e-10)
 
 
 @given(

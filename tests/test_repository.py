@@ -29,7 +29,8 @@ def test_environment_yml_installs_this_package_with_everything_and_nothing_else(
     assert section == {"pip": ["-e .[all]"]}
     extras = PROJECT["optional-dependencies"]
     named = re.search(r"\[(.*)\]", extras["all"][0]).group(1).split(",")
-    assert set(named) == set(extras) - {"all"}
+    # peers: only `engm bench` compares with them, and does without
+    assert set(named) == set(extras) - {"all", "peers"}
 
 
 def test_dependencies_are_floors_and_the_constraints_pin_each_of_them():
@@ -54,6 +55,25 @@ def test_every_command_of_the_readme_exists():
 
     for command in re.findall(r"^engm ([a-z]+)", README, re.M):
         assert command in main.commands, command
+
+
+def test_the_three_lines_of_the_readme_run_before_and_after():
+    import torch
+    from torch.nn import functional
+
+    import engm
+
+    before, after = re.findall(r"```python\n(.*?)```", README, re.S)
+    for code in (before, after):
+        model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(16, 3))
+        start = model[1].weight.detach().clone()
+        x_adv, y = torch.rand(5, 1, 4, 4), torch.tensor([0, 1, 2, 0, 1])
+        names = dict(torch=torch, engm=engm, F=functional, model=model, x_adv=x_adv, y=y)
+        exec(code, names)
+        assert isinstance(names["optimizer"], torch.optim.SGD)
+        assert not torch.equal(model[1].weight, start)
+    assert "engm.ENGM" in after
+    assert len(set(after.splitlines()) - set(before.splitlines())) == 2
 
 
 def test_links_within_the_repository_lead_somewhere():

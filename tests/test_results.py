@@ -30,6 +30,7 @@ def test_seeds_share_a_row_with_mean_and_sample_deviation(tmp_path):
     write_run(tmp_path, 0.7, optimizer="engm", lr=0.2)
     records, unfinished = collect(tmp_path)
     assert (len(records), unfinished) == (4, [])
+    assert [r.folder for r in records] == sorted(r.folder for r in records)
     rows = {row["optimizer"]: row for row in summarise(records)}
     assert rows["msgd"]["robust (best)"].mean == pytest.approx(0.64)
     assert rows["msgd"]["robust (best)"].deviation == pytest.approx(0.04)
@@ -49,6 +50,16 @@ def test_runs_that_differ_in_anything_else_are_never_averaged(tmp_path):
     rows = summarise(collect(tmp_path)[0])
     assert len(rows) == 5
     assert {"eval_steps", "epochs", "eps"} <= set(rows[0])
+
+
+def test_a_table_says_what_the_runs_are_and_in_what_they_differ(tmp_path):
+    assert to_markdown([]) == "no finished run\n"
+    alone = summarise(collect(write_run(tmp_path, 0.5))[0])
+    assert list(alone[0])[:3] == ["dataset", "method", "optimizer"]
+    write_run(tmp_path, 0.5, eps=8 / 255)
+    table = to_markdown(summarise(collect(tmp_path)[0])).splitlines()
+    assert "| dataset | method | eps | step_size | optimizer | clean (best) |" in table[0]
+    assert sorted(line.split(" | ")[2] for line in table[2:]) == ["0.03137", "0.15"]
 
 
 def test_one_run_never_counts_twice(tmp_path):

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from engm import data
+from engm import data, evaluation
 from engm.config import RunConfig
 from engm.errors import InputError
 from engm.evaluation import evaluate_run, load_model
@@ -24,7 +24,7 @@ from engm.run_directory import (
 )
 from engm.training import fit
 
-TINY = RunConfig(subset=20, width=4, num_steps=1, eval_steps=1, epochs=2, batch_size=10)
+TINY = RunConfig(subset=20, width=4, num_steps=1, eval_steps=1, epochs=2, batch_size=10, seed=3)
 ROOT = Path(__file__).parents[1]
 
 
@@ -120,6 +120,12 @@ def test_a_run_whose_metrics_were_lost_does_not_go_on_without_them(folder):
         fit_quietly(folder.parent)
 
 
+def test_what_a_kill_in_a_write_left_is_cleared_away(folder):
+    (folder / ".checkpoint-last.pt.0a1b2c3d.tmp").write_bytes(b"half")
+    fit_quietly(folder.parent)
+    assert not list(folder.glob(".*"))
+
+
 def test_a_flipped_bit_in_a_weight_is_noticed(folder):
     path = folder / "checkpoint-best.pt"
     weight = load_tensors(path)["model"]["linear.weight"]
@@ -162,6 +168,17 @@ def test_a_run_is_evaluated_on_its_own_dataset_alone(folder):
     other = replace(data.load("digits", subset=20), name="fashion-mnist")
     with pytest.raises(InputError, match="is a run on digits; it was given fashion-mnist"):
         evaluate_run(folder, "last", other)
+
+
+def test_a_run_is_evaluated_with_its_own_seed_and_the_steps_that_are_asked_for(folder, monkeypatch):
+    seen = []
+    monkeypatch.setattr(evaluation, "evaluate", lambda *a, **k: seen.append((*a, k)))
+    dataset = data.load("digits", subset=20)
+    evaluate_run(folder, "last", dataset, num_steps=4, save_to=folder / "x.pt")
+    ((_, split, attack, how),) = seen
+    assert split is dataset.test
+    assert attack.num_steps == 4
+    assert how == {"seed": 3, "save_to": folder / "x.pt", "progress": False}
 
 
 def test_a_loaded_model_is_in_eval_mode_and_tensors_go_where_they_are_asked_for(folder):

@@ -4,17 +4,24 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from copy import deepcopy
+from dataclasses import dataclass, replace
+from itertools import product
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import nn
+from torch.nn import functional as F
 
 from engm import data, training
+from engm.attacks import PGD
 from engm.config import RunConfig
 from engm.errors import InputError, NonFiniteLossError
 from engm.evaluation import evaluate_run
+from engm.optim import ENGM, MSGD
 from engm.run_directory import load_tensors, read_metrics
-from engm.training import build_scheduler, fit, pick_device
+from engm.training import build_scheduler, fit, pick_device, train_one_epoch
 
 TINY = RunConfig(
     subset=40, width=4, num_steps=2, eval_steps=2, epochs=3, batch_size=16, momentum=0.5, lr=0.05
@@ -94,6 +101,134 @@ def test_a_complete_run_is_not_repeated(finished, monkeypatch):
     monkeypatch.setattr(training, "train_one_epoch", None)
     again = fit_quietly(TINY, finished.folder.parent)
     assert (again.result, again.metrics) == (finished.result, finished.metrics)
+
+
+@dataclass(frozen=True)
+class Shifted:
+    """A method whose attack is known, and which models saw it is kept."""
+
+    seen: list
+
+    def attack(self, model, x, y):
+        self.seen.append(model)
+        return x + 0.1
+
+    def losses(self, model, x, x_adv, y):
+        self.seen.append(model)
+        return F.cross_entropy(model(x_adv), y, reduction="none")
+
+
+def small_problem():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3)).double()
+    sizes = (5, 5, 2)
+    batches = [(torch.rand(n, 6, dtype=torch.float64), torch.randint(3, (n,))) for n in sizes]
+    return model.eval(), batches
+
+
+def test_an_epoch_is_the_plain_loop():
+    model, batches = small_problem()
+    reference, attacked, method = deepcopy(model), deepcopy(model), Shifted([])
+    optimizer = MSGD(model.parameters(), lr=0.5, momentum=0.9)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5)
+    found = train_one_epoch(
+        model, method, optimizer, batches, scheduler=scheduler, attacked=attacked
+    )
+    assert [m is attacked for m in method.seen] == [True, False] * 3
+    assert model.training
+
+    reference.train()
+    plain, total = torch.optim.SGD(reference.parameters(), lr=0.5, momentum=0.9), 0.0
+    for step, (x, y) in enumerate(batches):
+        plain.param_groups[0]["lr"] = 0.5 * 0.5**step
+        plain.zero_grad()
+        loss = F.cross_entropy(reference(x + 0.1), y)
+        loss.backward()
+        plain.step()
+        total += loss.item() * len(y)
+    assert found == {"train_loss": pytest.approx(total / 12)}
+    for p, q in zip(model.state_dict().values(), reference.state_dict().values(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-12)
+
+
+def test_the_example_norm_of_an_epoch_is_the_mean_over_its_examples():
+    model, batches = small_problem()
+    model[1] = nn.Identity()
+    norms = []
+    for x, y in batches:
+        for i in range(len(y)):
+            loss = F.cross_entropy(model(x[i : i + 1] + 0.1), y[i : i + 1])
+            gradients = torch.autograd.grad(loss, list(model.parameters()))
+            norms.append(sum(float((g**2).sum()) for g in gradients) ** 0.5)
+    optimizer = ENGM(model, lr=0.0)  # the weights stay
+    found = train_one_epoch(model, Shifted([]), optimizer, batches)
+    assert found["example_norm"] == pytest.approx(sum(norms) / 12, rel=1e-6)
+
+
+def test_a_step_that_fails_is_counted_from_one():
+    model, batches = small_problem()
+    batches[1][0][0] = torch.nan
+    with pytest.raises(NonFiniteLossError, match="^step 2: "):
+        train_one_epoch(model, Shifted([]), MSGD(model.parameters(), lr=0.1), batches)
+
+
+def test_an_epoch_without_a_batch_is_refused():
+    model, _ = small_problem()
+    with pytest.raises(InputError, match="there is no batch"):
+        train_one_epoch(model, Shifted([]), MSGD(model.parameters(), lr=0.1), [])
+
+
+@pytest.mark.parametrize("augment", [False, True])
+def test_each_epoch_has_its_own_batches_and_is_validated_on_the_validation_split(
+    augment, tmp_path, monkeypatch
+):
+    batches, validated, cut = [], [], data.batches
+    monkeypatch.setitem(data.SPECS, "digits", replace(data.SPECS["digits"], augment=augment))
+    monkeypatch.setattr(data, "batches", lambda *a, **k: batches.append((a, k)) or cut(*a, **k))
+    attack = training.evaluate
+
+    def evaluate(model, split, pgd):
+        validated.append((split, pgd))
+        return attack(model, split, pgd)
+
+    monkeypatch.setattr(training, "evaluate", evaluate)
+    config = replace(TINY, seed=5, num_steps=3, step_size=0.01, epochs=4)
+    run = fit_quietly(config, tmp_path)
+    dataset = data.load("digits", subset=40)
+    for epoch, ((split, size), how) in enumerate(batches, start=1):
+        assert torch.equal(split.images, dataset.train.images)
+        assert (size, how) == (16, {"seed": 5, "epoch": epoch, "augment": augment})
+    expected = PGD(eps=0.15, step_size=2.5 * 0.15 / 3, num_steps=3, stop_early=True)
+    for split, pgd in validated:
+        assert torch.equal(split.images, dataset.validation.images)
+        assert pgd == expected
+    assert len(batches) == len(validated) == 4
+    rates = [line["lr"] for line in run.metrics]
+    assert rates == pytest.approx([0.05, 0.05, 0.005, 0.0005])
+    gap = run.result["best"]["robust_accuracy"] - run.result["last"]["robust_accuracy"]
+    assert run.result["robust_overfitting_gap"] == gap
+
+
+def test_of_equal_epochs_the_first_is_best(tmp_path, monkeypatch):
+    accuracies = iter([0.2, 0.5, 0.5])
+    found = lambda *_: SimpleNamespace(clean_accuracy=1.0, robust_accuracy=next(accuracies))  # noqa: E731
+    monkeypatch.setattr(training, "evaluate", found)
+    run = fit_quietly(TINY, tmp_path, save_adversarial=False)
+    assert load_tensors(run.folder / "checkpoint-best.pt")["epoch"] == 2
+
+
+def test_the_seed_draws_the_first_weights_and_streams_do_not_meet(tmp_path):
+    still = replace(TINY, lr=1e-9, weight_decay=0.0, epochs=1)
+    first, second = (
+        weights(fit_quietly(replace(still, seed=seed), tmp_path).folder)["linear.weight"]
+        for seed in (0, 1)
+    )
+    assert (first - second).abs().mean() > 1e-2
+    drawn = set()
+    for seed, epoch in product(range(4), range(4)):
+        training._seed(seed, epoch)
+        drawn.add(float(torch.rand(())))
+    assert len(drawn) == 16
 
 
 LONG = replace(TINY, epochs=6, optimizer="engm", model_norm="batch", schedule="one-cycle")
