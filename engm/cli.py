@@ -236,12 +236,13 @@ def bench(
     """
     config = RunConfig(**{"dataset": "cifar10"} | settings)
     from engm import bench as measurement
+    from engm import costs
 
     names = methods.split(",") if methods is not None else measurement.METHODS
     what: dict[str, Any] = dict(image_size=image_size, repeats=repeats, device=device)
     result = measurement.run(config, names=names, **what)
-    measurement.write(result, out)
-    click.echo(measurement.table(result))
+    costs.write(result, out)
+    click.echo(costs.table(result))
     click.echo(f"written to {click.format_filename(out)}")
 
 

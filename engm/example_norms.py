@@ -3,8 +3,9 @@
 `Watch` finds it exactly for all examples in one backward pass; `loop_norms` in one an example.
 """
 
-from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -44,12 +45,21 @@ def loop_norms(losses: Tensor, parameters: Sequence[Tensor]) -> Tensor:
     for loss in losses:
         gradients = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
         if all(g is None for g in gradients):
-            raise InputError(
-                "the losses do not depend on any of the parameters; is it the same model?"
-            )
+            raise InputError(_NOTHING)
         squares = [g.to(dtype).square().sum() for g in gradients if g is not None]
         norms.append(torch.stack(squares).sum().sqrt())
     return torch.stack(norms)
+
+
+@dataclass(frozen=True)
+class _Call:
+    layer: nn.Module
+    training: bool
+    a: Tensor  # its input
+    version: int  # of a; counts the changes in place
+    above: Node | None  # what made a
+    edge: GradientEdge  # out of the layer
+    shape: torch.Size  # of its output
 
 
 class Watch:
@@ -82,20 +92,19 @@ class Watch:
     """
 
     def __init__(self, model: nn.Module, measure: bool = True) -> None:
-        self._layers = _trainable_layers(model)
+        self._layers, self._owners = _trainable_layers(model)
         self._measure = measure
         self._hooks: list[Any] = []
-        self._inputs: dict[Node, Tensor] = {}
-        self._above: dict[Node, Node] = {}
-        self._edges: dict[nn.Module, list[GradientEdge]] = defaultdict(list)
-        self._modes: dict[nn.Module, set[bool]] = defaultdict(set)
+        self._calls: dict[Node, _Call] = {}
         self._shares: list[tuple[Tensor, Share]] = []
         self._squares: list[Tensor] = []
 
     def __enter__(self) -> "Watch":
         """Begins to watch the layers."""
         for layer in self._layers:
-            self._hooks.append(layer.register_forward_hook(self._record, with_kwargs=True))
+            # before all other hooks, which may change the output
+            hook = layer.register_forward_hook(self._record, with_kwargs=True, prepend=True)
+            self._hooks.append(hook)
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -116,53 +125,47 @@ class Watch:
 
         Raises:
             InputError: If a parameter was used outside of its layer, a layer saw another number of
-                rows than there are losses, or the losses depend on no parameter.
+                rows than there are losses, changed its mode, or had its input changed in place
+                afterwards, or the losses depend on no parameter.
         """
         self._check(losses)
-        waiting = {layer: len(edges) for layer, edges in self._edges.items()}
+        if not self._calls:
+            raise InputError(_NOTHING)
+        waiting = Counter(call.layer for call in self._calls.values())
         seen: dict[nn.Module, list[tuple[Tensor, Tensor]]] = defaultdict(list)
 
-        def arrive(layer: nn.Module, edge: GradientEdge, b: Tensor | None) -> None:
-            a = self._inputs.pop(edge.node)
+        def arrive(node: Node, b: Tensor | None) -> None:
+            call = self._calls.pop(node)
             if b is not None:
-                seen[layer].append((a, b))
-            waiting[layer] -= 1
-            if not waiting[layer] and seen[layer]:
-                self._take(layer, seen.pop(layer))
+                seen[call.layer].append((call.a, b.reshape(call.shape)))
+            waiting[call.layer] -= 1
+            if not waiting[call.layer] and seen[call.layer]:
+                self._take(call.layer, seen.pop(call.layer))
 
-        calls = [(layer, edge) for layer, edges in self._edges.items() for edge in edges]
-        if not calls:
-            raise InputError(_NOTHING)
-        roots = [(layer, edge) for layer, edge in calls if self._is_root(edge)]
-        others = [(layer, edge) for layer, edge in calls if not self._is_root(edge)]
+        roots: list[GradientEdge] = []
+        others: list[GradientEdge] = []
+        for call in self._calls.values():
+            (roots if self._is_root(call) else others).append(call.edge)
         hooks = [
             edge.node.register_prehook(
-                lambda gradients, layer=layer, edge=edge: arrive(
-                    layer, edge, gradients[edge.output_nr]
-                )
+                lambda gradients, edge=edge: arrive(edge.node, gradients[edge.output_nr])
             )
-            for layer, edge in others
+            for edge in others
         ]
         # As far as the first layers' outputs: no gradient of a weight lies on the way there.
-        ends: list[Any] = [edge for _, edge in roots] + ([] if inputs is None else [inputs])
+        ends: list[Any] = roots + ([] if inputs is None else [inputs])
         try:
             with torch.no_grad():
                 ones = torch.ones_like(losses)
                 found = torch.autograd.grad(losses, ends, ones, allow_unused=True)
-                for (layer, edge), b in zip(roots, found, strict=False):
-                    arrive(layer, edge, b)
-                for layer in [layer for layer in seen if seen[layer]]:
-                    self._take(layer, seen.pop(layer))  # some call of it had no part in the losses
+                for edge, b in zip(roots, found, strict=False):
+                    arrive(edge.node, b)
         finally:
-            # the hooks hold this object and it holds the graph: let go, or neither is ever freed
+            # a hook holds the node that it is on: let go, or neither is ever freed
             for hook in hooks:
                 hook.remove()
-            for kept in (self._inputs, self._above, self._edges):
-                kept.clear()
         if not self._shares:
-            raise InputError(
-                "the losses do not depend on any of the parameters; is it the same model?"
-            )
+            raise InputError(_NOTHING)
         return None if inputs is None else found[-1]
 
     def norms(self) -> Tensor:
@@ -185,54 +188,55 @@ class Watch:
                 self._squares.append(share.squares())
 
     def _record(self, layer: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
-        if not output.requires_grad:
+        own = [p for p in layer.parameters(recurse=False) if p.requires_grad]
+        # under functional_call a layer has other parameters than the model
+        if not output.requires_grad or not all(p in self._owners for p in own):
             return
         a = args[0] if args else kwargs["input"]
-        # the edge, not the tensor: it stays that of this layer if the output is changed in place
-        edge = get_gradient_edge(output)
-        self._inputs[edge.node] = a.detach()
-        self._edges[layer].append(edge)
-        self._modes[layer].add(layer.training)
-        if a.requires_grad:
-            self._above[edge.node] = get_gradient_edge(a).node
-
-    def _is_root(self, edge: GradientEdge) -> bool:
-        # whether no watched layer lies above this one
-        if edge.node not in self._above:
-            return True
-        return not any(
-            node in self._inputs for node in _graph(self._above[edge.node], self._inputs)
+        above = get_gradient_edge(a).node if a.requires_grad else None
+        # The edge, not the tensor: it stays that of this layer if the output is changed in place.
+        # If the output is a view, such a change replaces its edge, but not that of its base.
+        edge = get_gradient_edge(output if output._base is None else output._base)
+        self._calls[edge.node] = _Call(
+            layer, layer.training, a.detach(), a._version, above, edge, output.shape
         )
 
+    def _is_root(self, call: _Call) -> bool:
+        # whether no watched layer lies above this one
+        return not any(node in self._calls for node in _graph(call.above, self._calls))
+
     def _check(self, losses: Tensor) -> None:
-        for layer, edges in self._edges.items():
-            if self._modes[layer] != {layer.training}:
+        met = set(_graph(losses.grad_fn, self._calls))
+        # other calls had no part in the losses
+        self._calls = {node: call for node, call in self._calls.items() if node in met}
+        for call in self._calls.values():
+            name, rows = self._layers[call.layer], len(call.a)
+            if call.training != call.layer.training:
                 raise InputError(
-                    f"layer {self._layers[layer]!r} was put from train into eval mode, or back, "
+                    f"layer {name!r} was put from train into eval mode, or back, "
                     f"while the losses were computed; keep one mode, or {_WAY_OUT}"
                 )
-            for edge in edges:
-                rows = len(self._inputs[edge.node])
-                if rows != len(losses):
-                    raise InputError(
-                        f"layer {self._layers[layer]!r} saw {rows} rows for {len(losses)} losses; "
-                        f"give the model one row an example, in each call, or {_WAY_OUT}"
-                    )
-        uses: dict[Tensor, int] = defaultdict(int)
-        for node in _graph(losses.grad_fn):
-            for below, _ in node.next_functions:
-                if below is not None and hasattr(below, "variable"):
-                    uses[below.variable] += 1
-        for layer, name in self._layers.items():
-            for kind, parameter in layer.named_parameters(recurse=False):
-                if uses[parameter] > len(self._edges.get(layer, [])):
-                    raise InputError(
-                        f"{name}.{kind} was used, but not by calling its layer {name!r}; if the "
-                        f"model is compiled, give the uncompiled one; otherwise {_WAY_OUT}"
-                    )
+            if rows != len(losses):
+                raise InputError(
+                    f"layer {name!r} saw {rows} rows for {len(losses)} losses; "
+                    f"give the model one row an example, in each call, or {_WAY_OUT}"
+                )
+            if call.a._version != call.version:
+                raise InputError(
+                    f"the input of layer {name!r} was changed in place after the layer had seen "
+                    "it; change a copy instead"
+                )
+        for node in met:
+            # the walk steps over the layers, so nothing of theirs is to be met
+            parameter = getattr(node, "variable", None)
+            if parameter in self._owners:
+                raise InputError(
+                    f"{self._owners[parameter]} was used, but not by calling its layer; if the "
+                    f"model is compiled, give the uncompiled one; otherwise {_WAY_OUT}"
+                )
 
 
-def _trainable_layers(model: nn.Module) -> dict[nn.Module, str]:
+def _trainable_layers(model: nn.Module) -> tuple[dict[nn.Module, str], dict[Tensor, str]]:
     layers: dict[nn.Module, str] = {}
     owners: dict[Tensor, str] = {}
     for name, module in model.named_modules():
@@ -243,25 +247,26 @@ def _trainable_layers(model: nn.Module) -> dict[nn.Module, str]:
             raise InputError(
                 f"there is no formula for {type(module).__name__} {name!r}; {_WAY_OUT}"
             )
-        for _, parameter in own:
+        for kind, parameter in own:
             if parameter in owners:
                 raise InputError(
-                    f"{owners[parameter]!r} and {name!r} share a parameter; {_WAY_OUT}"
+                    f"{owners[parameter]!r} and '{name}.{kind}' are one parameter; {_WAY_OUT}"
                 )
-            owners[parameter] = name
+            owners[parameter] = f"{name}.{kind}".lstrip(".")
         layers[module] = name
-    return layers
+    return layers, owners
 
 
-def _graph(start: Node | None, stop: Any = ()) -> Iterator[Node]:
-    """Yields `start` and all nodes that it leads to, but not beyond those in `stop`."""
+def _graph(start: Node | None, calls: Mapping[Node, _Call]) -> Iterator[Node]:
+    """Yields `start` and all nodes that it leads to; from the output of a call on to its input."""
     waiting, met = [start], {start}
     while waiting:
         node = waiting.pop()
         if node is None:
             continue
         yield node
-        for below, _ in [] if node in stop else node.next_functions:
+        step = [calls[node].above] if node in calls else [n for n, _ in node.next_functions]
+        for below in step:
             if below not in met:
                 met.add(below)
                 waiting.append(below)

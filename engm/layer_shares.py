@@ -15,6 +15,7 @@ large; that convolutions are done without unfolding, and BatchNorm in train mode
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -23,8 +24,9 @@ from torch.nn import functional
 from torch.nn.grad import conv2d_weight
 
 Calls = Sequence[tuple[Tensor, Tensor]]  # (a, b) of each call of a layer
-# A word of memory costs a CPU about as much as this many multiplications.
-_MEMORY_COST = 20
+# To write a number of a share and read it twice costs a CPU as much as this many multiplications
+# (measured on one; what decides is at most a factor of time, never the result).
+_MEMORY_COST = 24
 
 
 class Share(Protocol):
@@ -62,23 +64,20 @@ class Factors:
 
     Attributes:
         calls: (a, b) of each call of the layer.
-        positions: Makes `[n, groups, positions, channels]` of an a and of a b.
+        inner: The inner products, `[n]`, of the shares of two calls: (a, b, other a, other b).
         product: The gradient of the weight from an a and a b.
     """
 
     calls: Calls
-    positions: tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]
+    inner: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
     product: Callable[[Tensor, Tensor], Tensor]
 
     def squares(self) -> Tensor:
         """As for `Share`."""
-        of_a, of_b = self.positions
-        a = torch.cat([of_a(a) for a, _ in self.calls], dim=2)
-        b = torch.cat([of_b(b) for _, b in self.calls], dim=2)
-        a, b = a.to(_precise(a.dtype)), b.to(_precise(b.dtype))
-        # |sum_p b_p a_p^T|^2 = sum_pq (a_p . a_q) (b_p . b_q)
-        grams = (a @ a.transpose(2, 3)) * (b @ b.transpose(2, 3))
-        return grams.sum((1, 2, 3)).clamp(min=0)
+        calls = [(a.to(_precise(a.dtype)), b.to(_precise(b.dtype))) for a, b in self.calls]
+        # |sum of the calls' shares|^2 = the sum over all pairs of calls
+        total = _total(self.inner(*one, *other) for one in calls for other in calls)
+        return total.clamp(min=0)
 
     def weighted(self, weights: Tensor, rows: Tensor | None) -> Tensor:
         """As for `Share`."""
@@ -110,12 +109,13 @@ def shares_of(module: nn.Module, calls: Calls, measure: bool) -> dict[str, Share
 def _linear(module: Any, calls: Calls, measure: bool) -> Share:
     calls = [(_rows(a), _rows(b)) for a, b in calls]  # [n, positions, channels]
     positions = sum(b.shape[1] for _, b in calls)
-    if not measure or _gram_is_cheaper(positions, module.in_features, module.out_features):
+    gram_cost = positions**2 * (module.in_features + module.out_features)
+    if not measure or gram_cost < _MEMORY_COST * module.in_features * module.out_features:
 
         def product(a: Tensor, b: Tensor) -> Tensor:
             return b.flatten(0, 1).T @ a.flatten(0, 1)
 
-        return Factors(calls, (_one_group, _one_group), product)
+        return Factors(calls, _linear_inner, product)
     return Stored(_total(b.transpose(1, 2) @ a for a, b in calls))
 
 
@@ -123,37 +123,64 @@ def _rows(values: Tensor) -> Tensor:
     return values.reshape(len(values), -1, values.shape[-1])
 
 
-def _one_group(values: Tensor) -> Tensor:
-    return values.unsqueeze(1)
+def _linear_inner(a: Tensor, b: Tensor, other_a: Tensor, other_b: Tensor) -> Tensor:
+    # sum_pq (a_p . a_q) (b_p . b_q)
+    return ((a @ other_a.transpose(1, 2)) * (b @ other_b.transpose(1, 2))).sum((1, 2))
 
 
 def _conv2d(module: Any, calls: Calls, measure: bool) -> Share:
-    mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
-    around = module._reversed_padding_repeated_twice
-    calls = [(functional.pad(a, around, mode=mode) if any(around) else a, b) for a, b in calls]
     groups, (height, width) = module.groups, module.kernel_size
     outputs, inputs = module.out_channels // groups, module.in_channels // groups
     spread: dict[str, Any] = dict(dilation=module.dilation, stride=module.stride)
 
-    def patches(a: Tensor) -> Tensor:
-        unfolded = functional.unfold(a, module.kernel_size, **spread)
-        return unfolded.view(len(a), groups, -1, unfolded.shape[2]).transpose(2, 3)
-
-    def pixels(b: Tensor) -> Tensor:
-        return b.reshape(len(b), groups, outputs, -1).transpose(2, 3)
-
     def product(a: Tensor, b: Tensor) -> Tensor:
-        return conv2d_weight(a, module.weight.shape, b, **spread, groups=groups)
+        return conv2d_weight(_padded(module, a), module.weight.shape, b, **spread, groups=groups)
 
-    positions = sum(b.shape[2] * b.shape[3] for _, b in calls)
-    if not measure or _gram_is_cheaper(positions, inputs * height * width, outputs):
-        return Factors(calls, (patches, pixels), product)
+    pixels_a = sum(a.shape[2] * a.shape[3] for a, _ in calls)
+    pixels_b = sum(b.shape[2] * b.shape[3] for _, b in calls)
+    # two Gram matrices, and one of them shifted to each kernel position
+    gram_cost = pixels_a**2 * inputs + pixels_b**2 * (outputs + 16 * height * width)
+    if not measure or gram_cost < _MEMORY_COST * outputs * inputs * height * width:
+        return Factors(calls, partial(_conv2d_inner, module), product)
 
     def arrange(total: Tensor) -> Tensor:
         # [groups, height * width, outputs, inputs] -> [groups * outputs, inputs, height, width]
         return total.permute(0, 2, 3, 1).reshape(-1, inputs, height, width)
 
     return Stored(_total(_conv2d_shares(module, a, b) for a, b in calls), arrange)
+
+
+def _padded(module: Any, a: Tensor) -> Tensor:
+    mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+    around = module._reversed_padding_repeated_twice
+    return functional.pad(a, around, mode=mode) if any(around) else a
+
+
+def _conv2d_inner(module: Any, a: Tensor, b: Tensor, other_a: Tensor, other_b: Tensor) -> Tensor:
+    """Returns the inner products of two calls' shares, `[n]`, from Gram matrices of pixels.
+
+    With G_a and G_b the Gram matrices of the padded a and of b, it is the sum over kernel positions
+    of <G_a shifted, G_b> = <G_a, sum of the G_b shifted back>, so no patch is ever formed.
+    """
+    n, groups = len(a), module.groups
+    gram_a = _gram(_padded(module, a), _padded(module, other_a), groups)
+    gram_b = _gram(b, other_b, groups)
+    shifted = torch.zeros_like(gram_a)
+    for y in range(module.kernel_size[0]):
+        for x in range(module.kernel_size[1]):
+            window = []
+            for rows, columns in (b.shape[2:], other_b.shape[2:]):
+                for first, count, k in ((y, rows, 0), (x, columns, 1)):
+                    start, step = first * module.dilation[k], module.stride[k]
+                    window.append(slice(start, start + (count - 1) * step + 1, step))
+            shifted[:, *window] += gram_b
+    return (shifted * gram_a).flatten(1).sum(1).view(n, groups).sum(1)
+
+
+def _gram(one: Tensor, other: Tensor, groups: int) -> Tensor:
+    # [n * groups, rows, columns, other rows, other columns], products over the group's channels
+    flat = [v.reshape(len(v) * groups, v.shape[1] // groups, -1) for v in (one, other)]
+    return (flat[0].transpose(1, 2) @ flat[1]).view(-1, *one.shape[2:], *other.shape[2:])
 
 
 def _conv2d_shares(module: Any, a: Tensor, b: Tensor) -> Tensor:
@@ -163,7 +190,7 @@ def _conv2d_shares(module: Any, a: Tensor, b: Tensor) -> Tensor:
     rows as long as those of a, zeros between, the window is a plain slice of a's memory, and the
     share one matrix product. With a stride, a is first dealt out into one plane for each phase.
     """
-    n, groups = len(a), module.groups
+    n, groups, a = len(a), module.groups, _padded(module, a)
     (kernel_rows, kernel_columns), (down, across) = module.kernel_size, module.stride
     rows, columns = b.shape[2:]
     height, width = -(-a.shape[2] // down), -(-a.shape[3] // across)  # of a plane
@@ -185,11 +212,6 @@ def _conv2d_shares(module: Any, a: Tensor, b: Tensor) -> Tensor:
         window = planes[phase][:, :, first : first + length]
         torch.bmm(b, window.transpose(1, 2), out=shares[:, k])
     return shares.view(n, groups, *shares.shape[1:])
-
-
-def _gram_is_cheaper(positions: int, inputs: int, outputs: int) -> bool:
-    # the products of two Gram matrices, against writing a share and reading it twice
-    return positions**2 * (inputs + outputs) < _MEMORY_COST * inputs * outputs
 
 
 def _norm(module: Any, calls: Calls, measure: bool) -> Share:

@@ -4,7 +4,7 @@ A measure is called with the closure, and gives the losses, the norms |g_i| and 
 gives sum_i w_i g_i for weights found from the norms.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -66,6 +66,10 @@ class InputMeasure:
         with _gradient_wanted(inputs):
             with Watch(self._model, measure=refresh) as watch:
                 losses = run_closure(closure)
+            if inputs is not None and len(inputs) != len(losses):
+                raise InputError(
+                    f"inputs has {len(inputs)} rows for {len(losses)} losses; give one an example"
+                )
             gradient = watch.backward(losses, inputs)
         if gradient is None:
             raise InputError(
@@ -94,20 +98,20 @@ class InputMeasure:
 class LoopMeasure:
     """Norms by one backward pass an example, see `loop_norms`; then one more for the gradient."""
 
-    def __init__(self, parameters: Sequence[Tensor]) -> None:
-        self._parameters = parameters
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
 
     def __call__(self, closure: Closure | None, inputs: Tensor | None) -> Measured:
         """Runs the closure and n backward passes."""
         losses = run_closure(closure)
-        norms = loop_norms(losses, self._parameters)
+        parameters: list[Tensor] = [p for p in self._model.parameters() if p.requires_grad]
+        norms = loop_norms(losses, parameters)
 
         def weighted(weights: Tensor, rows: Tensor | None) -> dict[Tensor, Tensor]:
             # sum_i w_i g_i is the gradient of sum_i w_i l_i, the weights held constant
-            chosen, w = (losses, weights) if rows is None else (losses[rows], weights[rows])
-            total = (w.to(losses.dtype) * chosen).sum()
-            found = torch.autograd.grad(total, self._parameters, allow_unused=True)
-            pairs = zip(self._parameters, found, strict=True)
+            total = (weights.to(losses.dtype) * losses).sum()
+            found = torch.autograd.grad(total, parameters, allow_unused=True)
+            pairs = zip(parameters, found, strict=True)
             gradients = {p: g for p, g in pairs if g is not None}
             if not all(g.isfinite().all() for g in gradients.values()):
                 raise NonFiniteLossError(
@@ -154,10 +158,14 @@ def run_closure(closure: Closure | None) -> Tensor:
 
 @contextmanager
 def _gradient_wanted(inputs: Tensor | None) -> Iterator[None]:
-    if not isinstance(inputs, Tensor) or not inputs.is_leaf or inputs.is_inference():
+    if (
+        not isinstance(inputs, Tensor)
+        or not (inputs.is_leaf and inputs.is_floating_point())
+        or inputs.is_inference()
+    ):
         raise InputError(
             "norms='input' needs the images too: optimizer.step(closure, inputs=x_adv), with "
-            "x_adv a tensor that comes from outside of the model, such as x_adv.detach()"
+            "x_adv a tensor of floats from outside of the model, such as x_adv.detach()"
         )
     before = inputs.requires_grad
     inputs.requires_grad_(True)

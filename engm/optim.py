@@ -62,9 +62,11 @@ class MSGD(torch.optim.SGD):
             NonFiniteLossError: If a loss is inf or nan; the parameters are then as before.
         """
         losses = run_closure(closure)
-        bad = int((~losses.detach().isfinite()).sum())
-        if bad:
-            raise NonFiniteLossError(f"{bad} of {len(losses)} losses are inf or nan; {NO_STEP}")
+        bad = ~losses.detach().isfinite()
+        if processes.mean(bad.float()):  # wherever the losses are, so that no process waits
+            raise NonFiniteLossError(
+                f"{int(bad.sum())} of {len(losses)} losses are inf or nan; {NO_STEP}"
+            )
         losses.mean().backward()
         parameters = _parameters(self)
         processes.average([p.grad for p in parameters if p.grad is not None], len(losses))
@@ -121,7 +123,7 @@ class ENGM(torch.optim.SGD):
         norms: How |g_i| is found. "exact": in the backward pass itself, see `Watch`. "input":
             estimated from the gradients w.r.t. the inputs, see `InputEstimate`. "loop": one
             backward pass an example, for models that "exact" has no formula for.
-        refresh_every: With "input", after how many steps the estimate is fitted anew.
+        refresh_every: With "input", after how many closures the estimate is fitted anew.
         **sgd: `nesterov`, `dampening` and what else `torch.optim.SGD` takes.
 
     Attributes:
@@ -161,9 +163,10 @@ class ENGM(torch.optim.SGD):
         elif norms == "input":
             self.measure = InputMeasure(model, refresh_every)
         else:
-            self.measure = LoopMeasure(trainable)
+            self.measure = LoopMeasure(model)
         self._mean_norm = 0.0
-        self._pending: list[Tensor] = []
+        self._pending: list[Tensor] = []  # the norms of each part of the batch so far
+        self._sums: dict[Tensor, Tensor] = {}  # sum_i w_i g_i so far
 
     def step(  # type: ignore[override]
         self, closure: Closure | None = None, inputs: Tensor | None = None
@@ -187,21 +190,23 @@ class ENGM(torch.optim.SGD):
         if closure is not None or not self._pending:
             losses = self.accumulate(closure, inputs)
         count = sum(len(norms) for norms in self._pending)
+        for total in self._sums.values():
+            total.div_(count)
+        processes.average(list(self._sums.values()), count)
+        for parameter, gradient in self._sums.items():
+            before = parameter.grad
+            parameter.grad = gradient if before is None else before + gradient
         finite = torch.cat(self._pending)
         finite = finite[finite.isfinite()]
-        gradients = [p.grad for p in _parameters(self) if p.grad is not None]
-        for gradient in gradients:
-            gradient.div_(count)
-        processes.average(gradients, count)
         super().step()
         mean = processes.mean(finite)
         decay = _SCALE_DECAY if self._mean_norm else 0.0
         self._mean_norm = decay * self._mean_norm + (1 - decay) * mean
-        self._pending = []
+        self._pending, self._sums = [], {}
         return losses
 
     def accumulate(self, closure: Closure | None, inputs: Tensor | None = None) -> Tensor:
-        """Adds sum_i w_i g_i of a part of a batch to the gradients, for a `step()` that follows.
+        """Takes sum_i w_i g_i of a part of a batch, for a `step()` that follows.
 
         A batch that does not fit into memory is given in parts; the step is the same as with the
         whole, since c is fixed by the steps before (under "mean", in the very first step, by the
@@ -223,8 +228,9 @@ class ENGM(torch.optim.SGD):
         excluded = len(losses) - int(good.sum())
         gradients = weighted(weights, good.nonzero()[:, 0] if excluded else None)
         for parameter, gradient in gradients.items():
-            before = parameter.grad
-            parameter.grad = gradient.to(parameter.dtype) + (0 if before is None else before)
+            gradient = gradient.to(parameter.dtype)
+            before = self._sums.get(parameter)
+            self._sums[parameter] = gradient if before is None else before + gradient
         self._pending.append(norms.masked_fill(~good, math.nan))
         self.last = ExampleWeights(norms, weights, scale, excluded)
         return losses

@@ -73,8 +73,8 @@ def summarise(records: Sequence[Record]) -> list[dict[str, Any]]:
         records: Finished runs.
 
     Returns:
-        A row for each config: the settings in which the runs differ, and the `Quantity` of each
-        accuracy. All other settings are the same in every row.
+        A row for each config, sorted: the settings in which the runs differ, and the `Quantity` of
+        each accuracy. All other settings are the same in every row.
 
     Raises:
         InputError: If two records are the same run, which would count twice.
@@ -108,7 +108,8 @@ def summarise(records: Sequence[Record]) -> list[dict[str, Any]]:
                 row[f"{kind} ({which})"] = Quantity.of(values)
         row["gap"] = Quantity.of([result["robust_overfitting_gap"] for result in results])
         rows.append(row)
-    return rows
+    # by kind first: a scale is a number or a word
+    return sorted(rows, key=lambda row: [(str(type(row[k])), row[k]) for k in varying])
 
 
 def to_markdown(rows: Sequence[dict[str, Any]]) -> str:

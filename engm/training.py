@@ -84,10 +84,12 @@ def train_one_epoch(
         precision: float32 where left out.
 
     Returns:
-        `train_loss`, the mean over the examples; under ENGM `example_norm` too, the mean |g_i|.
+        `train_loss`, the mean over the examples. Under ENGM also `example_norm`, the mean |g_i|,
+        and `excluded`, how many examples had an inf or nan loss or gradient and got weight 0.
 
     Raises:
-        NonFiniteLossError: If a loss is inf or nan; the message counts the steps from 1.
+        NonFiniteLossError: If a loss is inf or nan (under ENGM: if all of a batch are); the message
+            counts the steps from 1.
     """
     precision = precision or Precision()
     losses, norms = [], []
@@ -112,8 +114,14 @@ def train_one_epoch(
             scheduler.step()
     if not losses:
         raise InputError("there is no batch to train on")
-    metrics = {"train_loss": torch.cat(losses).mean().item()}
-    return metrics | ({"example_norm": torch.cat(norms).mean().item()} if norms else {})
+    every = torch.cat(losses)
+    finite = every.isfinite()
+    metrics = {"train_loss": every[finite].mean().item()}
+    if norms:
+        lengths = torch.cat(norms)
+        good = finite & lengths.isfinite()
+        metrics |= {"example_norm": lengths[good].mean().item(), "excluded": int((~good).sum())}
+    return metrics
 
 
 def fit(

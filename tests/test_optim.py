@@ -221,6 +221,19 @@ def test_a_state_dict_goes_on_bitwise_where_it_was_taken():
     )
 
 
+def test_a_gradient_that_is_there_already_is_added_to_as_with_sgd():
+    model, (x, y) = network(), batch()
+    optimizer = ENGM(model, 0.1, scale=1.0)
+    optimizer.step(lambda: losses_of(model, x, y))
+    alone = [p.grad.clone() for p in model.parameters()]
+    model = network()
+    for p in model.parameters():
+        p.grad = torch.full_like(p, 0.25)
+    ENGM(model, 0.1, scale=1.0).step(lambda: losses_of(model, x, y))
+    for p, gradient in zip(model.parameters(), alone, strict=True):
+        torch.testing.assert_close(p.grad, gradient + 0.25, rtol=1e-12, atol=1e-15)
+
+
 def test_schedulers_and_parameter_groups_work_as_with_sgd():
     model, (x, y) = network(), batch()
     optimizer = ENGM(model, 0.1)

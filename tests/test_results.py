@@ -79,3 +79,12 @@ def test_unfinished_runs_are_left_out_and_named(tmp_path):
 def test_a_folder_without_runs_says_how_to_make_one(tmp_path):
     with pytest.raises(InputError, match="there is no run in .*engm train --out"):
         collect(tmp_path)
+
+
+def test_rows_are_sorted_by_what_they_differ_in(tmp_path):
+    for lr, scale in ((0.3, "mean"), (0.05, "mean"), (0.1, 2.0), (0.1, "mean")):
+        write_run(tmp_path, 0.5, optimizer="engm", lr=lr, scale=scale)
+    rows = summarise(collect(tmp_path)[0])
+    assert [(row["lr"], row["scale"]) for row in rows] == [
+        *((0.05, "mean"), (0.1, 2.0), (0.1, "mean"), (0.3, "mean"))
+    ]

@@ -19,6 +19,8 @@ from engm.attacks import PGD
 from engm.config import RunConfig
 from engm.errors import InputError, NonFiniteLossError
 from engm.evaluation import evaluate_run
+from engm.methods import Natural
+from engm.models import small_cnn
 from engm.optim import ENGM, MSGD
 from engm.run_directory import load_tensors, read_metrics
 from engm.training import build_scheduler, fit, pick_device, train_one_epoch
@@ -409,3 +411,23 @@ def test_a_damaged_or_hostile_checkpoint_is_refused(finished, tmp_path):
     with pytest.raises(InputError, match="is not a file of this kit"):
         load_tensors(path)
     assert not (tmp_path / "owned").exists()
+
+
+def test_an_example_that_engm_leaves_out_is_counted_and_spoils_no_number():
+    @dataclass(frozen=True)
+    class Spoilt(Natural):
+        def losses(self, model, x, x_adv, y):
+            first = torch.zeros(len(x))
+            first[0] = float("nan")
+            return super().losses(model, x, x_adv, y) + first
+
+    def metrics(method):
+        torch.manual_seed(0)
+        model = small_cnn(in_channels=1, width=4)
+        examples = data.batches(data.load("digits", subset=40).train, 20, seed=0, epoch=0)
+        return train_one_epoch(model, method, ENGM(model, lr=1e-12), examples)
+
+    spoilt, whole = metrics(Spoilt()), metrics(Natural())
+    assert (spoilt["excluded"], whole["excluded"]) == (2, 0)
+    assert spoilt["train_loss"] == pytest.approx(whole["train_loss"], rel=0.1)
+    assert spoilt["example_norm"] == pytest.approx(whole["example_norm"], rel=0.1)
