@@ -49,7 +49,8 @@ def test_an_unknown_setting_names_the_nearest_and_all():
 
 
 def test_the_ends_of_the_ranges_are_in_them():
-    RunConfig(eps=1, floor=1, momentum=0, weight_decay=0, seed=2**32 - 1, batch_size=1, epochs=1)
+    ends = dict(eps=1, floor=1, momentum=0, weight_decay=0, seed=2**32 - 1, batch_size=1, epochs=1)
+    assert ends.items() <= RunConfig(**ends).to_dict().items()
 
 
 def test_resolved_fills_in_what_suits_the_dataset_and_keeps_what_was_said():

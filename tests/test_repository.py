@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from engm import notebooks
+from engm import costs, notebooks
+from engm.files import read_json
 from engm.results import collect, summarise, to_markdown
 
 ROOT = Path(__file__).parents[1]
@@ -108,3 +109,13 @@ def test_the_tables_are_what_the_logs_give():
         and record.config.lr >= 0.1
     ]
     assert to_markdown(summarise(shown)) in README
+
+
+def test_the_cost_tables_are_what_the_logs_give():
+    written = (ROOT / "results" / "README.md").read_text()
+    logs = sorted((ROOT / "results" / "bench").glob("*/bench.json"))
+    assert logs
+    for log in logs:
+        assert costs.table(read_json(log)) in written, log
+    shown = ROOT / "results" / "bench" / "cpu-group-width32" / "bench.json"
+    assert costs.table(read_json(shown)) in README
