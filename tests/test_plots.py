@@ -3,6 +3,7 @@ import torch
 from matplotlib.colors import to_rgb
 
 from engm import plots
+from engm.input_norms import Fit
 from engm.results import Quantity
 
 
@@ -74,6 +75,30 @@ def test_pulls_are_sorted_and_weighed():
     assert list(msgd.get_ydata()) == [1, 2, 3]
     assert list(engm.get_ydata()) == [1.5, 1.5, 1.5]
     assert line.get_ydata()[0] == 1.5
+
+
+def test_norms_are_drawn_over_input_gradients_with_the_line_from_end_to_end():
+    inputs, norms = torch.tensor([2.0, 1.0, 4.0]), torch.tensor([5.0, 2.0, 9.0])
+    figure = plots.norms_from_inputs({"a": (inputs, norms, 2.0, 0.5), "b": (norms, inputs, 0, 1)})
+    left, right = figure.axes
+    points, line = left.lines
+    assert list(zip(*points.get_data(), strict=True)) == [(2, 5), (1, 2), (4, 9)]
+    assert list(zip(*line.get_data(), strict=True)) == [(1, 2.5), (4, 8.5)]
+    assert list(right.lines[1].get_data()[1]) == [1, 1]
+    assert (left.get_title(), right.get_title(), left.get_ylim()[0]) == ("a", "b", 0)
+
+
+def test_every_fit_of_every_run_is_drawn_in_both_panels():
+    runs = {
+        str(i): [Fit(1, 1.0, 0.0, 0.1 * i, 0.2), Fit(21, 1.0, 0.0, 0.5, 0.1 * i)] for i in range(7)
+    }
+    left, right = plots.fits(runs, steps_per_epoch=16).axes
+    for i in range(7):
+        assert list(left.lines[i].get_data()[0]) == [1, 21]
+        assert list(left.lines[i].get_data()[1]) == [0.1 * i, 0.5]
+        assert list(right.lines[i].get_data()[1]) == [0.2, 0.1 * i]
+    assert legend(left) == list(runs)
+    assert all(axes.patches[0].get_bbox().x1 == 16 for axes in (left, right))
 
 
 def test_the_true_class_is_blue_and_a_wrong_answer_red():
