@@ -165,7 +165,9 @@ def test_demo_fails_where_a_notebook_does(broken, monkeypatch, tmp_path):
 
 def test_ctrl_c_ends_in_one_line_and_the_same_command_goes_on(tmp_path):
     arguments = ["train", *SMALL[:-4], "--epochs", "3000", "--device", "cpu", "--out", tmp_path]
-    code = f"from engm.cli import main; main({[str(a) for a in arguments]!r})"
+    # a test run in the background of a shell ignores the signal, and hands that on
+    heed = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    code = heed + f"from engm.cli import main; main({[str(a) for a in arguments]!r})"
     command = [sys.executable, "-c", code]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 120
