@@ -121,8 +121,9 @@ class ENGM(torch.optim.SGD):
         floor: f in (0, 1]. Close to 0 every example is normalised to length c; 1 is per-example
             clipping, which leaves examples shorter than c as they are.
         norms: How |g_i| is found. "exact": in the backward pass itself, see `Watch`. "input":
-            estimated from the gradients w.r.t. the inputs, see `InputEstimate`. "loop": one
-            backward pass an example, for models that "exact" has no formula for.
+            estimated from the gradients w.r.t. the inputs, see `InputEstimate`; the bound c then
+            holds for the estimates. "loop": one backward pass an example, for models that "exact"
+            has no formula for.
         refresh_every: With "input", after how many closures the estimate is fitted anew.
         **sgd: `nesterov`, `dampening` and what else `torch.optim.SGD` takes.
 
