@@ -236,6 +236,11 @@ class ENGM(torch.optim.SGD):
         self.last = ExampleWeights(norms, weights, scale, excluded)
         return losses
 
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forgets the gradients, and the parts of a batch that no step was taken along."""
+        super().zero_grad(set_to_none)
+        self._pending, self._sums = [], {}
+
     def state_dict(self) -> dict[str, Any]:
         """Returns the state of `torch.optim.SGD`, the running mean and the estimate's line."""
         own = {"mean_norm": self._mean_norm, "measure": self.measure.state()}

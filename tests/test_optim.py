@@ -221,6 +221,21 @@ def test_a_state_dict_goes_on_bitwise_where_it_was_taken():
     )
 
 
+def test_zero_grad_forgets_a_part_whose_batch_came_to_nothing():
+    def stepped(first_part: bool) -> list[torch.Tensor]:
+        model, (x, y) = network(), batch()
+        optimizer = ENGM(model, 0.1, scale=1.0)
+        if first_part:
+            optimizer.accumulate(lambda: losses_of(model, x[:2], y[:2]))
+            with pytest.raises(NonFiniteLossError):
+                optimizer.accumulate(lambda: float("nan") * losses_of(model, x[2:], y[2:]))
+        optimizer.zero_grad()
+        optimizer.step(lambda: losses_of(model, x, y))
+        return list(model.parameters())
+
+    assert all(torch.equal(p, q) for p, q in zip(stepped(True), stepped(False), strict=True))
+
+
 def test_a_gradient_that_is_there_already_is_added_to_as_with_sgd():
     model, (x, y) = network(), batch()
     optimizer = ENGM(model, 0.1, scale=1.0)

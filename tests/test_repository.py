@@ -2,7 +2,9 @@
 
 import re
 import tomllib
+from collections import defaultdict
 from pathlib import Path
+from statistics import mean
 
 import pytest
 import yaml
@@ -10,6 +12,7 @@ import yaml
 from engm import costs, notebooks
 from engm.files import read_json
 from engm.results import collect, summarise, to_markdown
+from engm.run_directory import read_metrics
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -109,6 +112,24 @@ def test_the_tables_are_what_the_logs_give():
         and record.config.lr >= 0.1
     ]
     assert to_markdown(summarise(shown)) in README
+
+
+def test_the_learning_rates_of_the_text_are_those_that_the_validation_images_choose():
+    accuracies = defaultdict(list)
+    for record in collect(ROOT / "results" / "digits")[0]:
+        config = record.config
+        if (config.scale, config.floor) == ("mean", 0.05):
+            lines = read_metrics(record.folder)
+            best = max(line["validation_robust_accuracy"] for line in lines)
+            accuracies[config.optimizer, config.lr].append(best)
+    chosen = {
+        optimizer: max((mean(v), lr) for (name, lr), v in accuracies.items() if name == optimizer)[
+            1
+        ]
+        for optimizer, _ in accuracies
+    }
+    assert chosen == {"msgd": 0.2, "msgd-clip": 0.3, "engm": 0.3, "engm-input": 0.3}
+    assert "(0.2 for MSGD, 0.3 for ENGM)" in README
 
 
 def test_the_cost_tables_are_what_the_logs_give():
