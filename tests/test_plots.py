@@ -1,3 +1,4 @@
+import matplotlib.pyplot as plt
 import pytest
 import torch
 from matplotlib.colors import to_rgb
@@ -153,10 +154,10 @@ def test_the_change_is_grey_where_there_is_none_and_full_where_it_is_largest():
 def test_a_png_closes_its_figure():
     figure = plots.lines([1], {"a": [1]}, "x", "y")
     assert plots.to_png(figure).startswith(b"\x89PNG")
-    assert figure.number not in plots.plt.get_fignums()
+    assert figure.number not in plt.get_fignums()
 
 
 @pytest.fixture(autouse=True)
 def close_figures():
     yield
-    plots.plt.close("all")
+    plt.close("all")

@@ -1,3 +1,4 @@
+import matplotlib.pyplot as plt
 import pytest
 import torch
 from torch import nn
@@ -66,9 +67,9 @@ def test_the_eps_slider_has_steps_between_its_ends(explorer):
 
 
 def test_moving_a_slider_leaves_no_figure_open(explorer):
-    before = plots.plt.get_fignums()
+    before = plt.get_fignums()
     explorer.eps.value = 0.2
-    assert plots.plt.get_fignums() == before
+    assert plt.get_fignums() == before
 
 
 @pytest.mark.parametrize(("images", "labels", "eps"), [(0, 0, 0.1), (2, 1, 0.1), (1, 1, 0.0)])

@@ -1,0 +1,47 @@
+"""What all figures share: colours, axes, images, PNG."""
+
+import io
+
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from torch import Tensor
+
+BLUE, ORANGE, GREEN, PINK, SKY, RED = (
+    *("#0072B2", "#E69F00", "#009E73"),
+    *("#CC79A7", "#56B4E9", "#D55E00"),
+)
+COLOURS = (BLUE, ORANGE, GREEN, PINK, SKY, RED)
+
+
+def show_image(axes: Axes, image: Tensor) -> None:
+    """Draws `[c, h, w]` pixels in [0, 1] on `axes`, grey for one channel, without ticks."""
+    pixels = image.detach().cpu().permute(1, 2, 0).numpy()
+    if pixels.shape[2] == 1:
+        axes.imshow(pixels[..., 0], cmap="gray", vmin=0, vmax=1)
+    else:
+        axes.imshow(pixels.clip(0, 1))
+    axes.set_xticks([])
+    axes.set_yticks([])
+
+
+def to_png(figure: Figure) -> bytes:
+    """Returns the figure as a PNG and closes it, for a widget to show."""
+    file = io.BytesIO()
+    figure.savefig(file, format="png", dpi=100)
+    plt.close(figure)
+    return file.getvalue()
+
+
+def percent_axis(axes: Axes, label: str) -> None:
+    """Lets the y axis go from 0 to 100%, under `label`."""
+    axes.set_ylim(0, 102)
+    axes.set_ylabel(label)
+    axes.grid(axis="y", alpha=0.3)
+    axes.set_axisbelow(True)
+    open_axes(axes)
+
+
+def open_axes(axes: Axes) -> None:
+    """Takes the lines at the top and on the right away."""
+    axes.spines[["top", "right"]].set_visible(False)
