@@ -106,6 +106,8 @@ class PGD:
         norm: "linf", whose steps follow the sign of the gradient, or "l2", the unit gradient.
         loss: "ce", "margin", "dlr", or "kl": away from the prediction on x, whatever y is.
         random_start: Whether runs start uniformly in the ball, or at x.
+        start_noise: Above 0, runs start from x plus normal noise of this deviation in place of the
+            uniform one; 0.001 in TRADES.
         stop_early: Whether examples leave the batch as soon as they fool the model, and keep that
             x_adv. For evaluation: less work, and robust accuracy is lower or equal.
 
@@ -120,6 +122,7 @@ class PGD:
     norm: str = "linf"
     loss: str = "ce"
     random_start: bool = True
+    start_noise: float = 0.0
     stop_early: bool = False
 
     def __post_init__(self) -> None:
@@ -130,8 +133,11 @@ class PGD:
         _pixels("step_size", self.step_size, self.norm)
         if self.step_size == 0:
             raise InputError("step_size is 0, so the attack would not move; try eps / 4")
+        _pixels("start_noise", self.start_noise, self.norm)
         _count("num_steps", self.num_steps)
         _count("restarts", self.restarts)
+        if self.start_noise and not self.random_start:
+            raise InputError("start_noise is a random start; leave random_start at True")
         if self.restarts > 1 and not self.random_start:
             raise InputError("without random_start all runs are the same; leave restarts at 1")
         if self.loss == "kl" and not self.random_start:
@@ -208,7 +214,9 @@ class PGD:
             return x.clone()
         device = x.device if generator is None else generator.device
         how: dict[str, Any] = {"dtype": x.dtype, "device": device, "generator": generator}
-        if self.norm == "linf":
+        if self.start_noise:
+            noise = torch.randn(x.shape, **how) * (self.start_noise / self.eps)
+        elif self.norm == "linf":
             noise = 2 * torch.rand(x.shape, **how) - 1
         else:
             # volume grows as radius^d: the radius of a uniform draw is u^(1/d)

@@ -13,7 +13,7 @@ from engm.errors import InputError
 
 DatasetName = Literal["digits", "fashion-mnist", "cifar10", "cifar100", "tiny-imagenet"]
 ModelName = Literal["small_cnn", "preact_resnet18", "wide_resnet34_10"]
-MethodName = Literal["natural", "pgd_at"]
+MethodName = Literal["natural", "pgd_at", "trades", "mart", "fast_at"]
 OptimizerName = Literal["msgd", "msgd-clip", "engm", "engm-input"]
 ScheduleName = Literal["piecewise", "cosine", "one-cycle", "constant"]
 
@@ -31,6 +31,8 @@ _MODEL_NORMS = {"small_cnn": "none", "preact_resnet18": "batch", "wide_resnet34_
 # l2 budgets per dataset, used where norm="l2" and eps is left out
 _L2_EPS = {"digits": 0.5, "fashion-mnist": 1.5}
 _L2_EPS_COLOUR = 128 / 255
+# as in the papers of the methods
+_BETAS = {"trades": 6.0, "mart": 5.0}
 
 
 def _option(default: Any, help: str, **bounds: float) -> Any:
@@ -65,6 +67,16 @@ class RunConfig:
     step_size: float | None = _option(
         None, "step of the training attack; default: 2.5 * eps / num_steps", above=0
     )
+    beta: float | None = _option(
+        None, "trades, mart: weight of the divergence; default: 6 and 5", at_least=0
+    )
+    awp: float = _option(
+        0.0, "AWP: weight perturbation relative to the weights, such as 0.01; 0: none", at_least=0
+    )
+    awp_warmup: int = _option(0, "AWP: epochs before it starts", at_least=0)
+    label_smoothing: float = _option(
+        0.0, "fraction of the label spread over all classes; not with mart", at_least=0, below=1
+    )
     optimizer: OptimizerName = _option("msgd", "outer optimizer")
     lr: float = _option(0.1, "learning rate at its highest", above=0)
     momentum: float = _option(0.9, "momentum", at_least=0, below=1)
@@ -94,20 +106,38 @@ class RunConfig:
             raise InputError(
                 f"eps must be at most 1 (pixels are in [0, 1]), got {self.eps}; write 8/255"
             )
+        self._check_method()
+
+    def _check_method(self) -> None:
+        if self.beta is not None and self.method not in _BETAS:
+            raise InputError(f"beta is a setting of trades and mart; {self.method} has none")
+        if self.label_smoothing and self.method == "mart":
+            raise InputError("label_smoothing has no meaning in mart's loss; leave it at 0")
+        if self.awp_warmup and not self.awp:
+            raise InputError(f"awp_warmup is {self.awp_warmup}, but there is no awp; try awp=0.01")
+        if self.method == "fast_at" and self.num_steps not in (None, 1):
+            raise InputError(
+                f"fast_at takes a single step, got num_steps={self.num_steps}; pgd_at takes more"
+            )
 
     def resolved(self) -> "RunConfig":
-        """Returns the config with every `None` but `subset` filled in for its dataset and model."""
+        """Returns the config filled in for its dataset, model and method.
+
+        `subset` stays `None` for all images, and `beta` where the method has none.
+        """
         values = {**_DEFAULTS[self.dataset]}
         if self.norm == "l2":
             values["eps"] = _L2_EPS.get(self.dataset, _L2_EPS_COLOUR)
+        if self.method == "fast_at":
+            values["num_steps"] = 1
         values |= {k: v for k, v in self.to_dict().items() if v is not None}
         model = values["model"]
-        # Madry et al. 2018: 2.5 radii in all, enough to cross the ball whatever the step count
-        step_size = 2.5 * values["eps"] / values["num_steps"]
-        return RunConfig(
-            **dict(width=_WIDTHS[model], model_norm=_MODEL_NORMS[model], step_size=step_size)
-            | values
-        )
+        # Madry et al. 2018: 2.5 radii in all, enough to cross the ball whatever the step count;
+        # Wong et al. 2020: a single step of 1.25 radii
+        radii = 1.25 if self.method == "fast_at" else 2.5
+        step_size = radii * values["eps"] / values["num_steps"]
+        derived = dict(width=_WIDTHS[model], model_norm=_MODEL_NORMS[model], step_size=step_size)
+        return RunConfig(**derived | {"beta": _BETAS.get(self.method)} | values)
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the fields as plain JSON values."""
@@ -133,7 +163,10 @@ class RunConfig:
     def name(self) -> str:
         """A folder name: what a person looks for first, then a digest of the whole config."""
         config = self.resolved()
-        text = json.dumps(config.to_dict(), sort_keys=True)
+        # without what has its default, so that a new setting renames no run of old
+        values = {item: getattr(config, item.name) for item in fields(config)}
+        chosen = {item.name: value for item, value in values.items() if value != item.default}
+        text = json.dumps(chosen, sort_keys=True)
         digest = hashlib.sha256(text.encode()).hexdigest()[:8]
         return f"{config.dataset}-{config.method}-{config.optimizer}-seed{config.seed}-{digest}"
 

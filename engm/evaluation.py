@@ -1,23 +1,57 @@
 """Clean and robust accuracy, recomputed from the adversarial examples themselves."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from engm import models
-from engm.attacks import FGSM, PGD, eval_mode, fooled
+from engm.attacks import PGD, eval_mode, fooled
 from engm.config import RunConfig
-from engm.data import Dataset, Split, batches
+from engm.data import Dataset, Split, to_float
 from engm.errors import InputError
 from engm.run_directory import CHECKPOINTS, fits_config, load_tensors, read_config, save_tensors
 
 # float32 rounds x + perturbation: |x_adv - x| may exceed eps by some 1e-7
 _ROUNDING = 1e-5
+
+
+class Attack(Protocol):
+    """What an evaluation needs of an attack; `PGD`, `FGSM` and `RandomSearch` have it."""
+
+    @property
+    def eps(self) -> float:
+        """Radius of the ball, in pixel units."""
+
+    @property
+    def norm(self) -> str:
+        """Norm of the ball, "linf" or "l2"."""
+
+    def __call__(
+        self, model: nn.Module, x: Tensor, y: Tensor, *, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """Returns x_adv for a batch."""
+
+
+@dataclass(frozen=True)
+class Attacked:
+    """What an attack did to each example.
+
+    Attributes:
+        correct: Whether the model still is right, recomputed from `x_adv` as kept, `[n]` booleans
+            on the CPU.
+        claimed: The same before `x_adv` was written; it differs where the file or the model does.
+        largest_perturbation: The largest norm of `x_adv - x`, in pixel units, at most eps.
+        x_adv: The adversarial examples, on the CPU.
+    """
+
+    correct: Tensor
+    claimed: Tensor
+    largest_perturbation: float
+    x_adv: Tensor
 
 
 @dataclass(frozen=True)
@@ -66,18 +100,19 @@ def attack_of(config: RunConfig, *, num_steps: int | None = None) -> PGD:
     )
 
 
-def evaluate(
+def accuracy_under(
     model: nn.Module,
     split: Split,
-    attack: PGD | FGSM,
+    attack: Attack,
     *,
     batch_size: int = 500,
     seed: int = 0,
     save_to: Path | None = None,
     progress: bool = False,
 ) -> Evaluation:
-    """Attacks every example of `split` and counts what is still classified rightly.
+    """Attacks every example of `split` with one attack and counts what is still classified rightly.
 
+    It is what training uses; `engm.evaluate` runs many attacks and says what to think of them.
     Robust accuracy is recomputed from the adversarial examples as they were kept (read back from
     `save_to`, where given), after their norms and range were checked.
 
@@ -98,31 +133,93 @@ def evaluate(
     """
     if len(split) == 0:
         raise InputError("there is no example to evaluate on")
-    device = split.images.device
-    generator = torch.Generator(device).manual_seed(seed)
+    images, y, n = split.images, split.labels, len(split)
+    how: dict[str, Any] = dict(batch_size=batch_size, seed=seed, save_to=save_to)
+    found = run_attack(model, images, y, attack, **how, progress=progress)
+    clean = int(correct(model, images, y, batch_size).sum())
+    robust = int(found.correct.sum())
+    largest = found.largest_perturbation
+    return Evaluation(clean / n, robust / n, n, largest, repr(attack), found.x_adv)
 
-    def examples() -> Iterator[tuple[Tensor, Tensor]]:
-        return batches(split, batch_size, seed=seed, epoch=0, shuffle=False)
 
-    with eval_mode(model):
-        bar = tqdm(total=len(split), desc="attack", disable=not progress, leave=False)
-        found = []
-        for x, y in examples():
-            found.append(attack(model, x, y, generator=generator).cpu())
+def run_attack(
+    model: nn.Module,
+    images: Tensor,
+    y: Tensor,
+    attack: Attack,
+    *,
+    batch_size: int = 500,
+    seed: int = 0,
+    save_to: Path | None = None,
+    progress: bool = False,
+) -> Attacked:
+    """Attacks every image, in batches; what `accuracy_under` counts, for each example.
+
+    Args:
+        model: As for `accuracy_under`, like the arguments that are not named here.
+        images: `[n, ...]`, uint8 or floats in [0, 1], on the model's device.
+        y: `[n]` int64 classes.
+        attack: For example `PGD`.
+        batch_size: Examples attacked at a time.
+        seed: Seed of the attack's random starts.
+        save_to: File to keep `x_adv` in.
+        progress: Show a progress bar.
+
+    Raises:
+        InputError: If the attack returned examples outside its budget.
+    """
+    generator = torch.Generator(images.device).manual_seed(seed)
+    parts = []
+    with (
+        eval_mode(model),
+        tqdm(total=len(y), desc="attack", disable=not progress, leave=False) as bar,
+    ):
+        for rows in _rows(len(y), batch_size):
+            x = _pixels(images[rows])
+            parts.append(attack(model, x, y[rows], generator=generator).cpu())
             bar.update(len(x))
-        bar.close()
-        x_adv = torch.cat(found)
-        if save_to is not None:
-            save_tensors(save_to, {"x_adv": x_adv})
-            x_adv = load_tensors(save_to)["x_adv"]
-        clean = robust = 0
-        largest = 0.0
-        for (x, y), kept in zip(examples(), x_adv.split(batch_size), strict=True):
-            largest = max(largest, _check(attack, x, kept.to(device)))
-            clean += _count_correct(model, x, y)
-            robust += _count_correct(model, kept.to(device), y)
-    n = len(split)
-    return Evaluation(clean / n, robust / n, n, largest, repr(attack), x_adv)
+    x_adv = kept = torch.cat(parts)
+    if x_adv.shape != images.shape:
+        raise InputError(f"{attack} returned shape {list(x_adv.shape)} for {list(images.shape)}")
+    claimed = None
+    if save_to is not None:
+        claimed = correct(model, x_adv, y, batch_size)
+        save_tensors(save_to, {"x_adv": x_adv})
+        kept = load_tensors(save_to)["x_adv"]
+    largest = largest_perturbation(attack, images, kept, batch_size)
+    again = correct(model, kept, y, batch_size)
+    return Attacked(again, again if claimed is None else claimed, largest, kept)
+
+
+@torch.no_grad()
+def correct(model: nn.Module, images: Tensor, y: Tensor, batch_size: int = 500) -> Tensor:
+    """Returns which images are classified as `y`, in eval mode: `[n]` booleans on the CPU.
+
+    Args:
+        model: From pixels in [0, 1] to logits.
+        images: `[n, ...]`, uint8 or floats in [0, 1]; taken to the device of `y` batch by batch.
+        y: `[n]` int64 classes, on the model's device.
+        batch_size: Images a pass.
+    """
+    with eval_mode(model):
+        answers = [
+            ~fooled(model(_pixels(images[rows].to(y.device))), y[rows])
+            for rows in _rows(len(y), batch_size)
+        ]
+    return torch.cat(answers).cpu()
+
+
+def largest_perturbation(attack: Attack, images: Tensor, x_adv: Tensor, batch_size: int) -> float:
+    """Returns the largest norm of `x_adv - x`.
+
+    Raises:
+        InputError: If it is above eps, or a pixel is outside [0, 1] or nan.
+    """
+    lengths = [
+        _check(attack, _pixels(images[rows]), x_adv[rows].to(images.device))
+        for rows in _rows(len(images), batch_size)
+    ]
+    return max(lengths)
 
 
 def build_model(config: RunConfig, dataset: Dataset) -> nn.Module:
@@ -186,14 +283,22 @@ def evaluate_run(
     """
     model, config = load_model(folder, which, dataset), read_config(folder)
     attack = attack_of(config, num_steps=num_steps)
-    return evaluate(
+    return accuracy_under(
         model, dataset.test, attack, seed=config.seed, save_to=save_to, progress=progress
     )
 
 
-def _check(attack: PGD | FGSM, x: Tensor, x_adv: Tensor) -> float:
-    if x_adv.shape != x.shape:
-        raise InputError(f"{attack} returned shape {list(x_adv.shape)} for {list(x.shape)}")
+def _rows(count: int, batch_size: int) -> list[slice]:
+    if not isinstance(batch_size, int) or batch_size < 1:
+        raise InputError(f"batch_size must be a whole number, 1 or more; got {batch_size!r}")
+    return [slice(start, start + batch_size) for start in range(0, count, batch_size)]
+
+
+def _pixels(images: Tensor) -> Tensor:
+    return images if images.is_floating_point() else to_float(images)
+
+
+def _check(attack: Attack, x: Tensor, x_adv: Tensor) -> float:
     if not x_adv.isfinite().all() or x_adv.min() < 0 or x_adv.max() > 1:
         raise InputError(
             f"{attack} returned pixels outside [0, 1]; its accuracy would mean nothing"
@@ -203,8 +308,3 @@ def _check(attack: PGD | FGSM, x: Tensor, x_adv: Tensor) -> float:
     if largest > attack.eps + _ROUNDING:
         raise InputError(f"{attack} left its budget: a perturbation is {largest:.6f} long")
     return largest
-
-
-@torch.no_grad()
-def _count_correct(model: nn.Module, x: Tensor, y: Tensor) -> int:
-    return len(y) - int(fooled(model(x), y).sum())

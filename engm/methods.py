@@ -5,6 +5,8 @@ A training step with any method and any outer optimizer reads
     x_adv = method.attack(model, x, y)
     optimizer.zero_grad()
     optimizer.step(lambda: method.losses(model, x, x_adv, y))
+
+`engm.weight_perturbation.AWP` goes with each of them.
 """
 
 from collections.abc import Callable
@@ -14,8 +16,9 @@ from typing import Protocol
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from engm.attacks import PGD
+from engm.attacks import PGD, kl
 from engm.config import RunConfig
+from engm.errors import InputError
 
 Attack = Callable[[nn.Module, Tensor, Tensor], Tensor]
 
@@ -38,37 +41,145 @@ def no_attack(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Natural:
-    """Natural training (NT): cross-entropy on the clean images."""
+    """Natural training (NT): cross-entropy on the clean images.
+
+    Args:
+        label_smoothing: Fraction of the label that is spread over all classes.
+    """
 
     attack: Attack = no_attack
+    label_smoothing: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Refuses a fraction that is none."""
+        _check_smoothing(self.label_smoothing)
 
     def losses(self, model: nn.Module, x: Tensor, x_adv: Tensor, y: Tensor) -> Tensor:
         """Returns the cross-entropy of each clean example, `[n]`."""
-        return F.cross_entropy(model(x), y, reduction="none")
+        return _cross_entropy(model(x), y, self.label_smoothing)
 
 
 @dataclass(frozen=True)
 class PGDAT:
     """Adversarial training with PGD (Madry et al. 2018, arXiv 1706.06083).
 
+    With a single step of `1.25 * eps` it is the fast AT of Wong et al. 2020 (arXiv 2001.03994):
+    `PGDAT(PGD(eps=eps, step_size=1.25 * eps, num_steps=1))`.
+
     Args:
         attack: The inner maximisation, such as `PGD(eps=8 / 255, step_size=2 / 255)`.
+        label_smoothing: Fraction of the label that is spread over all classes.
     """
 
     attack: Attack
+    label_smoothing: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Refuses a fraction that is none."""
+        _check_smoothing(self.label_smoothing)
 
     def losses(self, model: nn.Module, x: Tensor, x_adv: Tensor, y: Tensor) -> Tensor:
         """Returns the cross-entropy of each adversarial example, `[n]`."""
-        return F.cross_entropy(model(x_adv), y, reduction="none")
+        return _cross_entropy(model(x_adv), y, self.label_smoothing)
+
+
+@dataclass(frozen=True)
+class TRADES:
+    """Clean cross-entropy plus beta times KL(p(x) || p(x_adv)) (Zhang et al. 2019, 1901.08573).
+
+    The attack climbs the same divergence from x plus a little normal noise, without the label:
+    `PGD(eps=eps, step_size=..., loss="kl", start_noise=0.001)`.
+
+    Args:
+        attack: The inner maximisation.
+        beta: Weight of the divergence; 6 in the paper's main result.
+        label_smoothing: Fraction of the label that is spread over all classes.
+    """
+
+    attack: Attack
+    beta: float = 6.0
+    label_smoothing: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Refuses a beta below 0 and a fraction that is none."""
+        _check_beta(self.beta)
+        _check_smoothing(self.label_smoothing)
+
+    def losses(self, model: nn.Module, x: Tensor, x_adv: Tensor, y: Tensor) -> Tensor:
+        """Returns the loss of each pair of a clean and an adversarial example, `[n]`."""
+        logits = model(x)
+        divergence = kl(model(x_adv), logits)
+        return _cross_entropy(logits, y, self.label_smoothing) + self.beta * divergence
+
+
+@dataclass(frozen=True)
+class MART:
+    """Misclassification-aware AT (Wang et al., ICLR 2020).
+
+    The loss of an example is
+
+        - log p_y(x_adv) - log(1 - max_{k != y} p_k(x_adv)) + beta (1 - p_y(x)) KL(p(x) || p(x_adv))
+
+    The second term is computed from logits, where the paper's code adds 1e-4 to stay finite.
+
+    Args:
+        attack: The inner maximisation, PGD on the cross-entropy in the paper.
+        beta: Weight of the divergence, lambda in the paper; 5 there.
+    """
+
+    attack: Attack
+    beta: float = 5.0
+
+    def __post_init__(self) -> None:
+        """Refuses a beta below 0."""
+        _check_beta(self.beta)
+
+    def losses(self, model: nn.Module, x: Tensor, x_adv: Tensor, y: Tensor) -> Tensor:
+        """Returns the loss of each pair of a clean and an adversarial example, `[n]`."""
+        logits, logits_adv = model(x), model(x_adv)
+        true = y[:, None]
+        # the wrong class that x_adv is most taken for
+        rival = logits_adv.scatter(1, true, -float("inf")).argmax(1, keepdim=True)
+        # log(1 - p_k): all the other classes together
+        rest = logits_adv.scatter(1, rival, -float("inf")).logsumexp(1) - logits_adv.logsumexp(1)
+        missed = 1 - logits.softmax(1).gather(1, true)[:, 0]
+        boosted = F.cross_entropy(logits_adv, y, reduction="none") - rest
+        return boosted + self.beta * missed * kl(logits_adv, logits)
 
 
 def build(config: RunConfig) -> Method:
     """Makes the method that a run asks for."""
-    if config.method == "natural":
-        return Natural()
     config = config.resolved()
+    if config.method == "natural":
+        return Natural(label_smoothing=config.label_smoothing)
     assert config.eps and config.step_size and config.num_steps
     attack = PGD(
-        eps=config.eps, step_size=config.step_size, num_steps=config.num_steps, norm=config.norm
+        eps=config.eps,
+        step_size=config.step_size,
+        num_steps=config.num_steps,
+        norm=config.norm,
+        loss="kl" if config.method == "trades" else "ce",
+        start_noise=0.001 if config.method == "trades" else 0.0,
     )
-    return PGDAT(attack)
+    match config.method:
+        case "trades":
+            assert config.beta is not None
+            return TRADES(attack, config.beta, config.label_smoothing)
+        case "mart":
+            assert config.beta is not None
+            return MART(attack, config.beta)
+    return PGDAT(attack, config.label_smoothing)
+
+
+def _cross_entropy(logits: Tensor, y: Tensor, label_smoothing: float) -> Tensor:
+    return F.cross_entropy(logits, y, reduction="none", label_smoothing=label_smoothing)
+
+
+def _check_beta(value: float) -> None:
+    if not 0 <= value < float("inf"):
+        raise InputError(f"beta must be a number, 0 or more; got {value!r}")
+
+
+def _check_smoothing(value: float) -> None:
+    if not 0 <= value < 1:
+        raise InputError(f"label_smoothing must be in [0, 1), got {value!r}; 0.1 is usual")

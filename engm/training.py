@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from engm import data, methods, optim
 from engm.config import RunConfig
 from engm.errors import InputError, NonFiniteLossError
-from engm.evaluation import attack_of, build_model, evaluate, evaluate_run
+from engm.evaluation import accuracy_under, attack_of, build_model, evaluate_run
 from engm.files import write_json
 from engm.run_directory import (
     CHECKPOINTS,
@@ -31,6 +31,7 @@ from engm.run_directory import (
     save_tensors,
     write_config,
 )
+from engm.weight_perturbation import AWP
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,7 @@ def train_one_epoch(
     scheduler: lr_scheduler.LRScheduler | None = None,
     attacked: nn.Module | None = None,
     precision: Precision | None = None,
+    awp: AWP | None = None,
 ) -> dict[str, float]:
     """Takes one step an element of `examples`: attack, losses, outer step.
 
@@ -82,6 +84,7 @@ def train_one_epoch(
         scheduler: Stepped after each step of the optimizer.
         attacked: The model as the attack sees it, where it was compiled; it shares its weights.
         precision: float32 where left out.
+        awp: Takes the gradients at perturbed weights.
 
     Returns:
         `train_loss`, the mean over the examples. Under ENGM also `example_norm`, the mean |g_i|,
@@ -91,7 +94,7 @@ def train_one_epoch(
         NonFiniteLossError: If a loss is inf or nan (under ENGM: if all of a batch are); the message
             counts the steps from 1.
     """
-    precision = precision or Precision()
+    precision, awp = precision or Precision(), awp or AWP(0)
     losses, norms = [], []
     model.train()
     for step, (x, y) in enumerate(examples, start=1):
@@ -105,7 +108,9 @@ def train_one_epoch(
                 return method.losses(model, x, x_adv, y)
 
         try:
-            losses.append(cast(Tensor, optimizer.step(closure, inputs=x_adv)))
+            with awp(model, closure):
+                losses.append(optimizer.accumulate(closure, inputs=x_adv))
+            optimizer.step()
         except NonFiniteLossError as error:
             raise NonFiniteLossError(f"step {step}: {error}") from None
         if isinstance(optimizer, optim.ENGM) and optimizer.last:
@@ -233,6 +238,7 @@ class _Run:
                 scheduler=self.scheduler,
                 attacked=self.attacked,
                 precision=self.precision,
+                awp=AWP(self.config.awp if epoch > self.config.awp_warmup else 0),
             )
         except NonFiniteLossError as error:
             failed = self.folder / "checkpoint-failed.pt"
@@ -241,8 +247,9 @@ class _Run:
                 f"epoch {epoch}, {error} A smaller lr may help. The state before that step is in "
                 f"{failed}, that of the last whole epoch (if any) in {CHECKPOINTS['last']}."
             ) from None
-        steps = self.config.num_steps
-        validation = evaluate(
+        # one step sees no catastrophic overfitting of fast_at, and would choose the wrong epoch
+        steps = self.config.num_steps if self.config.method != "fast_at" else self.config.eval_steps
+        validation = accuracy_under(
             self.model, self.dataset.validation, attack_of(self.config, num_steps=steps)
         )
         self.epoch = epoch

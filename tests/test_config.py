@@ -1,5 +1,4 @@
 import hashlib
-import json
 import subprocess
 import sys
 from typing import get_args
@@ -102,9 +101,48 @@ def test_the_name_follows_every_setting_and_only_the_settings():
     assert len(names) == 4
     assert RunConfig(lr=1).name == RunConfig(lr=1.0).name
     assert RunConfig().name == RunConfig().resolved().name
-    values = json.dumps(dict(sorted(RunConfig(seed=3).resolved().to_dict().items())))
-    digest = hashlib.sha256(values.encode()).hexdigest()
+
+
+def test_the_name_leaves_out_what_is_as_ever_so_that_a_new_setting_renames_no_run():
+    chosen = (
+        '{"batch_size": 50, "eps": 0.15, "model": "small_cnn", "model_norm": "none", '
+        '"num_steps": 5, "seed": 3, "step_size": 0.075, "width": 32}'
+    )
+    digest = hashlib.sha256(chosen.encode()).hexdigest()
     assert RunConfig(seed=3).name == f"digits-pgd_at-msgd-seed3-{digest[:8]}"
+
+
+@pytest.mark.parametrize(
+    ("method", "beta", "num_steps", "step_size"),
+    [
+        ("pgd_at", None, 5, 0.075),
+        ("trades", 6.0, 5, 0.075),
+        ("mart", 5.0, 5, 0.075),
+        ("fast_at", None, 1, 0.1875),
+    ],
+)
+def test_the_defaults_of_a_method(method, beta, num_steps, step_size):
+    found = RunConfig(method=method).resolved()
+    assert (found.beta, found.num_steps) == (beta, num_steps)
+    assert found.step_size == pytest.approx(step_size)
+    assert found.resolved() == found
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        (dict(beta=6), "beta is a setting of trades and mart; pgd_at has none"),
+        (dict(method="mart", label_smoothing=0.1), "leave it at 0"),
+        (dict(awp_warmup=3), "there is no awp"),
+        (dict(method="fast_at", num_steps=5), "a single step, got num_steps=5"),
+        (dict(label_smoothing=1), "label_smoothing must be below 1"),
+        (dict(awp=-0.1), "awp must be at least 0"),
+        (dict(method="trades", beta=-1), "beta must be at least 0"),
+    ],
+)
+def test_settings_that_do_not_go_together_are_refused(settings, reason):
+    with pytest.raises(InputError, match=reason):
+        RunConfig(**settings)
 
 
 def test_a_config_survives_its_dictionary():
@@ -122,9 +160,8 @@ def test_fractions_are_numbers():
 def test_every_dataset_of_the_config_exists_and_has_its_defaults():
     assert set(get_args(settings.DatasetName)) == set(SPECS)
     for name in SPECS:
-        assert None not in [
-            v for k, v in RunConfig(dataset=name).resolved().to_dict().items() if k != "subset"
-        ]
+        values = RunConfig(dataset=name).resolved().to_dict()
+        assert {key for key, value in values.items() if value is None} == {"subset", "beta"}
 
 
 def test_importing_the_package_and_its_command_loads_nothing_heavy():

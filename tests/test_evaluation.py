@@ -9,7 +9,7 @@ from engm.attacks import PGD
 from engm.config import RunConfig
 from engm.data import Split, load
 from engm.errors import InputError
-from engm.evaluation import attack_of, build_model, evaluate
+from engm.evaluation import accuracy_under, attack_of, build_model
 from engm.run_directory import load_tensors
 
 EPS = 0.1
@@ -35,7 +35,7 @@ ATTACK = PGD(eps=EPS, step_size=EPS, num_steps=3, stop_early=True)
 
 def test_on_a_linear_model_the_accuracies_are_the_closed_form(tmp_path):
     model, split = linear_problem()
-    found = evaluate(model, split, ATTACK, batch_size=64, save_to=tmp_path / "x.pt")
+    found = accuracy_under(model, split, ATTACK, batch_size=64, save_to=tmp_path / "x.pt")
     assert found.clean_accuracy == pytest.approx(exact_robust_accuracy(model, split, 0))
     assert found.robust_accuracy == pytest.approx(exact_robust_accuracy(model, split, EPS))
     assert 0.1 < found.robust_accuracy < found.clean_accuracy - 0.1
@@ -51,7 +51,7 @@ def test_the_seed_alone_decides_and_the_global_generator_is_left_alone():
     model, split = linear_problem()
     attack = replace(ATTACK, step_size=0.01)
     before = torch.get_rng_state()
-    first, second, other = (evaluate(model, split, attack, seed=s) for s in (0, 0, 1))
+    first, second, other = (accuracy_under(model, split, attack, seed=s) for s in (0, 0, 1))
     assert torch.equal(torch.get_rng_state(), before)
     assert torch.equal(first.x_adv, second.x_adv)
     assert not torch.equal(first.x_adv, other.x_adv)
@@ -63,7 +63,7 @@ def test_the_model_is_evaluated_in_eval_mode_and_left_as_it_was():
     model.train()
     model[1].eval()
     statistics = model[1].running_mean.clone()
-    first, second = (evaluate(model, split, ATTACK).clean_accuracy for _ in range(2))
+    first, second = (accuracy_under(model, split, ATTACK).clean_accuracy for _ in range(2))
     assert first == second
     assert [m.training for m in model] == [True, False, True, True]
     assert torch.equal(model[1].running_mean, statistics)
@@ -94,17 +94,17 @@ class Cheat:
 def test_an_attack_that_breaks_the_rules_is_not_believed(shift, message):
     model, split = linear_problem()
     with pytest.raises(InputError, match=message):
-        evaluate(model, split, Cheat(shift))
-    assert evaluate(model, split, Cheat(0.09)).largest_perturbation == pytest.approx(0.09)
+        accuracy_under(model, split, Cheat(shift))
+    assert accuracy_under(model, split, Cheat(0.09)).largest_perturbation == pytest.approx(0.09)
 
 
 def test_the_budget_of_l2_is_the_length_of_the_whole_perturbation():
     model, split = linear_problem()
     # 16 pixels, each moved by s: a length of 4 s
-    found = evaluate(model, split, Cheat(0.024, norm="l2"))
+    found = accuracy_under(model, split, Cheat(0.024, norm="l2"))
     assert found.largest_perturbation == pytest.approx(0.096, abs=1e-6)
     with pytest.raises(InputError, match="left its budget: a perturbation is 0.1040"):
-        evaluate(model, split, Cheat(0.026, norm="l2"))
+        accuracy_under(model, split, Cheat(0.026, norm="l2"))
 
 
 def test_the_largest_perturbation_is_that_of_any_batch():
@@ -115,7 +115,7 @@ def test_the_largest_perturbation_is_that_of_any_batch():
         def __call__(self, model, x, y, generator=None):
             return x + next(shifts)
 
-    found = evaluate(model, split, Uneven(0.0), batch_size=100)
+    found = accuracy_under(model, split, Uneven(0.0), batch_size=100)
     assert found.largest_perturbation == pytest.approx(0.09, abs=1e-6)
 
 
@@ -123,7 +123,7 @@ def test_counting_keeps_no_graph():
     model, split = linear_problem()
     watched = []
     model.register_forward_hook(lambda *_: watched.append(torch.is_grad_enabled()))
-    evaluate(model, split, ATTACK)
+    accuracy_under(model, split, ATTACK)
     assert watched[-2:] == [False, False]  # clean and robust, after the attack
 
 
@@ -132,7 +132,7 @@ def test_what_counts_is_what_the_file_holds(tmp_path, monkeypatch):
     clean = split.images / 255
     written = evaluation.save_tensors
     monkeypatch.setattr(evaluation, "save_tensors", lambda path, _: written(path, {"x_adv": clean}))
-    found = evaluate(model, split, ATTACK, save_to=tmp_path / "x.pt")
+    found = accuracy_under(model, split, ATTACK, save_to=tmp_path / "x.pt")
     assert found.robust_accuracy == found.clean_accuracy
     assert found.largest_perturbation == 0
 
@@ -174,4 +174,4 @@ def test_the_model_of_a_run_has_the_settings_of_its_config_and_the_pixels_of_its
 def test_nothing_to_evaluate_is_refused():
     model, split = linear_problem()
     with pytest.raises(InputError, match="no example"):
-        evaluate(model, Split(split.images[:0], split.labels[:0]), ATTACK)
+        accuracy_under(model, Split(split.images[:0], split.labels[:0]), ATTACK)

@@ -172,7 +172,7 @@ def test_a_run_is_evaluated_on_its_own_dataset_alone(folder):
 
 def test_a_run_is_evaluated_with_its_own_seed_and_the_steps_that_are_asked_for(folder, monkeypatch):
     seen = []
-    monkeypatch.setattr(evaluation, "evaluate", lambda *a, **k: seen.append((*a, k)))
+    monkeypatch.setattr(evaluation, "accuracy_under", lambda *a, **k: seen.append((*a, k)))
     dataset = data.load("digits", subset=20)
     evaluate_run(folder, "last", dataset, num_steps=4, save_to=folder / "x.pt")
     ((_, split, attack, how),) = seen

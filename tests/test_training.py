@@ -187,13 +187,13 @@ def test_each_epoch_has_its_own_batches_and_is_validated_on_the_validation_split
     batches, validated, cut = [], [], data.batches
     monkeypatch.setitem(data.SPECS, "digits", replace(data.SPECS["digits"], augment=augment))
     monkeypatch.setattr(data, "batches", lambda *a, **k: batches.append((a, k)) or cut(*a, **k))
-    attack = training.evaluate
+    attack = training.accuracy_under
 
     def evaluate(model, split, pgd):
         validated.append((split, pgd))
         return attack(model, split, pgd)
 
-    monkeypatch.setattr(training, "evaluate", evaluate)
+    monkeypatch.setattr(training, "accuracy_under", evaluate)
     config = replace(TINY, seed=5, num_steps=3, step_size=0.01, epochs=4)
     run = fit_quietly(config, tmp_path)
     dataset = data.load("digits", subset=40)
@@ -214,7 +214,7 @@ def test_each_epoch_has_its_own_batches_and_is_validated_on_the_validation_split
 def test_of_equal_epochs_the_first_is_best(tmp_path, monkeypatch):
     accuracies = iter([0.2, 0.5, 0.5])
     found = lambda *_: SimpleNamespace(clean_accuracy=1.0, robust_accuracy=next(accuracies))  # noqa: E731
-    monkeypatch.setattr(training, "evaluate", found)
+    monkeypatch.setattr(training, "accuracy_under", found)
     run = fit_quietly(TINY, tmp_path, save_adversarial=False)
     assert load_tensors(run.folder / "checkpoint-best.pt")["epoch"] == 2
 
