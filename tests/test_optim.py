@@ -236,6 +236,38 @@ def test_zero_grad_forgets_a_part_whose_batch_came_to_nothing():
     assert all(torch.equal(p, q) for p, q in zip(stepped(True), stepped(False), strict=True))
 
 
+@pytest.mark.parametrize("max_norm", [None, 0.05])
+def test_parts_of_a_batch_give_msgd_the_step_of_the_whole(max_norm):
+    def stepped(parts):
+        model, (x, y) = network(), batch()
+        settings = dict(momentum=0.9, weight_decay=0.01, max_norm=max_norm)
+        optimizer = MSGD(model.parameters(), 0.1, **settings)
+        for _ in range(2):
+            optimizer.zero_grad()
+            optimizer.accumulate(lambda: losses_of(model, x[:1], y[:1]))
+            optimizer.zero_grad()  # forgets that part
+            for part in parts:
+                optimizer.accumulate(lambda part=part: losses_of(model, x[part], y[part]))
+            assert optimizer.step() is None
+        with pytest.raises(InputError, match="takes a closure"):
+            optimizer.step()
+        return list(model.parameters())
+
+    whole = stepped([slice(None)])
+    uneven = stepped([slice(1), slice(1, 3), slice(3, None)])
+    for p, q in zip(whole, uneven, strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-12, atol=1e-15)
+
+
+def test_a_parameter_that_only_one_part_uses_counts_with_that_part_s_share():
+    first, second = (torch.nn.Parameter(torch.zeros(1, dtype=torch.float64)) for _ in range(2))
+    optimizer = MSGD([first, second], 1.0)
+    optimizer.accumulate(lambda: first.expand(1) * 3)
+    optimizer.accumulate(lambda: second.expand(3) * 8)
+    optimizer.step()
+    assert (first.item(), second.item()) == (-3 / 4, -8 * 3 / 4)
+
+
 def test_a_gradient_that_is_there_already_is_added_to_as_with_sgd():
     model, (x, y) = network(), batch()
     optimizer = ENGM(model, 0.1, scale=1.0)

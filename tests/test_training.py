@@ -18,7 +18,7 @@ from engm import data, training
 from engm.attacks import PGD
 from engm.config import RunConfig
 from engm.errors import InputError, NonFiniteLossError
-from engm.evaluation import evaluate_run
+from engm.evaluation import accuracy_under, evaluate_run
 from engm.methods import Natural
 from engm.models import small_cnn
 from engm.optim import ENGM, MSGD
@@ -431,3 +431,20 @@ def test_an_example_that_engm_leaves_out_is_counted_and_spoils_no_number():
     assert (spoilt["excluded"], whole["excluded"]) == (2, 0)
     assert spoilt["train_loss"] == pytest.approx(whole["train_loss"], rel=0.1)
     assert spoilt["example_norm"] == pytest.approx(whole["example_norm"], rel=0.1)
+
+
+@pytest.mark.parametrize(("method", "steps"), [("pgd_at", 3), ("fast_at", 7)])
+def test_the_best_epoch_is_chosen_with_many_steps_where_training_takes_one(
+    method, steps, tmp_path, monkeypatch
+):
+    seen = []
+
+    def spy(model, split, attack, **options):
+        seen.append(attack.num_steps)
+        return accuracy_under(model, split, attack, **options)
+
+    monkeypatch.setattr(training, "accuracy_under", spy)
+    settings = dict(num_steps=3) if method == "pgd_at" else {}
+    config = RunConfig(subset=50, width=2, epochs=1, eval_steps=7, method=method, **settings)
+    fit(config, tmp_path, device="cpu", progress=False)
+    assert seen[0] == steps
