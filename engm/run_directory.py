@@ -21,13 +21,40 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 
 from engm.config import RunConfig
 from engm.errors import InputError
 from engm.files import atomic_path, read_json, write_json, write_text
 
 CONFIG, METRICS, RESULT = "config.json", "metrics.jsonl", "result.json"
+LOCK = ".lock"
 CHECKPOINTS = {"last": "checkpoint-last.pt", "best": "checkpoint-best.pt"}
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Holds a run directory against other processes; a process that dies lets it go.
+
+    What a kill in the middle of a write left there is cleared away.
+
+    Raises:
+        InputError: If another process holds it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / LOCK)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise InputError(
+            f"another process is at work in {folder}; wait for it, or stop it and call again"
+        ) from None
+    try:
+        for leftover in folder.glob(".*.tmp"):
+            leftover.unlink()
+        yield
+    finally:
+        lock.release()
 
 
 def write_config(folder: Path, config: RunConfig, device: torch.device) -> None:

@@ -19,6 +19,7 @@ from engm.evaluation import accuracy_under, attack_of, build_model, evaluate_run
 from engm.files import write_json
 from engm.run_directory import (
     CHECKPOINTS,
+    LOCK,
     RESULT,
     append_metrics,
     check_config,
@@ -26,6 +27,7 @@ from engm.run_directory import (
     fits_config,
     keep_metrics,
     load_tensors,
+    locked,
     read_metrics,
     read_result,
     save_tensors,
@@ -164,22 +166,18 @@ def fit(
     config = config.resolved()
     folder = Path(out) / config.name
     target = pick_device(device)
-    for leftover in folder.glob(".*.tmp"):
-        leftover.unlink()  # a kill in the middle of a write leaves its temporary file
     if (folder / RESULT).exists():
         check_config(folder, config)
         return RunResult(folder, config, read_metrics(folder), read_result(folder))
     dataset = data.load(config.dataset, root=data_root, subset=config.subset).to(target)
     cuda = [target] if target.type == "cuda" else []
     with torch.random.fork_rng(devices=cuda):
-        run = _Run(config, dataset, target, folder)
-        write_config(folder, config, target)  # what cannot start leaves no folder
-        run.resume()
-        epochs = range(run.epoch, config.epochs)
-        for _ in tqdm(epochs, config.name, config.epochs, initial=run.epoch, disable=not progress):
-            run.train_epoch()
-        result = run.evaluate(save_adversarial, progress)
-    write_json(folder / RESULT, result)
+        run = _Run(config, dataset, target, folder)  # what cannot start leaves no folder
+        with locked(folder):
+            run.go_on(progress)
+            result = run.evaluate(save_adversarial, progress)
+            write_json(folder / RESULT, result)
+    (folder / LOCK).unlink(missing_ok=True)  # nobody writes to a complete run
     return RunResult(folder, config, read_metrics(folder), result)
 
 
@@ -203,6 +201,14 @@ class _Run:
         self.scheduler = build_scheduler(config, self.optimizer, steps)
         self.epoch = 0
         self.best = {"epoch": 0, "validation_robust_accuracy": -1.0}
+
+    def go_on(self, progress: bool) -> None:
+        write_config(self.folder, self.config, self.device)
+        self.resume()
+        total, name = self.config.epochs, self.config.name
+        epochs = range(self.epoch, total)
+        for _ in tqdm(epochs, name, total, initial=self.epoch, disable=not progress):
+            self.train_epoch()
 
     def resume(self) -> None:
         path = self.folder / CHECKPOINTS["last"]

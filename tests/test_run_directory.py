@@ -121,6 +121,7 @@ def test_a_run_whose_metrics_were_lost_does_not_go_on_without_them(folder):
 
 
 def test_what_a_kill_in_a_write_left_is_cleared_away(folder):
+    unfinished(folder)
     (folder / ".checkpoint-last.pt.0a1b2c3d.tmp").write_bytes(b"half")
     fit_quietly(folder.parent)
     assert not list(folder.glob(".*"))

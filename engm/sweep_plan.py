@@ -1,0 +1,198 @@
+"""What a sweep is: tasks from a grid, all of them checked before any of them runs.
+
+plan("train", {"optimizer": ["msgd", "engm"], "lr": ["0.1", "0.2"]}, seeds=3)
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cache
+from importlib import metadata
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from engm.config import TYPES, RunConfig, alternatives, choices, parse_number
+from engm.errors import InputError
+
+TRAIN = "train"
+
+
+@dataclass(frozen=True)
+class Task:
+    """One run of a sweep.
+
+    Attributes:
+        name: Its folder, named by what it does: the same settings mean the same folder.
+        target: "train", or the path of a notebook.
+        settings: Fields of `RunConfig`, or parameters of the notebook.
+    """
+
+    name: str
+    target: str
+    settings: dict[str, Any]
+
+
+@cache
+def code_version() -> str:
+    """Returns the version of the package and a digest of its source.
+
+    Runs of other code are other runs: a sweep keeps them in a folder of this name.
+    """
+    package = Path(__file__).parent
+    digest = hashlib.sha256()
+    for path in sorted(package.rglob("*.py")):
+        digest.update(path.relative_to(package).as_posix().encode() + b"\0" + path.read_bytes())
+    return f"engm-{metadata.version('engm')}-{digest.hexdigest()[:8]}"
+
+
+def plan(
+    target: str,
+    grid: Mapping[str, Sequence[Any]],
+    *,
+    settings: Mapping[str, Any] | None = None,
+    seeds: int | None = None,
+) -> list[Task]:
+    """Makes one task for each combination of the grid's values and each seed.
+
+    Args:
+        target: "train", or a notebook as `engm.notebooks.find` knows it.
+        grid: Values to try, under the names of settings; text is read as on the command line.
+        settings: What is the same in all tasks.
+        seeds: Runs the seeds 0 to `seeds` - 1. A notebook that takes a list `seeds` gets them all,
+            since its verdict needs them; one that takes a `seed` runs once for each.
+
+    Returns:
+        The tasks, each of them once, in the order of the grid.
+
+    Raises:
+        InputError: If a name is unknown, a value is wrong or given twice, or there is none.
+    """
+    axes: dict[str, Sequence[Any]] = dict(grid)
+    fixed = dict(settings or {})
+    if seeds is not None:
+        _add_seeds(target, axes, fixed, seeds)
+    for name, values in axes.items():
+        if name in fixed:
+            raise InputError(f"{name} is in the grid and fixed as well; leave one of them out")
+        if not values:
+            raise InputError(f"the grid has no value for {name}; write {name}=A,B")
+    tasks: dict[str, Task] = {}
+    for values in product(*axes.values()):
+        task = _task(target, fixed | dict(zip(axes, values, strict=True)))
+        tasks.setdefault(task.name, task)
+    return list(tasks.values())
+
+
+def read_plan(path: Path) -> tuple[list[Task], Path | None]:
+    """Reads the tasks of a sweep, and its folder if it names one, from a YAML file.
+
+        run: train
+        out: runs/digits
+        seeds: 3
+        settings: {subset: 300, epochs: 80}
+        grid: {optimizer: [msgd, engm], lr: [0.1, 0.2]}
+
+    Raises:
+        InputError: If the file is no such plan; as for `plan`.
+    """
+    import yaml
+
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"there is no file {path}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    known = {"run": str, "out": str, "seeds": int, "settings": dict, "grid": dict}
+    if not isinstance(values, dict) or not isinstance(values.get("run"), str):
+        raise InputError(f"{path} must say `run: train` or `run: NOTEBOOK`")
+    for name, value in values.items():
+        if name not in known:
+            raise InputError(f"{path} has {name!r}; a plan has {', '.join(known)}")
+        if not isinstance(value, known[name]):
+            kind = {str: "text", int: "a number", dict: "names and values"}[known[name]]
+            raise InputError(f"{name} in {path} must be {kind}, got {value!r}")
+    grid = {
+        name: several if isinstance(several, list) else [several]
+        for name, several in values.get("grid", {}).items()
+    }
+    what = dict(settings=values.get("settings"), seeds=values.get("seeds"))
+    out = values.get("out")
+    return plan(values["run"], grid, **what), Path(out) if out else None
+
+
+def parse_grid(texts: Sequence[str]) -> dict[str, list[str]]:
+    """Reads `optimizer=msgd,engm` and the like; commas within brackets do not part values.
+
+    Raises:
+        InputError: If a text has another form, or names a setting that another one named.
+    """
+    grid: dict[str, list[str]] = {}
+    for text in texts:
+        name, equals, values = text.partition("=")
+        if not equals or not name.strip():
+            raise InputError(f"{text!r} is no part of a grid; write NAME=VALUE,VALUE")
+        if name in grid:
+            raise InputError(f"{name} is in the grid twice; write all its values in one --grid")
+        parts, depth = [""], 0
+        for sign in values:
+            depth += (sign in "[(") - (sign in "])")
+            if sign == "," and depth == 0:
+                parts.append("")
+            else:
+                parts[-1] += sign
+        grid[name.strip()] = [part.strip() for part in parts if part.strip()]
+    return grid
+
+
+def _add_seeds(target: str, axes: dict[str, Any], fixed: dict[str, Any], seeds: int) -> None:
+    if seeds < 1:
+        raise InputError(f"seeds must be 1 or more, got {seeds}")
+    name = "seed"
+    if target != TRAIN:
+        from engm import notebooks
+
+        takes = notebooks.parameters(notebooks.find(target))
+        if "seeds" in takes and "seed" not in takes:
+            name = "seeds"
+    if name in axes or name in fixed:
+        raise InputError(f"{name} is given twice; leave out the number of seeds")
+    if name == "seed":
+        axes["seed"] = list(range(seeds))
+    else:
+        fixed["seeds"] = list(range(seeds))
+
+
+def _task(target: str, given: Mapping[str, Any]) -> Task:
+    if target == TRAIN:
+        config = RunConfig.from_dict({k: _setting(k, v) for k, v in given.items()}).resolved()
+        return Task(config.name, TRAIN, asdict(config))
+    from engm import notebooks
+
+    path = notebooks.find(target)
+    texts = {name: value for name, value in given.items() if isinstance(value, str)}
+    values = notebooks.check(path, {k: v for k, v in given.items() if k not in texts})
+    values |= notebooks.parse(path, texts)
+    cells = [c.source for c in notebooks.read_notebook(path).cells if c.cell_type == "code"]
+    content = json.dumps([cells, sorted(values.items())])
+    digest = hashlib.sha256(content.encode()).hexdigest()[:8]
+    return Task(f"{path.stem}-{digest}", str(path.resolve()), values)
+
+
+def _setting(name: str, value: Any) -> Any:
+    # text from a command line or a plan, where 1e-2 and 8/255 are text as well
+    if name not in TYPES or not isinstance(value, str) or value in choices(TYPES[name]):
+        return value
+    kinds = alternatives(TYPES[name])
+    if bool in kinds and value.lower() in ("true", "false"):
+        return value.lower() == "true"
+    if type(None) in kinds and value.lower() == "none":
+        return None
+    if int in kinds and value.lstrip("-").isdecimal():
+        return int(value)
+    try:
+        return parse_number(value) if float in kinds else value
+    except InputError:
+        return value  # RunConfig says what it takes instead
