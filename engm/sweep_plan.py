@@ -132,7 +132,8 @@ def parse_grid(texts: Sequence[str]) -> dict[str, list[str]]:
     grid: dict[str, list[str]] = {}
     for text in texts:
         name, equals, values = text.partition("=")
-        if not equals or not name.strip():
+        name = name.strip()
+        if not equals or not name:
             raise InputError(f"{text!r} is no part of a grid; write NAME=VALUE,VALUE")
         if name in grid:
             raise InputError(f"{name} is in the grid twice; write all its values in one --grid")
@@ -143,7 +144,7 @@ def parse_grid(texts: Sequence[str]) -> dict[str, list[str]]:
                 parts.append("")
             else:
                 parts[-1] += sign
-        grid[name.strip()] = [part.strip() for part in parts if part.strip()]
+        grid[name] = [part.strip() for part in parts if part.strip()]
     return grid
 
 
