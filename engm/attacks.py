@@ -147,7 +147,13 @@ class PGD:
             )
 
     def __call__(
-        self, model: nn.Module, x: Tensor, y: Tensor, *, generator: torch.Generator | None = None
+        self,
+        model: nn.Module,
+        x: Tensor,
+        y: Tensor,
+        *,
+        generator: torch.Generator | None = None,
+        rows: slice | None = None,
     ) -> Tensor:
         """Attacks a batch.
 
@@ -157,38 +163,41 @@ class PGD:
             y: `[n]` int64 classes, below K.
             generator: What random starts are drawn from, in place of the global generator. One on
                 the CPU gives the same starts on every device.
+            rows: Attack these examples alone; they get the x_adv that they get with all the others.
 
         Returns:
-            x_adv, with the shape, dtype and device of x, and no graph.
+            x_adv, with the shape of `x[rows]`, the dtype and the device of x, and no graph.
 
         Raises:
             InputError: If x, y or the logits are not as above.
         """
         logits_of = partial(_logits, model, _check_batch(x, y))
         if self.eps == 0 or len(x) == 0:
-            return x.detach().clone()
+            return (x if rows is None else x[rows]).detach().clone()
         # autograd refuses tensors that the caller made in inference mode, but not their copies
         with eval_mode(model), torch.inference_mode(False), torch.enable_grad():
-            x = x.detach().clone()
+            whole = x.detach().clone()
+            chosen = slice(None) if rows is None else rows
+            x, y = whole[chosen], y[chosen]
             target = logits_of(x).detach() if self.loss == "kl" else y
             best, best_loss = x.clone(), torch.full((len(x),), -math.inf, device=x.device)
-            rows = torch.arange(len(x), device=x.device)
+            standing = torch.arange(len(x), device=x.device)
             for _ in range(self.restarts):
                 # drawn for the whole batch: the same starts with and without stop_early
-                start = self._start(x, generator)[rows]
-                x_adv = self._run(logits_of, start, x[rows], y[rows], target[rows])
+                start = self._start(whole, generator)[chosen][standing]
+                x_adv = self._run(logits_of, start, x[standing], y[standing], target[standing])
                 if self.restarts == 1:
                     return x_adv
                 logits = logits_of(x_adv).detach()
-                loss = _LOSSES[self.loss](logits, target[rows]).float()
+                loss = _LOSSES[self.loss](logits, target[standing]).float()
                 # inf, so that nothing replaces the first x_adv that fools the model
-                loss = loss.masked_fill(fooled(logits, y[rows]), math.inf)
-                better = loss > best_loss[rows]
-                best[rows] = torch.where(_per_example(better, x), x_adv, best[rows])
-                best_loss[rows] = torch.where(better, loss, best_loss[rows])
+                loss = loss.masked_fill(fooled(logits, y[standing]), math.inf)
+                better = loss > best_loss[standing]
+                best[standing] = torch.where(_per_example(better, x), x_adv, best[standing])
+                best_loss[standing] = torch.where(better, loss, best_loss[standing])
                 if self.stop_early:
-                    rows = rows[best_loss[rows] < math.inf]
-                    if len(rows) == 0:
+                    standing = standing[best_loss[standing] < math.inf]
+                    if len(standing) == 0:
                         break
             return best
 
@@ -273,10 +282,16 @@ class FGSM:
         self._one_step()
 
     def __call__(
-        self, model: nn.Module, x: Tensor, y: Tensor, *, generator: torch.Generator | None = None
+        self,
+        model: nn.Module,
+        x: Tensor,
+        y: Tensor,
+        *,
+        generator: torch.Generator | None = None,
+        rows: slice | None = None,
     ) -> Tensor:
         """Attacks a batch, as `PGD.__call__` does."""
-        return self._one_step()(model, x, y, generator=generator)
+        return self._one_step()(model, x, y, generator=generator, rows=rows)
 
     def _one_step(self) -> PGD:
         # its fields are fields of PGD; with eps 0 there is no step, but PGD wants its length

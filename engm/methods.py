@@ -20,7 +20,7 @@ from engm.attacks import PGD, kl
 from engm.config import RunConfig
 from engm.errors import InputError
 
-Attack = Callable[[nn.Module, Tensor, Tensor], Tensor]
+Attack = Callable[..., Tensor]
 
 
 class Method(Protocol):
@@ -28,15 +28,18 @@ class Method(Protocol):
 
     @property
     def attack(self) -> Attack:
-        """Makes `x_adv` from `(model, x, y)`, before the optimizer's step."""
+        """Makes `x_adv` from `(model, x, y)`, before the optimizer's step.
+
+        Processes that share a batch give `rows=` too, and want the x_adv of these alone.
+        """
 
     def losses(self, model: nn.Module, x: Tensor, x_adv: Tensor, y: Tensor) -> Tensor:
         """Returns one loss per example, `[n]`, inside the optimizer's closure."""
 
 
-def no_attack(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-    """Returns `x` itself."""
-    return x
+def no_attack(model: nn.Module, x: Tensor, y: Tensor, rows: slice | None = None) -> Tensor:
+    """Returns `x` itself, or `rows` of it."""
+    return x if rows is None else x[rows]
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,70 @@
-"""Means over the examples of all processes of `torch.distributed`, or of the only one."""
+"""The processes that share a run: who writes, who has which rows, means over all examples.
 
-from collections.abc import Sequence
+With a single process, without `torch.distributed`, all of it costs nothing.
+"""
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
-from torch import Tensor, distributed
+from torch import Tensor, distributed, nn
+
+
+@contextmanager
+def joined() -> Iterator[None]:
+    """Joins the processes that `torchrun` started, for the block; without it, does nothing."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or _several():
+        yield
+        return
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    # gloo carries what is on the CPU, nccl what is on a GPU
+    distributed.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    try:
+        yield
+    finally:
+        distributed.destroy_process_group()
+
+
+def first() -> bool:
+    """Returns whether this process is the one that writes."""
+    return not _several() or distributed.get_rank() == 0
+
+
+def wait() -> None:
+    """Waits until all processes are here."""
+    if _several():
+        distributed.barrier()
+
+
+def share(count: int) -> slice | None:
+    """Returns this process's rows of a batch of `count`; `None` where it has them all.
+
+    A batch with fewer examples than processes is taken by each of them as a whole: the mean is the
+    same.
+    """
+    if not _several() or count < distributed.get_world_size():
+        return None
+    rank, size = distributed.get_rank(), distributed.get_world_size()
+    return slice(count * rank // size, count * (rank + 1) // size)
+
+
+@torch.no_grad()
+def share_buffers(model: nn.Module) -> None:
+    """Gives all processes the buffers of the first one, such as BatchNorm's statistics."""
+    if _several():
+        for buffer in model.buffers():
+            distributed.broadcast(buffer, 0)
+
+
+def total(value: int, device: torch.device) -> int:
+    """Returns the sum of the values of all processes."""
+    if not _several():
+        return value
+    summed = torch.tensor(value, device=device)
+    distributed.all_reduce(summed)
+    return int(summed)
 
 
 def average(gradients: Sequence[Tensor], count: int) -> None:

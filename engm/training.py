@@ -1,6 +1,7 @@
-"""The training loop: an epoch, and a whole run that survives being killed."""
+"""A whole run: it survives being killed, and several processes can share it."""
 
-from collections.abc import Iterable
+import os
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
@@ -8,12 +9,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
-from torch.optim import lr_scheduler
 from tqdm.auto import tqdm
 
-from engm import data, methods, optim
+from engm import data, methods, optim, processes
 from engm.config import RunConfig
+from engm.epochs import Precision, build_scheduler, train_one_epoch
 from engm.errors import InputError, NonFiniteLossError
 from engm.evaluation import accuracy_under, attack_of, build_model, evaluate_run
 from engm.files import write_json
@@ -35,6 +35,8 @@ from engm.run_directory import (
 )
 from engm.weight_perturbation import AWP
 
+__all__ = ["Precision", "RunResult", "build_scheduler", "fit", "pick_device", "train_one_epoch"]
+
 
 @dataclass(frozen=True)
 class RunResult:
@@ -53,84 +55,6 @@ class RunResult:
     result: dict[str, Any]
 
 
-@dataclass(frozen=True)
-class Precision:
-    """How a model's passes are computed: arithmetic, and memory layout of the images."""
-
-    dtype: torch.dtype = torch.float32
-    memory_format: torch.memory_format = torch.contiguous_format
-
-    def autocast(self, device: torch.device) -> torch.autocast:
-        """Returns the context to run the model in."""
-        return torch.autocast(device.type, self.dtype, enabled=self.dtype != torch.float32)
-
-
-def train_one_epoch(
-    model: nn.Module,
-    method: methods.Method,
-    optimizer: optim.MSGD | optim.ENGM,
-    examples: Iterable[tuple[Tensor, Tensor]],
-    *,
-    scheduler: lr_scheduler.LRScheduler | None = None,
-    attacked: nn.Module | None = None,
-    precision: Precision | None = None,
-    awp: AWP | None = None,
-) -> dict[str, float]:
-    """Takes one step an element of `examples`: attack, losses, outer step.
-
-    Args:
-        model: Left in train mode.
-        method: Attack and losses.
-        optimizer: Any whose `step` takes a closure of per-example losses.
-        examples: Pairs of images `[n, c, h, w]` in [0, 1] and labels `[n]`.
-        scheduler: Stepped after each step of the optimizer.
-        attacked: The model as the attack sees it, where it was compiled; it shares its weights.
-        precision: float32 where left out.
-        awp: Takes the gradients at perturbed weights.
-
-    Returns:
-        `train_loss`, the mean over the examples. Under ENGM also `example_norm`, the mean |g_i|,
-        and `excluded`, how many examples had an inf or nan loss or gradient and got weight 0.
-
-    Raises:
-        NonFiniteLossError: If a loss is inf or nan (under ENGM: if all of a batch are); the message
-            counts the steps from 1.
-    """
-    precision, awp = precision or Precision(), awp or AWP(0)
-    losses, norms = [], []
-    model.train()
-    for step, (x, y) in enumerate(examples, start=1):
-        x = x.contiguous(memory_format=precision.memory_format)
-        with precision.autocast(x.device):
-            x_adv = method.attack(attacked or model, x, y)
-        optimizer.zero_grad()
-
-        def closure(x: Tensor = x, x_adv: Tensor = x_adv, y: Tensor = y) -> Tensor:
-            with precision.autocast(x.device):
-                return method.losses(model, x, x_adv, y)
-
-        try:
-            with awp(model, closure):
-                losses.append(optimizer.accumulate(closure, inputs=x_adv))
-            optimizer.step()
-        except NonFiniteLossError as error:
-            raise NonFiniteLossError(f"step {step}: {error}") from None
-        if isinstance(optimizer, optim.ENGM) and optimizer.last:
-            norms.append(optimizer.last.norms)
-        if scheduler is not None:
-            scheduler.step()
-    if not losses:
-        raise InputError("there is no batch to train on")
-    every = torch.cat(losses)
-    finite = every.isfinite()
-    metrics = {"train_loss": every[finite].mean().item()}
-    if norms:
-        lengths = torch.cat(norms)
-        good = finite & lengths.isfinite()
-        metrics |= {"example_norm": lengths[good].mean().item(), "excluded": int((~good).sum())}
-    return metrics
-
-
 def fit(
     config: RunConfig,
     out: Path | str = "runs",
@@ -146,6 +70,10 @@ def fit(
     run is not repeated. On the CPU a run that was killed and called again ends with bitwise the
     weights of one that was left alone. The test set is used at the end alone; the best epoch is
     chosen on the validation split.
+
+    Started by `torchrun`, the processes share each batch, and the first of them writes. The run is
+    that of a single process up to rounding, except that BatchNorm takes its statistics from the
+    part of the batch that a process has.
 
     Args:
         config: What to run.
@@ -163,9 +91,21 @@ def fit(
         NonFiniteLossError: If a loss is inf or nan. The state before that step is kept in
             `checkpoint-failed.pt`, that of the last whole epoch in `checkpoint-last.pt`.
     """
-    config = config.resolved()
-    folder = Path(out) / config.name
-    target = pick_device(device)
+    with processes.joined():
+        return _fit(
+            config.resolved(), Path(out), pick_device(device), data_root, save_adversarial, progress
+        )
+
+
+def _fit(
+    config: RunConfig,
+    out: Path,
+    target: torch.device,
+    data_root: Path | None,
+    save_adversarial: bool,
+    progress: bool,
+) -> RunResult:
+    folder = out / config.name
     if (folder / RESULT).exists():
         check_config(folder, config)
         return RunResult(folder, config, read_metrics(folder), read_result(folder))
@@ -173,11 +113,14 @@ def fit(
     cuda = [target] if target.type == "cuda" else []
     with torch.random.fork_rng(devices=cuda):
         run = _Run(config, dataset, target, folder)  # what cannot start leaves no folder
-        with locked(folder):
-            run.go_on(progress)
-            result = run.evaluate(save_adversarial, progress)
-            write_json(folder / RESULT, result)
-    (folder / LOCK).unlink(missing_ok=True)  # nobody writes to a complete run
+        with locked(folder) if processes.first() else nullcontext():
+            run.go_on(progress and processes.first())
+            result = run.evaluate(save_adversarial, progress and processes.first())
+            if processes.first():
+                write_json(folder / RESULT, result)
+    if processes.first():
+        (folder / LOCK).unlink(missing_ok=True)  # nobody writes to a complete run
+    processes.wait()
     return RunResult(folder, config, read_metrics(folder), result)
 
 
@@ -203,7 +146,9 @@ class _Run:
         self.best = {"epoch": 0, "validation_robust_accuracy": -1.0}
 
     def go_on(self, progress: bool) -> None:
-        write_config(self.folder, self.config, self.device)
+        if processes.first():
+            write_config(self.folder, self.config, self.device)
+        processes.wait()
         self.resume()
         total, name = self.config.epochs, self.config.name
         epochs = range(self.epoch, total)
@@ -220,7 +165,8 @@ class _Run:
                 self.scheduler.load_state_dict(state["scheduler"])
                 self.epoch, self.best = state["epoch"], state["best"]
         # an epoch that was counted but not kept is run again
-        keep_metrics(self.folder, self.epoch)
+        if processes.first():
+            keep_metrics(self.folder, self.epoch)
 
     def train_epoch(self) -> None:
         started = perf_counter()
@@ -248,11 +194,13 @@ class _Run:
             )
         except NonFiniteLossError as error:
             failed = self.folder / "checkpoint-failed.pt"
-            save_tensors(failed, self._state())
+            if processes.first():
+                save_tensors(failed, self._state())
             raise NonFiniteLossError(
                 f"epoch {epoch}, {error} A smaller lr may help. The state before that step is in "
                 f"{failed}, that of the last whole epoch (if any) in {CHECKPOINTS['last']}."
             ) from None
+        processes.share_buffers(self.model)
         # one step sees no catastrophic overfitting of fast_at, and would choose the wrong epoch
         steps = self.config.num_steps if self.config.method != "fast_at" else self.config.eval_steps
         validation = accuracy_under(
@@ -268,18 +216,18 @@ class _Run:
             "validation_robust_accuracy": robust,
             "seconds": perf_counter() - started,
         }
-        append_metrics(self.folder, metrics)
-        if robust > self.best["validation_robust_accuracy"]:
+        better = robust > self.best["validation_robust_accuracy"]
+        if better:
             self.best = {"epoch": epoch, "validation_robust_accuracy": robust}
-            weights = {"epoch": epoch, "model": self.model.state_dict()}
-            save_tensors(self.folder / CHECKPOINTS["best"], weights)
-        # last of all: from here on the epoch counts as done
-        save_tensors(self.folder / CHECKPOINTS["last"], self._state())
+        if processes.first():
+            self._write(metrics, better)
+        processes.wait()
 
     def evaluate(self, save_adversarial: bool, progress: bool) -> dict[str, Any]:
         result: dict[str, Any] = {}
         for which in CHECKPOINTS:
-            path = self.folder / f"adversarial-{which}.pt" if save_adversarial else None
+            keep = save_adversarial and processes.first()
+            path = self.folder / f"adversarial-{which}.pt" if keep else None
             found = evaluate_run(self.folder, which, self.dataset, save_to=path, progress=progress)
             result[which] = found.to_dict()
         gap = result["best"]["robust_accuracy"] - result["last"]["robust_accuracy"]
@@ -289,6 +237,14 @@ class _Run:
             "robust_overfitting_gap": gap,
             "environment": environment(self.device),
         }
+
+    def _write(self, metrics: dict[str, Any], better: bool) -> None:
+        append_metrics(self.folder, metrics)
+        if better:
+            weights = {"epoch": self.epoch, "model": self.model.state_dict()}
+            save_tensors(self.folder / CHECKPOINTS["best"], weights)
+        # last of all: from here on the epoch counts as done
+        save_tensors(self.folder / CHECKPOINTS["last"], self._state())
 
     def _state(self) -> dict[str, Any]:
         return {
@@ -303,11 +259,15 @@ class _Run:
 def pick_device(name: str) -> torch.device:
     """Returns the device called `name`; "auto" is CUDA where there is one, else the CPU.
 
+    Each process that `torchrun` starts on a machine has a GPU of its own under "auto" and "cuda".
+
     Raises:
         InputError: If there is no such device on this machine.
     """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and (local := os.environ.get("LOCAL_RANK")):
+        name = f"cuda:{local}"
     try:
         device = torch.device(name)
         torch.empty(0, device=device).cpu()  # "meta" has no numbers to copy
@@ -315,31 +275,6 @@ def pick_device(name: str) -> torch.device:
         reason = str(error).split("\n")[0]
         raise InputError(f"cannot use device {name!r}: {reason}; use 'cpu' or 'auto'") from None
     return device
-
-
-def build_scheduler(
-    config: RunConfig, optimizer: torch.optim.Optimizer, steps_per_epoch: int
-) -> lr_scheduler.LRScheduler:
-    """Makes the schedule of a run, to be stepped after each step of the optimizer.
-
-    "piecewise" divides the learning rate by 10 after a half and after three quarters of the
-    steps; "cosine" takes it to 0; "one-cycle" raises it from a tenth over the first 30% of the
-    steps and takes it to about 0; "constant" leaves it.
-    """
-    steps = config.epochs * steps_per_epoch
-    match config.schedule:
-        case "piecewise":
-            drops = [max(1, steps * k // 4) for k in (2, 3)]
-            return lr_scheduler.MultiStepLR(optimizer, drops, gamma=0.1)
-        case "cosine":
-            return lr_scheduler.CosineAnnealingLR(optimizer, steps)
-        case "one-cycle":
-            steps = max(steps, 2)  # a single step would be taken at a rate of 0
-            return lr_scheduler.OneCycleLR(
-                optimizer, config.lr, total_steps=steps, div_factor=10, cycle_momentum=False
-            )
-        case "constant":
-            return lr_scheduler.ConstantLR(optimizer, factor=1.0)
 
 
 def _seed(seed: int, epoch: int) -> None:
