@@ -97,7 +97,7 @@ class Watch:
         self._hooks: list[Any] = []
         self._calls: dict[Node, _Call] = {}
         self._shares: list[tuple[Tensor, Share]] = []
-        self._squares: list[Tensor] = []
+        self._squares: dict[Tensor, Tensor] = {}
 
     def __enter__(self) -> "Watch":
         """Begins to watch the layers."""
@@ -170,7 +170,11 @@ class Watch:
 
     def norms(self) -> Tensor:
         """Returns |g_i|, `[n]`, in float32, or float64 where the model's passes are."""
-        return torch.stack(self._squares).sum(0).sqrt()
+        return torch.stack(list(self._squares.values())).sum(0).sqrt()
+
+    def squares(self) -> dict[Tensor, Tensor]:
+        """Returns |g_i|^2 of each parameter that had a part in the losses, `[n]`."""
+        return dict(self._squares)
 
     def weighted(self, weights: Tensor, rows: Tensor | None = None) -> dict[Tensor, Tensor]:
         """Returns sum_i w_i g_i for each parameter that had a part in the losses.
@@ -183,9 +187,10 @@ class Watch:
 
     def _take(self, layer: nn.Module, calls: list[tuple[Tensor, Tensor]]) -> None:
         for name, share in shares_of(layer, calls, self._measure).items():
-            self._shares.append((getattr(layer, name), share))
+            parameter = getattr(layer, name)
+            self._shares.append((parameter, share))
             if self._measure:
-                self._squares.append(share.squares())
+                self._squares[parameter] = share.squares()
 
     def _record(self, layer: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
         own = [p for p in layer.parameters(recurse=False) if p.requires_grad]

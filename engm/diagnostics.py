@@ -1,0 +1,239 @@
+"""How long the examples' gradients are, and how much they vary, over a whole set of examples.
+
+With g_i the gradient of example i's loss, and means over all n examples of the set,
+
+    tr Cov = mean |g_i|^2 - |mean g_i|^2
+
+so that neither the single gradients nor their covariance are ever held.
+"""
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from statistics import fmean
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from engm.attacks import eval_mode
+from engm.errors import InputError, NonFiniteLossError
+from engm.example_norms import Watch
+from engm.measures import Closure, run_closure
+from engm.methods import Method
+
+HOLDS = "the claim holds here"
+FAILS = "the claim does not hold here"
+UNSETTLED = "not settled at this scale"
+
+
+@dataclass(frozen=True)
+class Moments:
+    """First and second moments of gradients g_i, of a whole network or of one layer.
+
+    Attributes:
+        mean_norm: Mean of the |g_i|.
+        mean_square: Mean of the |g_i|^2.
+        gradient_square: |mean g_i|^2, the square of the length of the full gradient.
+    """
+
+    mean_norm: float
+    mean_square: float
+    gradient_square: float
+
+    @property
+    def gradient_norm(self) -> float:
+        """|mean g_i|, the length of the full gradient."""
+        return math.sqrt(self.gradient_square)
+
+    @property
+    def variance(self) -> float:
+        """Trace of the covariance, mean |g_i - mean g|^2, with 1/n: the set is the population."""
+        return max(0.0, self.mean_square - self.gradient_square)
+
+    @property
+    def signal_to_noise(self) -> float:
+        """|mean g_i|^2 / tr Cov; inf without variance, nan where all gradients are 0."""
+        if self.variance:
+            return self.gradient_square / self.variance
+        return math.inf if self.gradient_square else math.nan
+
+    @property
+    def norm_variation(self) -> float:
+        """Standard deviation of the |g_i| over their mean; nan where all gradients are 0."""
+        if not self.mean_norm:
+            return math.nan
+        return math.sqrt(max(0.0, self.mean_square - self.mean_norm**2)) / self.mean_norm
+
+
+@dataclass(frozen=True)
+class GradientStatistics(Moments):
+    """The moments of a whole network's gradients, and of each layer's.
+
+    Attributes:
+        mean_loss: Mean of the losses.
+        count: n, how many examples there were.
+        layers: Under the name of each layer that has trainable parameters the moments of their
+            part of the g_i. Squares and variances add up to those of the network.
+    """
+
+    mean_loss: float
+    count: int
+    layers: Mapping[str, Moments] = field(repr=False)
+
+
+def gradient_statistics(
+    model: nn.Module,
+    method: Method,
+    examples: Iterable[tuple[Tensor, Tensor]],
+    *,
+    norms: Literal["exact", "loop"] = "exact",
+    seed: int = 0,
+) -> GradientStatistics:
+    """Measures norm and variance of the gradients of `method`'s losses, over all `examples`.
+
+    The model is in eval mode meanwhile and afterwards as it was, so that BatchNorm treats examples
+    apart and g_i is the gradient of loss i alone. How the set is cut into batches then makes no
+    difference, but for random starts of the attack. Source: this kit.
+
+    Args:
+        model: From pixels `[n, c, h, w]` in [0, 1] to logits `[n, K]`.
+        method: Its attack makes `x_adv`, its losses are differentiated; `Natural()` for NT.
+        examples: Batches `(x, y)`, such as `data.batches` makes.
+        norms: "exact": one backward pass a batch, see `Watch`. "loop": one an example, for models
+            that "exact" has no formula for.
+        seed: Seed of the attack's random starts. The global generator is left as it was.
+
+    Returns:
+        The moments over all examples, of the network and of each layer.
+
+    Raises:
+        InputError: If there are no examples, a model has a layer that "exact" has no formula for,
+            or the losses are not one an example.
+        NonFiniteLossError: If a loss or a gradient is inf or nan.
+    """
+    if norms not in ("exact", "loop"):
+        raise InputError(f"norms must be 'exact' or 'loop', got {norms!r}")
+    named = model.named_parameters()
+    names: dict[Tensor, str] = {p: name for name, p in named if p.requires_grad}
+    if not names:
+        raise InputError("the model has no parameter that requires a gradient")
+    layers: dict[str, list[Tensor]] = defaultdict(list)
+    for parameter, name in names.items():
+        layers[name.rpartition(".")[0] or "model"].append(parameter)
+    losses: list[Tensor] = []
+    squares: dict[Tensor, list[Tensor]] = {p: [] for p in names}  # |g_i|^2, batch by batch
+    sums = {p: torch.zeros_like(p, requires_grad=False) for p in names}
+    devices = {p.device for p in names if p.device.type == "cuda"}
+    with eval_mode(model), torch.random.fork_rng(devices=list(devices)):
+        torch.manual_seed(seed)
+        for batch in examples:
+            if not isinstance(batch, tuple | list) or len(batch) != 2:
+                raise InputError("examples must be batches (x, y); a single one is [(x, y)]")
+            x, y = batch
+            x_adv = method.attack(model, x, y)
+            closure = partial(method.losses, model, x, x_adv, y)
+            found, lengths, gradients = (_exact if norms == "exact" else _loop)(model, closure)
+            losses.append(found)
+            for p, parts in squares.items():  # one without a part in the losses counts zero
+                parts.append(lengths.get(p, torch.zeros_like(found)))
+                if p in gradients:
+                    sums[p] += gradients[p]
+    if not losses:
+        raise InputError("there are no examples; give batches (x, y)")
+    every = {p: torch.cat(parts).double() for p, parts in squares.items()}
+    mean_loss = torch.cat(losses).double().mean().item()
+    whole = _moments(list(names), every, sums)
+    if not all(map(math.isfinite, (mean_loss, whole.mean_square, whole.gradient_square))):
+        raise NonFiniteLossError("a loss or a gradient is inf or nan, so there is no mean of them")
+    return GradientStatistics(
+        **vars(whole),
+        mean_loss=mean_loss,
+        count=sum(map(len, losses)),
+        layers={name: _moments(own, every, sums) for name, own in layers.items()},
+    )
+
+
+@dataclass(frozen=True)
+class C1Verdict:
+    """Whether claim C1 holds, and what that was decided from.
+
+    Attributes:
+        outcome: `HOLDS`, `FAILS` or `UNSETTLED`.
+        norm_ratios: For each seed the mean example norm of AT over that of NT.
+        variance_ratios: Likewise for the variance.
+    """
+
+    outcome: str
+    norm_ratios: tuple[float, ...]
+    variance_ratios: tuple[float, ...]
+
+
+def c1_verdict(
+    natural: Sequence[Sequence[Moments]], adversarial: Sequence[Sequence[Moments]]
+) -> C1Verdict:
+    """Decides claim C1: AT has a higher gradient norm and variance than NT (arXiv 2209.01199).
+
+    The rule (source: this kit): in each seed, mean example norm and variance are averaged over the
+    moments of training. The claim holds in a seed if both averages are higher under AT. It holds
+    here if it does so in every seed, does not hold here if it does so in none, and is not settled
+    if the seeds disagree or are fewer than three.
+
+    Args:
+        natural: For each seed what was measured along natural training.
+        adversarial: The same for adversarial training, with the same seeds at the same moments.
+
+    Raises:
+        InputError: If the two do not match, there is nothing, or NT's gradients are all zero.
+    """
+    if [len(run) for run in natural] != [len(run) for run in adversarial] or not all(natural):
+        raise InputError("give both trainings with the same seeds, measured at the same moments")
+    ratios: dict[str, list[float]] = {"mean_norm": [], "variance": []}
+    for runs in zip(natural, adversarial, strict=True):
+        for kind, found in ratios.items():
+            nt, at = (fmean(getattr(moments, kind) for moments in run) for run in runs)
+            if not nt > 0:
+                raise InputError(f"{kind} of natural training is {nt}; there is no ratio to it")
+            found.append(at / nt)
+    norms, variances = map(tuple, ratios.values())
+    held = [norm > 1 and variance > 1 for norm, variance in zip(norms, variances, strict=True)]
+    outcome = UNSETTLED
+    if len(held) >= 3 and len(set(held)) == 1:
+        outcome = HOLDS if held[0] else FAILS
+    return C1Verdict(outcome, norms, variances)
+
+
+Shares = tuple[Tensor, dict[Tensor, Tensor], dict[Tensor, Tensor]]
+
+
+def _exact(model: nn.Module, closure: Closure) -> Shares:
+    with Watch(model) as watch:
+        losses = run_closure(closure)
+    watch.backward(losses)
+    losses = losses.detach()
+    return losses, watch.squares(), watch.weighted(torch.ones_like(losses))
+
+
+def _loop(model: nn.Module, closure: Closure) -> Shares:
+    losses = run_closure(closure)
+    parameters: list[Tensor] = [p for p in model.parameters() if p.requires_grad]
+    squares = {p: torch.zeros_like(losses.detach()) for p in parameters}
+    sums = {p: torch.zeros_like(p, requires_grad=False) for p in parameters}
+    for i, loss in enumerate(losses):
+        gradients = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
+        for p, gradient in zip(parameters, gradients, strict=True):
+            if gradient is not None:
+                squares[p][i] = gradient.square().sum()
+                sums[p] += gradient
+    return losses.detach(), squares, sums
+
+
+def _moments(
+    parameters: Sequence[Tensor], squares: Mapping[Tensor, Tensor], sums: Mapping[Tensor, Tensor]
+) -> Moments:
+    total = torch.stack([squares[p] for p in parameters]).sum(0)  # |g_i|^2, [n]
+    lengths = [torch.linalg.vector_norm(sums[p]).double().square() for p in parameters]
+    gradient_square = torch.stack(lengths).sum().item() / len(total) ** 2
+    return Moments(total.sqrt().mean().item(), total.mean().item(), gradient_square)

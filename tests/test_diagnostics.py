@@ -1,0 +1,287 @@
+"""Moments of the gradients against a loop over single examples in float64, and closed forms."""
+
+import dataclasses
+import math
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from engm.attacks import PGD
+from engm.diagnostics import (
+    FAILS,
+    HOLDS,
+    UNSETTLED,
+    Moments,
+    c1_verdict,
+    gradient_statistics,
+)
+from engm.errors import InputError, NonFiniteLossError
+from engm.methods import PGDAT, Natural
+from engm.models import preact_resnet18, small_cnn
+
+N = 7
+FIELDS = ("mean_norm", "mean_square", "gradient_square", "variance", "signal_to_noise")
+
+
+def images(seed=0, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.rand(N, 3, 8, 8, generator=generator, dtype=dtype)
+    return x, torch.randint(5, (N,), generator=generator)
+
+
+def network(norm="batch", dtype=torch.float64):
+    torch.manual_seed(0)
+    model = small_cnn(5, width=4, norm=norm).to(dtype)
+    model(images(seed=1, dtype=dtype)[0])  # moves BatchNorm's running statistics
+    return model
+
+
+def single_gradients(model, x, y):
+    """The gradient of each example's loss, `[n]` by parameter, by itself and in eval mode."""
+    training = model.training
+    model.eval()
+    rows = []
+    for i in range(len(x)):
+        loss = F.cross_entropy(model(x[i : i + 1]), y[i : i + 1])
+        rows.append(torch.autograd.grad(loss, list(model.parameters())))
+    model.train(training)
+    names = [name for name, _ in model.named_parameters()]
+    columns = zip(*rows, strict=True)
+    return {name: torch.stack(part) for name, part in zip(names, columns, strict=True)}
+
+
+def assert_moments(found, gradients, rtol=1e-9):
+    """`found` against the definitions; the variance as the mean square around the mean."""
+    g = torch.cat([part.flatten(1) for part in gradients], dim=1)
+    norms, mean = g.norm(dim=1), g.mean(0)
+    variance = (g - mean).square().sum(1).mean()
+    expected = {
+        "mean_norm": norms.mean(),
+        "mean_square": norms.square().mean(),
+        "gradient_square": mean @ mean,
+        "gradient_norm": mean.norm(),
+        "variance": variance,
+        "signal_to_noise": mean @ mean / variance,
+        "norm_variation": norms.std(correction=0) / norms.mean(),
+    }
+    for name, value in expected.items():
+        assert getattr(found, name) == pytest.approx(value.item(), rel=rtol), name
+
+
+@pytest.mark.parametrize("norms", ["exact", "loop"])
+@pytest.mark.parametrize("norm", ["none", "batch", "group"])
+def test_the_moments_are_those_of_single_gradients(norm, norms):
+    model, (x, y) = network(norm), images()
+    gradients = single_gradients(model, x, y)
+    found = gradient_statistics(model, Natural(), [(x, y)], norms=norms)
+    assert found.count == N
+    model.eval()
+    assert found.mean_loss == pytest.approx(F.cross_entropy(model(x), y).item())
+    assert_moments(found, gradients.values())
+
+
+@pytest.mark.parametrize("norms", ["exact", "loop"])
+def test_layers_have_the_moments_of_their_own_part_and_add_up(norms):
+    model, (x, y) = network(), images()
+    gradients = single_gradients(model, x, y)
+    found = gradient_statistics(model, Natural(), [(x, y)], norms=norms)
+    assert list(found.layers) == ["conv1", "norm1", "conv2", "norm2", "conv3", "norm3", "linear"]
+    for layer, moments in found.layers.items():
+        own = [g for name, g in gradients.items() if name.rpartition(".")[0] == layer]
+        assert len(own) == (1 if layer.startswith("conv") else 2)
+        assert_moments(moments, own)
+    for name in ("mean_square", "gradient_square", "variance"):
+        total = sum(getattr(moments, name) for moments in found.layers.values())
+        assert total == pytest.approx(getattr(found, name))
+
+
+@pytest.mark.parametrize("norms", ["exact", "loop"])
+def test_how_the_set_is_cut_into_batches_makes_no_difference(norms):
+    model, (x, y) = network("batch"), images()
+    whole = gradient_statistics(model, Natural(), [(x, y)], norms=norms)
+    parts = zip(x.split([1, 4, 2]), y.split([1, 4, 2]), strict=True)
+    cut = gradient_statistics(model, Natural(), parts, norms=norms)
+    assert cut.count == N
+    for name in (*FIELDS, "mean_loss"):
+        assert getattr(cut, name) == pytest.approx(getattr(whole, name), rel=1e-10), name
+    assert cut.layers["conv2"].variance == pytest.approx(whole.layers["conv2"].variance)
+
+
+def test_in_float32_the_moments_are_close_to_those_in_float64():
+    model, (x, y) = preact_resnet18(5, width=4), images()
+    model.double()(images(seed=1)[0])
+    gradients = single_gradients(model, x, y)
+    found = gradient_statistics(model.float(), Natural(), [(x.float(), y)])
+    assert_moments(found, gradients.values(), rtol=1e-3)
+
+
+class Squares:
+    """l_i = (w . x_i - y_i)^2 / 2, whose gradient is (w . x_i - y_i) x_i."""
+
+    @staticmethod
+    def attack(model, x, y):
+        return x
+
+    @staticmethod
+    def losses(model, x, x_adv, y):
+        return (model(x)[:, 0] - y).square() / 2
+
+
+def linear(*weights):
+    model = nn.Linear(len(weights), 1, bias=False)
+    model.weight.data = torch.tensor([weights])
+    return model
+
+
+def test_a_linear_model_by_hand():
+    # residuals -1, 2, -3; gradients (-1, 0), (0, 4), (-3, -3)
+    x, y = torch.tensor([[1.0, 0.0], [0.0, 2.0], [1.0, 1.0]]), torch.tensor([2.0, 0.0, 5.0])
+    found = gradient_statistics(linear(1.0, 1.0), Squares, [(x, y)])
+    assert found.mean_loss == pytest.approx((1 + 4 + 9) / 6)
+    assert found.mean_norm == pytest.approx((1 + 4 + 18**0.5) / 3)
+    assert found.mean_square == pytest.approx((1 + 16 + 18) / 3)
+    assert found.gradient_square == pytest.approx((-4 / 3) ** 2 + (1 / 3) ** 2)
+    assert found.gradient_norm == pytest.approx(17**0.5 / 3)
+    assert found.variance == pytest.approx(35 / 3 - 17 / 9)
+    assert found.signal_to_noise == pytest.approx((17 / 9) / (35 / 3 - 17 / 9))
+    assert list(found.layers) == ["model"]
+
+
+def test_examples_that_agree_have_no_variance_and_no_gradient_is_no_ratio():
+    x, y = torch.tensor([[1.0, 2.0]] * 3), torch.tensor([1.0] * 3)
+    same = gradient_statistics(linear(1.0, 1.0), Squares, [(x, y)])
+    assert same.variance == pytest.approx(0, abs=1e-4)
+    assert Moments(2.0, 4.0, 4.0).signal_to_noise == math.inf
+    assert Moments(2.0, 4.0, 4.0 + 1e-9).variance == 0  # rounding
+    assert Moments(2.0, 4.0 - 1e-9, 4.0).norm_variation == 0
+    none = gradient_statistics(linear(1.0, 1.0), Squares, [(x, y + 2)])
+    assert none.mean_norm == none.variance == 0
+    assert math.isnan(none.signal_to_noise) and math.isnan(none.norm_variation)
+
+
+def test_gradients_are_those_on_the_attacked_images():
+    model, (x, y) = network(), images()
+    attack = PGD(eps=0.1, step_size=0.05, num_steps=3, random_start=False)
+    found = gradient_statistics(model, PGDAT(attack), [(x, y)])
+    assert_moments(found, single_gradients(model, attack(model, x, y), y).values())
+
+
+def test_random_starts_follow_the_seed_and_nothing_is_left_changed():
+    model, (x, y) = network().train(), images()
+    method = PGDAT(PGD(eps=0.3, step_size=0.1, num_steps=1))
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    one, same, other = (
+        gradient_statistics(model, method, [(x, y)], seed=seed) for seed in (1, 1, 2)
+    )
+    assert torch.equal(torch.rand(3), expected)
+    assert one == same
+    assert one.mean_square != other.mean_square
+    assert all(module.training for module in model.modules())
+    assert all(p.grad is None for p in model.parameters())
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, state[name]), name
+
+
+def test_frozen_and_unused_parameters():
+    model, (x, y) = network("none"), images()
+    expected = single_gradients(model, x, y)
+    model.conv1.requires_grad_(False)
+    rest = [g for name, g in expected.items() if not name.startswith("conv1")]
+    model.unused = nn.Linear(2, 2).double()
+    model.forward = lambda pixels: nn.Sequential(*list(model)[:-1])(pixels)
+    for norms in ("exact", "loop"):
+        found = gradient_statistics(model, Natural(), [(x, y)], norms=norms)
+        assert_moments(found, rest)
+        assert list(found.layers) == ["conv2", "conv3", "linear", "unused"]
+        assert found.layers["unused"].mean_square == 0
+
+
+class Odd(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(1, dtype=torch.float64))
+
+    def forward(self, x):
+        return self.scale * x.flatten(1)[:, :5]
+
+
+def test_a_layer_without_a_formula_is_named_and_the_loop_takes_it():
+    model, (x, y) = Odd(), images()
+    with pytest.raises(InputError, match="Odd.*norms='loop'"):
+        gradient_statistics(model, Natural(), [(x, y)])
+    found = gradient_statistics(model, Natural(), [(x, y)], norms="loop")
+    assert_moments(found, single_gradients(model, x, y).values())
+
+
+def test_bad_input_is_refused():
+    model, (x, y) = network(), images()
+    with pytest.raises(InputError, match="no examples"):
+        gradient_statistics(model, Natural(), [])
+    with pytest.raises(InputError, match=r"\[\(x, y\)\]"):
+        gradient_statistics(model, Natural(), (x, y))
+    with pytest.raises(InputError, match="'exact' or 'loop'"):
+        gradient_statistics(model, Natural(), [(x, y)], norms="input")
+    with pytest.raises(NonFiniteLossError, match="inf or nan"):
+        gradient_statistics(model, Natural(), [(x * math.nan, y)])
+    frozen = network().requires_grad_(False)
+    with pytest.raises(InputError, match="no parameter"):
+        gradient_statistics(frozen, Natural(), [(x, y)])
+
+
+def runs(*seeds):
+    """For each seed the (norm, variance) of each moment."""
+    return [[Moments(norm, variance + 1.0, 1.0) for norm, variance in run] for run in seeds]
+
+
+LOW = runs([(2.0, 4.0), (1.0, 2.0)], [(3.0, 5.0), (1.0, 1.0)], [(2.0, 2.0), (2.0, 2.0)])
+HIGH = runs([(3.0, 8.0), (3.0, 4.0)], [(4.0, 6.0), (2.0, 6.0)], [(3.0, 3.0), (3.0, 3.0)])
+
+
+def test_the_claim_holds_where_norm_and_variance_are_higher_in_every_seed():
+    verdict = c1_verdict(LOW, HIGH)
+    assert verdict.outcome == HOLDS == "the claim holds here"
+    assert verdict.norm_ratios == pytest.approx((6 / 3, 6 / 4, 6 / 4))
+    assert verdict.variance_ratios == pytest.approx((12 / 6, 12 / 6, 6 / 4))
+
+
+def test_reversed_data_reverses_the_verdict():
+    assert c1_verdict(HIGH, LOW).outcome == FAILS == "the claim does not hold here"
+    assert c1_verdict(LOW, LOW).outcome == FAILS  # equal is not higher
+
+
+def test_norm_and_variance_both_count():
+    pairs = [list(zip(low, high, strict=True)) for low, high in zip(LOW, HIGH, strict=True)]
+    longer = [
+        [dataclasses.replace(low, mean_norm=high.mean_norm) for low, high in run] for run in pairs
+    ]
+    wider = [
+        [dataclasses.replace(high, mean_norm=low.mean_norm) for low, high in run] for run in pairs
+    ]
+    assert c1_verdict(LOW, longer).outcome == FAILS
+    assert c1_verdict(LOW, wider).outcome == FAILS
+
+
+def test_seeds_that_disagree_or_are_fewer_than_three_settle_nothing():
+    assert c1_verdict([*LOW[:2], HIGH[2]], [*HIGH[:2], LOW[2]]).outcome == UNSETTLED
+    assert c1_verdict([HIGH[0], *LOW[1:]], [LOW[0], *HIGH[1:]]).outcome == UNSETTLED
+    assert c1_verdict(LOW[:2], HIGH[:2]).outcome == UNSETTLED == "not settled at this scale"
+    assert c1_verdict(HIGH[:2], LOW[:2]).outcome == UNSETTLED
+    assert c1_verdict([], []).outcome == UNSETTLED
+
+
+def test_runs_that_do_not_match_are_refused():
+    for natural, adversarial in (
+        *pairwise([LOW, LOW[:2]]),
+        (LOW, [run[:1] for run in HIGH]),
+        ([[]] * 3, [[]] * 3),
+    ):
+        with pytest.raises(InputError, match="same seeds"):
+            c1_verdict(natural, adversarial)
+    with pytest.raises(InputError, match="mean_norm of natural training is 0"):
+        c1_verdict(runs([(0.0, 0.0)]), runs([(1.0, 1.0)]))
