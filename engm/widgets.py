@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from engm import plots
 from engm.attacks import eval_mode
 from engm.errors import InputError
+from engm.optim import example_weights
 
 
 class EpsExplorer(ipywidgets.VBox):
@@ -81,4 +82,70 @@ class EpsExplorer(ipywidgets.VBox):
         self.predicted = int(probabilities.argmax())
         title = f"eps {eps:.3f}: {self._class_names[self.predicted]}"
         figure = plots.prediction(x[0], probabilities, int(y), self._class_names, title)
+        self.picture.value = plots.to_png(figure)
+
+
+class WeightExplorer(ipywidgets.VBox):
+    """Sliders over scale and floor: how hard each example of a batch pulls under ENGM.
+
+    Args:
+        norms: |g_i| of a batch, `[n]`.
+
+    Attributes:
+        scale: The slider of c, in units of the mean |g_i|, on a log axis.
+        floor: The slider of f.
+        picture: The figure, as a PNG.
+        readout: What the strongest tenth pulls, before and after, in words.
+        share: The part of all pulls that the strongest tenth of the examples has under ENGM.
+
+    Raises:
+        InputError: If the norms are not a row of finite numbers, 0 or more, of which one is not 0.
+    """
+
+    def __init__(self, norms: Tensor) -> None:
+        row = isinstance(norms, Tensor) and norms.dim() == 1 and len(norms) > 0
+        if not (row and norms.isfinite().all() and norms.min() >= 0 and norms.max() > 0):
+            got = f"shape {list(norms.shape)}" if isinstance(norms, Tensor) else type(norms)
+            raise InputError(
+                "the explorer needs the norms of a batch, a tensor [n] of finite numbers, 0 or "
+                f"more, not all 0, such as optimizer.last.norms; got {got}"
+                + (f" from {norms.min()} to {norms.max()}" if row else "")
+            )
+        self._norms = norms.detach().double().cpu()
+        self.scale = ipywidgets.FloatLogSlider(
+            value=1.0,
+            base=10,
+            min=-1,
+            max=1,
+            step=0.05,
+            description="scale / mean",
+            readout_format=".2f",
+            continuous_update=False,
+        )
+        self.floor = ipywidgets.FloatSlider(
+            value=0.05,
+            min=0.01,
+            max=1.0,
+            step=0.01,
+            description="floor",
+            readout_format=".2f",
+            continuous_update=False,
+        )
+        self.picture = ipywidgets.Image(format="png", layout={"align_self": "flex-start"})
+        self.readout = ipywidgets.Label()
+        super().__init__([self.scale, self.floor, self.picture, self.readout])
+        for slider in (self.scale, self.floor):
+            slider.observe(self._draw, names="value")
+        self._draw()
+
+    def _draw(self, change: Any = None) -> None:
+        scale, floor = self.scale.value, self.floor.value
+        weights = example_weights(self._norms, scale * self._norms.mean().item(), floor)
+        self.share = plots.strongest_share(weights * self._norms)
+        self.readout.value = (
+            f"The strongest tenth has {plots.strongest_share(self._norms):.0%} of the pull under "
+            f"MSGD, {self.share:.0%} under ENGM; weights from {weights.min():.2g} to "
+            f"{weights.max():.2g}."
+        )
+        figure = plots.weighed_pulls(self._norms, [(scale, floor)])
         self.picture.value = plots.to_png(figure)

@@ -6,7 +6,7 @@ from torch import nn
 from engm import plots
 from engm.attacks import PGD
 from engm.errors import InputError
-from engm.widgets import EpsExplorer
+from engm.widgets import EpsExplorer, WeightExplorer
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -77,3 +77,66 @@ def test_nothing_to_explore_is_refused(images, labels, eps):
     y = torch.ones(labels, dtype=torch.int64)
     with pytest.raises(InputError, match=f"got {images} images, {labels} labels"):
         EpsExplorer(linear_model(), torch.rand(images, 1, 4, 4), y, ["low", "high"], PGD, eps)
+
+
+@pytest.fixture
+def weights():
+    return WeightExplorer(4 * torch.tensor([0.1] * 10 + [1.0] * 8 + [3.0, 8.0]))
+
+
+def test_scale_and_floor_are_weighed_with(weights):
+    # in units of the mean, which is 4; the two last are the strongest tenth
+    for scale, floor, pulls in (
+        (1.0, 0.05, 20 * [1.0]),
+        (1.0, 1.0, [0.1] * 10 + [1.0] * 10),
+        (1.0, 0.2, [0.5] * 10 + [1.0] * 10),
+        (10.0, 1.0, [0.1] * 10 + [1.0] * 8 + [3.0, 8.0]),
+        (2.0, 1.0, [0.1] * 10 + [1.0] * 8 + [2.0, 2.0]),
+    ):
+        weights.scale.value, weights.floor.value = scale, floor
+        assert weights.share == pytest.approx(sum(pulls[-2:]) / sum(pulls))
+        assert f"{weights.share:.0%} under ENGM" in weights.readout.value
+        assert "55% of the pull under MSGD" in weights.readout.value
+    assert "weights from 0.25 to 1" in weights.readout.value
+
+
+def test_the_picture_follows_both_sliders(weights, monkeypatch):
+    drawn, draw = [], plots.weighed_pulls
+    monkeypatch.setattr(plots, "weighed_pulls", lambda *a: drawn.append(a[1]) or draw(*a))
+    pictures = [bytes(weights.picture.value)]
+    for slider, value in ((weights.scale, 0.5), (weights.floor, 0.5), (weights.scale, 1.0)):
+        slider.value = value
+        pictures.append(bytes(weights.picture.value))
+    assert drawn == [[(0.5, 0.05)], [(0.5, 0.5)], [(1.0, 0.5)]]
+    assert len(set(pictures)) == 4
+    assert all(picture.startswith(PNG) for picture in pictures)
+
+
+def test_the_sliders_of_the_weights_reach_from_normalisation_to_msgd(weights):
+    assert (weights.scale.value, weights.floor.value) == (1.0, 0.05)
+    assert (10**weights.scale.min, 10**weights.scale.max) == (0.1, 10)
+    assert 0 < weights.floor.min < 0.05
+    assert weights.floor.max == 1
+
+
+def test_moving_a_slider_of_the_weights_leaves_no_figure_open(weights):
+    before = plt.get_fignums()
+    weights.floor.value = 0.5
+    assert plt.get_fignums() == before
+
+
+@pytest.mark.parametrize(
+    ("norms", "got"),
+    [
+        (torch.tensor([]), r"got shape \[0\]"),
+        (torch.rand(2, 2), r"got shape \[2, 2\]"),
+        ([1.0, 2.0], "got <class 'list'>"),
+        (torch.tensor([1.0, float("inf")]), r"got shape \[2\] from 1.0 to inf"),
+        (torch.tensor([1.0, float("nan")]), "got .* nan"),
+        (torch.tensor([1.0, -1.0]), "from -1.0 to 1.0"),
+        (torch.zeros(2), "from 0.0 to 0.0"),
+    ],
+)
+def test_norms_that_are_none_are_refused(norms, got):
+    with pytest.raises(InputError, match=got):
+        WeightExplorer(norms)
