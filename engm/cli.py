@@ -1,5 +1,6 @@
 """The command `engm`. Torch is imported when a command needs it, so `--help` answers at once."""
 
+import os
 import sys
 from collections.abc import Callable, Collection
 from dataclasses import fields
@@ -144,72 +145,109 @@ def train(
     from engm.results import Record, summarise, to_markdown
     from engm.training import fit
 
-    click.echo("\n".join(f"{name:14} {value}" for name, value in config.to_dict().items()))
+    first = os.environ.get("RANK", "0") == "0"  # of the processes that torchrun starts
+    if first:
+        click.echo("\n".join(f"{name:14} {value}" for name, value in config.to_dict().items()))
     where: dict[str, Any] = dict(device=device, data_root=data_root)
     try:
         run = fit(config, out, **where, save_adversarial=save_adversarial)
     except KeyboardInterrupt:
         click.echo("\nstopped; the same command goes on after the last whole epoch", err=True)
         sys.exit(130)  # what shells report of Ctrl-C
-    click.echo(f"\n{click.format_filename(run.folder)}\n")
-    click.echo(to_markdown(summarise([Record(run.folder, run.config, run.result)])))
+    if first:
+        click.echo(f"\n{click.format_filename(run.folder)}\n")
+        click.echo(to_markdown(summarise([Record(run.folder, run.config, run.result)])))
 
 
 @main.command()
 @click.argument("run", type=_Path())
 @click.option("--checkpoint", type=click.Choice(["best", "last"]), help="default: both")
 @click.option("--num-steps", type=click.IntRange(min=1), help="PGD steps; default: the run's own")
+@click.option("--eps", type=_Setting("eps"), help="attack budget, as in 8/255; default: the run's")
+@click.option("--images", type=click.IntRange(min=1),
+              help="this many test images, evenly over the classes; default: all")  # fmt: skip
+@click.option("--autoattack", is_flag=True, help="also run AutoAttack; it takes long, and goes on "
+              "where it was cut off")  # fmt: skip
 @_device
 @_data_root
 def evaluate(
-    run: Path, checkpoint: str | None, num_steps: int | None, device: str, data_root: Path | None
+    run: Path,
+    checkpoint: str | None,
+    num_steps: int | None,
+    eps: float | None,
+    images: int | None,
+    autoattack: bool,
+    device: str,
+    data_root: Path | None,
 ) -> None:
-    """Attack the checkpoints of the run directory RUN on the test set.
+    """Attack the checkpoints of the run directory RUN on the test set, in many ways.
 
-    The adversarial examples are kept in RUN, and the accuracies are recomputed from them.
+    Prints accuracies with 95% intervals, and checks whether they can be believed. RUN gets, for
+    each checkpoint, evaluation-best.json, robustness-best.png and the adversarial examples, which
+    the accuracies are recomputed from, in the folder evaluation-best.
     """
     from engm import data
-    from engm.evaluation import evaluate_run
-    from engm.files import write_json
+    from engm.robustness import evaluate_checkpoint
     from engm.run_directory import read_config
     from engm.training import pick_device
 
     config = read_config(run)
-    dataset = data.load(config.dataset, root=data_root)
-    dataset = dataset.to(pick_device(device))
-    found = {}
+    dataset = data.load(config.dataset, root=data_root).to(pick_device(device))
+    options: dict[str, Any] = dict(num_steps=num_steps, eps=eps, images=images)
     for which in [checkpoint] if checkpoint else ["best", "last"]:
-        path = run / f"adversarial-{which}.pt"
-        result = evaluate_run(run, which, dataset, num_steps=num_steps, save_to=path, progress=True)
-        found[which] = result.to_dict()
-        click.echo(
-            f"{which}: clean {result.clean_accuracy:.1%}, robust {result.robust_accuracy:.1%} "
-            f"of {result.num_examples} ({result.attack}), "
-            f"largest perturbation {result.largest_perturbation:.4f}"
+        report = evaluate_checkpoint(
+            run, which, dataset, **options, autoattack=autoattack, progress=True
         )
-    write_json(run / "evaluation.json", found)
-    click.echo(f"written to {click.format_filename(run / 'evaluation.json')}")
+        click.echo(f"{which} checkpoint: {report}\n")
+    click.echo(f"written to {click.format_filename(run)}")
 
 
 @main.command()
 @click.argument("runs", type=_Path(), nargs=-1, required=True)
-@click.option("--out", type=_Path(), help="also write the table to this file")
-def report(runs: tuple[Path, ...], out: Path | None) -> None:
-    """Put the run directories at or below RUNS into one markdown table.
+@click.option("--compare", type=click.Choice(choices(TYPES["optimizer"])),
+              help="compare the other optimizers with this one, seed by seed")  # fmt: skip
+@click.option("--choose", metavar="SETTING,...", default="",
+              help="keep for each optimizer what does best on the validation images")  # fmt: skip
+@click.option("--mixed", is_flag=True, help="allow runs that were not evaluated alike")
+@click.option("--format", "kind", type=click.Choice(["markdown", "csv", "latex", "html"]),
+              help="default: markdown, or what the file is called")  # fmt: skip
+@click.option("--out", type=_Path(), help="also write a file (.md, .csv, .tex, .html) or a folder")
+@click.option("--figures", type=_Path(), help="also write figures into this folder")
+def report(
+    runs: tuple[Path, ...],
+    compare: str | None,
+    choose: str,
+    mixed: bool,
+    kind: str | None,
+    out: Path | None,
+    figures: Path | None,
+) -> None:
+    """Put the run directories at or below RUNS into one table.
 
-    Runs that differ in their seed alone share a row: mean ± standard deviation, in percent.
+    Runs that differ in their seed alone share a row: mean ± standard deviation, in percent; CSV
+    has fractions, unrounded.
+
+    \b
+    engm report runs --choose lr --compare msgd --out report.html
     """
-    from engm.files import write_text
-    from engm.results import collect, summarise, to_markdown
+    from engm import run_report
+    from engm.results import collect
 
+    if out is not None and out.suffix and not out.is_dir():
+        run_report.format_of(out, kind)  # before anything is read
     found = [collect(root) for root in runs]
-    table = to_markdown(summarise([record for records, _ in found for record in records]))
-    click.echo(table)
+    names = [name.strip().replace("-", "_") for name in choose.split(",") if name.strip()]
+    records = [record for records, _ in found for record in records]
+    done = run_report.build(records, compare=compare, choose=names, mixed=mixed)
+    click.echo(done.text("markdown" if out is not None or kind is None else kind))
     unfinished = [folder for _, folders in found for folder in folders]
-    if unfinished:
-        click.echo(f"left out, not finished: {', '.join(map(str, unfinished))}", err=True)
-    if out is not None:
-        write_text(out, table)
+    remarks = [f"left out, not finished: {', '.join(map(str, unfinished))}"] * bool(unfinished)
+    for remark in [*remarks, *done.remarks]:
+        click.echo(remark, err=True)
+    files = [] if out is None else done.write(out, kind)
+    files += [] if figures is None else done.write_figures(figures)
+    for path in files:
+        click.echo(f"written to {click.format_filename(path)}", err=True)
 
 
 @main.command()
@@ -271,6 +309,35 @@ def run(
     click.echo(click.format_filename(done.path))
     if done.error is not None:
         raise click.ClickException(f"{notebook} failed in {done.error}")
+
+
+@main.command()
+@click.option("--repo", metavar="OWNER/NAME", help="your repository on GitHub, a public one")
+@click.option("--branch", default="main", show_default=True, help="its branch")
+@click.option("--remove", is_flag=True, help="take badge and cell out again")
+@click.option("--notebooks", "folder", type=_Path(), default=Path("notebooks"), show_default=True,
+              help="folder of the notebooks")  # fmt: skip
+def colab(repo: str | None, branch: str, remove: bool, folder: Path) -> None:
+    """Let the notebooks open in Google Colab, from a repository of yours.
+
+    Each gets a badge that opens it there, and a first cell that installs the kit, looks for a GPU
+    and, if you like, keeps runs on Google Drive. Off Colab the cell does nothing. The same command
+    again changes nothing; another repository takes the place of the first.
+
+    \b
+    engm colab --repo owner/name
+    """
+    from engm import colab as stamps
+
+    if (repo is None) != remove:
+        raise click.UsageError("give either --repo OWNER/NAME or --remove")
+    paths = sorted(folder.glob("[0-9]*_*.ipynb"))
+    if not paths:
+        raise InputError(f"there are no notebooks in {folder}; --notebooks says where they are")
+    changed = stamps.stamp(paths, repo, branch) if repo is not None else stamps.remove(paths)
+    for path in changed:
+        click.echo(click.format_filename(path))
+    click.echo(f"{len(changed)} of {len(paths)} notebooks changed")
 
 
 @main.command()

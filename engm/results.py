@@ -1,18 +1,21 @@
-"""Run directories in, tables with spreads out."""
+"""Run directories in; tables of means and spreads out."""
 
-from collections import defaultdict
-from collections.abc import Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+from engm import tables
 from engm.config import RunConfig
 from engm.errors import InputError
 from engm.run_directory import CONFIG, RESULT, read_config, read_result
 
 # columns that say what a run is, shown even where all runs agree
-_ALWAYS = ("dataset", "method", "optimizer")
+ALWAYS = ("dataset", "method", "optimizer")
+# settings of the evaluation: runs that differ in one of them were not measured alike
+PROTOCOL = ("eps", "norm", "eval_steps")
 
 
 @dataclass(frozen=True)
@@ -45,8 +48,17 @@ class Quantity:
 
     def percent(self) -> str:
         """Returns the mean, and the deviation where there is one, in percent."""
-        spread = "" if self.deviation is None else f" ± {100 * self.deviation:.1f}"
-        return f"{100 * self.mean:.1f}{spread}"
+        return f"{100 * self.mean:.1f}{self._spread()}"
+
+    def __str__(self) -> str:
+        return self.percent()
+
+    def numbers(self) -> dict[str, float | None]:
+        """Returns all three, accuracies as fractions, for files that machines read."""
+        return {"mean": self.mean, "sd": self.deviation, "n": self.n}
+
+    def _spread(self) -> str:
+        return "" if self.deviation is None else f" ± {100 * self.deviation:.1f}"
 
 
 def collect(root: Path) -> tuple[list[Record], list[Path]]:
@@ -66,6 +78,40 @@ def collect(root: Path) -> tuple[list[Record], list[Path]]:
     return records, [folder for folder in folders if folder not in done]
 
 
+def check_protocol(records: Iterable[Record]) -> None:
+    """Refuses runs that were not evaluated alike: their accuracies would be of different things.
+
+    Alike means the same data and number of test images, the same eps, norm and steps of the attack,
+    and the same attack in words.
+
+    Raises:
+        InputError: If they differ; the message says in what, and how many runs have which value.
+    """
+    differences = _differences([_protocol(record) for record in records])
+    if differences:
+        raise InputError(
+            f"these runs were not evaluated alike: {'; '.join(differences)}. Report them apart, or "
+            "give --mixed to have these settings as columns"
+        )
+
+
+def provenance(records: Iterable[Record]) -> list[str]:
+    """Returns a sentence for each of commit, versions and hardware in which the runs differ."""
+    origins = []
+    for record in records:
+        environment = record.result.get("environment", {})
+        packages = environment.get("packages", {})
+        origins.append(
+            {
+                "commit": (environment.get("commit") or "unknown")[:12],
+                "engm": packages.get("engm", "unknown"),
+                "torch": packages.get("torch", "unknown"),
+                "device": environment.get("device", "unknown"),
+            }
+        )
+    return [f"the runs differ in {difference}" for difference in _differences(origins)]
+
+
 def summarise(records: Sequence[Record]) -> list[dict[str, Any]]:
     """Puts runs that differ in nothing but their seed into one row.
 
@@ -79,51 +125,126 @@ def summarise(records: Sequence[Record]) -> list[dict[str, Any]]:
     Raises:
         InputError: If two records are the same run, which would count twice.
     """
-    seen: dict[Any, Path] = {}
-    for record in records:
-        key = (record.config, record.result["data"])
-        if key in seen:
-            raise InputError(
-                f"{seen[key]} and {record.folder} hold the same run; leave one of them out"
-            )
-        seen[key] = record.folder
-    settings = [{**r.config.to_dict(), "dataset": r.result["data"]} for r in records]
-    for setting in settings:
-        del setting["seed"]
-    varying = [
-        name
-        for name in (settings[0] if settings else {})
-        if name in _ALWAYS or len({repr(s[name]) for s in settings}) > 1
-    ]
-    groups: dict[str, list[int]] = defaultdict(list)
-    for index, setting in enumerate(settings):
-        groups[repr(setting)].append(index)
+    refuse_copies(records)
     rows = []
-    for members in groups.values():
-        row = {name: settings[members[0]][name] for name in varying}
-        results = [records[index].result for index in members]
+    for settings, members in groups_of(records):
+        row = dict(settings)
         for which in ("best", "last"):
             for kind in ("clean", "robust"):
-                values = [result[which][f"{kind}_accuracy"] for result in results]
+                values = [member.result[which][f"{kind}_accuracy"] for member in members]
                 row[f"{kind} ({which})"] = Quantity.of(values)
-        row["gap"] = Quantity.of([result["robust_overfitting_gap"] for result in results])
+        row["gap"] = Quantity.of([m.result["robust_overfitting_gap"] for m in members])
         rows.append(row)
-    # by kind first: a scale is a number or a word
-    return sorted(rows, key=lambda row: [(str(type(row[k])), row[k]) for k in varying])
+    return rows
+
+
+def with_seeds(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Adds the number of seeds as the last column of the rows of `summarise`."""
+    return [{**row, "seeds": row["gap"].n} for row in rows]
 
 
 def to_markdown(rows: Sequence[dict[str, Any]]) -> str:
     """Writes the rows of `summarise` as a markdown table, accuracies in percent."""
-    if not rows:
-        return "no finished run\n"
-    names = list(rows[0])
-    lines = [[*names, "seeds"], ["---"] * (len(names) + 1)]
-    for row in rows:
-        lines.append([_cell(row[name]) for name in names] + [str(row["gap"].n)])
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+    return tables.to_markdown(with_seeds(rows)) or "no finished run\n"
 
 
-def _cell(value: Any) -> str:
-    if isinstance(value, Quantity):
-        return value.percent()
+def one_line_a_run(records: Sequence[Record]) -> list[dict[str, Any]]:
+    """Returns every run by itself: folder, all settings, accuracies as fractions."""
+    rows = []
+    for record in records:
+        row = {"folder": str(record.folder), "data": record.result["data"]}
+        row |= record.config.to_dict()
+        for which in ("best", "last"):
+            for kind in ("clean", "robust"):
+                row[f"{kind} ({which})"] = record.result[which][f"{kind}_accuracy"]
+        rows.append({**row, "gap": record.result["robust_overfitting_gap"]})
+    return rows
+
+
+def _protocol(record: Record) -> dict[str, Any]:
+    tested, settings = record.result["last"], record.config.to_dict()
+    facts = {"data": record.result["data"], "test images": tested.get("num_examples")}
+    return facts | {name: settings[name] for name in PROTOCOL} | {"attack": tested.get("attack")}
+
+
+def _differences(facts: Sequence[dict[str, Any]]) -> list[str]:
+    found: list[str] = []
+    for name in facts[0] if facts else ():
+        counts = Counter(str(fact[name]) for fact in facts)
+        # the attack in words repeats eps, norm and steps
+        if len(counts) > 1 and not (name == "attack" and found):
+            values = listed(f"{value} ({n} run{'s' * (n > 1)})" for value, n in counts.items())
+            found.append(f"{name} {values}")
+    return found
+
+
+def refuse_copies(records: Iterable[Record]) -> None:
+    """Refuses the same run from two folders, which would count twice.
+
+    Raises:
+        InputError: If there is one; the message names both.
+    """
+    seen: dict[Any, Path] = {}
+    for record in records:
+        other = seen.setdefault((record.config, record.result["data"]), record.folder)
+        if other is not record.folder:
+            raise InputError(
+                f"{other} and {record.folder} hold the same run; leave one of them out"
+            )
+
+
+def _settings(record: Record, without: Collection[str] = ()) -> dict[str, Any]:
+    protocol = _protocol(record)
+    settings = {**record.config.to_dict(), "dataset": protocol.pop("data")} | protocol
+    return {name: v for name, v in settings.items() if name not in ("seed", *without)}
+
+
+def key_of(record: Record, without: Collection[str]) -> str:
+    """Returns what the runs of a row share: all settings but the seed and those in `without`."""
+    return repr(_settings(record, without))
+
+
+def groups_of(
+    records: Sequence[Record], without: Collection[str] = ()
+) -> list[tuple[dict[str, Any], list[Record]]]:
+    """Puts together runs that agree in all but their seed and `without`.
+
+    Returns:
+        The settings in which the groups differ, and the runs of each group, sorted by the settings.
+    """
+    groups: dict[str, list[Record]] = defaultdict(list)
+    for record in records:
+        groups[key_of(record, without)].append(record)
+    settings = [_settings(members[0], without) for members in groups.values()]
+    names = [
+        name
+        for name in (settings[0] if settings else {})
+        if name in ALWAYS or len({repr(s[name]) for s in settings}) > 1
+    ]
+    if "attack" in names and set(names) & set(PROTOCOL):
+        names.remove("attack")
+    found = [
+        ({name: setting[name] for name in names}, members)
+        for setting, members in zip(settings, groups.values(), strict=True)
+    ]
+    # by kind first: a scale is a number or a word
+    by: Callable[[Any], Any] = lambda pair: [(str(type(v)), v) for v in pair[0].values()]  # noqa: E731
+    return sorted(found, key=by)
+
+
+def in_words(settings: dict[str, Any], names: Collection[str] | None = None) -> str:
+    """Returns settings as a phrase, such as "engm, lr 0.1"; of `names` only, where given."""
+    shown = (
+        settings.items() if names is None else ((n, settings[n]) for n in names if n in settings)
+    )
+    return ", ".join(short(v) if n in ALWAYS else f"{n} {short(v)}" for n, v in shown)
+
+
+def short(value: Any) -> str:
+    """Returns a value as text, a float with four digits."""
     return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def listed(values: Iterable[Any]) -> str:
+    """Returns values as text, with commas."""
+    return ", ".join(map(short, values))

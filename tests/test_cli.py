@@ -46,19 +46,47 @@ def test_train_prints_its_config_and_its_result(runs):
         assert (folder / "result.json").exists()
 
 
-def test_evaluate_gives_what_training_recorded_and_takes_more_steps(runs):
-    folder = sorted(runs[0].iterdir())[0]
-    recorded = json.loads((folder / "result.json").read_text())
+def test_evaluate_attacks_both_checkpoints_and_leaves_what_training_recorded(runs, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(sorted(runs[0].iterdir())[0], folder)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    recorded = json.loads(before["result.json"])
     output = call("evaluate", folder, "--device", "cpu")
-    again = json.loads((folder / "evaluation.json").read_text())
-    assert again == {which: recorded[which] for which in ("best", "last")}
-    assert f"best: clean {recorded['best']['clean_accuracy']:.1%}" in output
-    kept = (folder / "adversarial-last.pt").read_bytes()
-    call("evaluate", folder, "--checkpoint", "last", "--num-steps", "7", "--device", "cpu")
-    assert (folder / "adversarial-last.pt").read_bytes() != kept
-    more = json.loads((folder / "evaluation.json").read_text())
-    assert "num_steps=7" in more["last"]["attack"]
-    assert list(more) == ["last"]
+    for which in ("best", "last"):
+        found = json.loads((folder / f"evaluation-{which}.json").read_text())
+        assert found["checkpoint"] == which
+        assert found["num_examples"] == 797
+        # two steps of 1.25 eps, as the run itself was evaluated with
+        attack = found["attacks"]["PGD-2 cross-entropy"]
+        assert attack["accuracy"] == recorded[which]["robust_accuracy"]
+        assert found["clean"]["accuracy"] == recorded[which]["clean_accuracy"]
+        assert (folder / f"evaluation-{which}" / attack["file"]).exists()
+        assert (folder / f"robustness-{which}.png").exists()
+        assert f"{which} checkpoint: 797 examples, linf eps 0.15, seed 0" in output
+    assert {name: (folder / name).read_bytes() for name in before} == before
+    assert "| **worst case** |" in output and "**large eps**" in output
+
+
+def test_evaluate_takes_a_checkpoint_steps_eps_and_images(runs, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(sorted(runs[0].iterdir())[0], folder)
+    options = ["--checkpoint", "last", "--num-steps", "3", "--eps", "8/255", "--images", "20"]
+    output = call("evaluate", folder, *options, "--device", "cpu")
+    assert "last checkpoint: 20 examples, linf eps 0.0313725, seed 0" in output
+    assert "| PGD-3 margin |" in output
+    assert not (folder / "evaluation-best.json").exists()
+    assert "there are 797 test images" in call("evaluate", folder, "--images", 798, code=1)
+
+
+def test_evaluate_runs_autoattack_when_it_is_asked(runs, monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        "engm.robustness.evaluate_checkpoint", lambda *a, **k: seen.append((a[1], k)) or "report"
+    )
+    folder = sorted(runs[0].iterdir())[0]
+    call("evaluate", folder, "--autoattack", "--device", "cpu")
+    usual = dict(eps=None, num_steps=None, images=None, progress=True)
+    assert seen == [(which, {**usual, "autoattack": True}) for which in ("best", "last")]
 
 
 def test_report_puts_the_seeds_into_one_row(runs, tmp_path):
@@ -68,6 +96,38 @@ def test_report_puts_the_seeds_into_one_row(runs, tmp_path):
     assert rows[2].endswith("| 2 |")
     assert len(rows) == 3
     assert rows[2] in output
+
+
+def test_report_compares_writes_and_draws(runs, tmp_path):
+    root = tmp_path / "runs"
+    shutil.copytree(runs[0], root)
+    for seed in (0, 1):
+        call("train", *SMALL, "--optimizer", "engm", "--lr", "0.2", "--seed", seed, "--out", root)
+    out, figures = tmp_path / "out", tmp_path / "figures"
+    options = ["--choose", "lr", "--compare", "msgd", "--out", out, "--figures", figures]
+    output = call("report", root, *options)
+    assert "| msgd, lr 0.1 | robust (best) |" in output
+    assert "fewer than 3 pairs: nothing is concluded" in output
+    assert f"written to {out / 'report.html'}" in output
+    assert {p.name for p in figures.iterdir()} == {
+        *("best_and_last.png", "differences.png", "learning_curves.png")
+    }
+    assert call("report", root, "--format", "csv").startswith("dataset,method,optimizer,lr,clean")
+    assert "<!doctype html>" in call("report", root, "--format", "html")
+    assert "no run of msgd to pair with" in call("report", root, "--compare", "msgd")
+    assert "would be latex" in call("report", "x", "--out", "a.tex", "--format", "csv", code=1)
+    assert "extension is none of" in call("report", "x", "--out", tmp_path / "a.pdf", code=1)
+
+
+def test_report_mixes_what_was_not_evaluated_alike_only_when_told(runs, tmp_path):
+    folder = tmp_path / "other"
+    shutil.copytree(sorted(runs[0].iterdir())[0], folder)
+    for name in ("config.json", "result.json"):
+        text = (folder / name).read_text().replace('"eval_steps": 2', '"eval_steps": 9')
+        (folder / name).write_text(text)
+    output = call("report", runs[0], folder, code=1)
+    assert "not evaluated alike: eval_steps 2 (2 runs), 9 (1 run)" in output
+    assert "| eval_steps |" in call("report", runs[0], folder, "--mixed")
 
 
 def test_every_setting_of_a_run_is_an_option(runs):
@@ -84,7 +144,7 @@ def test_every_setting_of_a_run_is_an_option(runs):
         (["train", "--epochs", "1.5"], "'1.5' is not a whole number"),
         (["train", "--lr", "-1"], "lr must be above 0, got -1.0"),
         (["train", "--wide", "1"], "no such option '--wide'; the options are --dataset, --subset"),
-        (["report", "x", "--wide"], "no such option '--wide'; the options are --out, -h"),
+        (["report", "x", "--wide"], "no such option '--wide'; the options are --compare, --choose"),
         (["train", "--out", ""], "'--out': the path is empty; '.' is the present folder"),
         (["train", "--data-root", ""], "the path is empty"),
         (["evaluate", ""], "the path is empty"),
@@ -97,7 +157,7 @@ def test_every_setting_of_a_run_is_an_option(runs):
         (["evaluate", "RUN", "--device", "gpu"], "cannot use device 'gpu'"),
         (["evaluate", "nowhere"], "nowhere is not a run directory"),
         (["report", "nowhere"], "there is no run in nowhere"),
-        (["trian"], "the commands are bench, demo, evaluate, report, run, train"),
+        (["trian"], "the commands are bench, colab, demo, evaluate, report, run, train"),
     ],
 )
 def test_mistakes_get_one_line_that_names_what_is_valid(
@@ -201,7 +261,8 @@ def test_names_that_are_not_unicode_are_paths_too(runs, tmp_path):
         shutil.copytree(sorted(runs[0].iterdir())[0], folder)
     except OSError:
         pytest.skip("this file system takes Unicode names alone")
-    assert "evaluation.json" in call("evaluate", folder, "--device", "cpu")
+    call("evaluate", folder, "--images", "10", "--device", "cpu")
+    assert (folder / "evaluation-best.json").exists()
     assert "1 |" in call("report", folder, "--out", folder / "table.md")
     (folder / "result.json").unlink()
     assert "no finished run" in call("report", folder)

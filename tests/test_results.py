@@ -2,8 +2,16 @@ import pytest
 
 from engm.config import RunConfig
 from engm.errors import InputError
-from engm.files import write_json
-from engm.results import Quantity, collect, summarise, to_markdown
+from engm.files import read_json, write_json
+from engm.results import (
+    Quantity,
+    check_protocol,
+    collect,
+    one_line_a_run,
+    provenance,
+    summarise,
+    to_markdown,
+)
 
 
 def write_run(root, robust, last=None, clean=0.9, data="Digits", **settings):
@@ -88,3 +96,92 @@ def test_rows_are_sorted_by_what_they_differ_in(tmp_path):
     assert [(row["lr"], row["scale"]) for row in rows] == [
         *((0.05, "mean"), (0.1, 2.0), (0.1, "mean"), (0.3, "mean"))
     ]
+
+
+def add(folder, **facts):
+    result = read_json(folder / "result.json")
+    for which in ("best", "last"):
+        result[which] |= facts
+    write_json(folder / "result.json", result | {"environment": facts.get("environment", {})})
+
+
+def records_of(root):
+    return collect(root)[0]
+
+
+def test_runs_that_were_evaluated_alike_are_one_protocol_whatever_else_differs(tmp_path):
+    for settings in (
+        {},
+        {"optimizer": "engm"},
+        {"lr": 0.2, "epochs": 3},
+        {"subset": 50, "seed": 1},
+    ):
+        add(write_run(tmp_path, 0.5, **settings), num_examples=797, attack="PGD(20)")
+    check_protocol(records_of(tmp_path))
+    check_protocol([])
+
+
+@pytest.mark.parametrize(
+    ("other", "facts", "message"),
+    [
+        ({"eps": 0.1}, {}, r"eps 0.15 \(2 runs\), 0.1 \(1 run\)"),
+        ({"norm": "l2", "eps": 0.15}, {}, r"norm linf \(2 runs\), l2 \(1 run\)"),
+        ({"eval_steps": 50}, {}, r"eval_steps 20 \(2 runs\), 50 \(1 run\)"),
+        ({"data": "Digits (JPEG)"}, {}, r"data Digits \(2 runs\), Digits \(JPEG\) \(1 run\)"),
+        ({}, {"num_examples": 100}, r"test images 797 \(2 runs\), 100 \(1 run\)"),
+        ({}, {"attack": "FGSM"}, r"attack PGD\(20\) \(2 runs\), FGSM \(1 run\)"),
+        ({"eps": 0.15 + 1e-9}, {}, "eps 0.15 .*0.150000001"),
+    ],
+)
+def test_runs_that_were_not_evaluated_alike_are_named_and_stay_apart(
+    tmp_path, other, facts, message
+):
+    same = {"num_examples": 797, "attack": "PGD(20)"}
+    for seed in (0, 1):
+        add(write_run(tmp_path / "a", 0.5, seed=seed), **same)
+    add(write_run(tmp_path / "b", 0.7, seed=2, **other), **same | facts)
+    records = records_of(tmp_path)
+    with pytest.raises(InputError, match=message) as caught:
+        check_protocol(records)
+    assert "--mixed" in str(caught.value)
+    rows = summarise(records)
+    assert sorted(row["gap"].n for row in rows) == [1, 2]
+    named = {"data": "dataset", "num_examples": "test images"}
+    (differing,) = {**other, **facts} if len({**other, **facts}) == 1 else {"norm"}
+    name = named.get(differing, differing)
+    assert len({row[name] for row in rows}) == 2
+
+
+def test_an_attack_in_words_is_no_column_beside_the_setting_that_changed_it(tmp_path):
+    add(write_run(tmp_path, 0.5), attack="PGD(20)")
+    add(write_run(tmp_path, 0.5, eval_steps=50), attack="PGD(50)")
+    with pytest.raises(InputError, match="eval_steps") as caught:
+        check_protocol(records_of(tmp_path))
+    assert "PGD" not in str(caught.value)
+    rows = summarise(records_of(tmp_path))
+    assert "eval_steps" in rows[0]
+    assert "attack" not in rows[0]
+
+
+def test_other_versions_and_machines_are_a_remark(tmp_path):
+    for seed, (commit, torch) in enumerate((("a" * 40, "2.6"), ("a" * 40, "2.13"), (None, "2.6"))):
+        environment = {"commit": commit, "packages": {"torch": torch, "engm": "1"}, "device": "cpu"}
+        add(write_run(tmp_path, 0.5, seed=seed), environment=environment)
+    assert provenance(records_of(tmp_path)) == [
+        "the runs differ in commit aaaaaaaaaaaa (2 runs), unknown (1 run)",
+        "the runs differ in torch 2.6 (2 runs), 2.13 (1 run)",
+    ]
+    check_protocol(records_of(tmp_path))
+
+
+def test_every_run_has_a_line_with_all_of_its_settings(tmp_path):
+    folder = write_run(tmp_path, 0.61, last=0.6, seed=3, lr=0.2)
+    (row,) = one_line_a_run(records_of(tmp_path))
+    assert row["folder"] == str(folder)
+    assert set(RunConfig().to_dict()) <= set(row)
+    assert (row["seed"], row["lr"], row["robust (best)"], row["robust (last)"]) == (
+        3,
+        0.2,
+        0.61,
+        0.6,
+    )

@@ -1,0 +1,228 @@
+"""What `engm report` says of a set of runs: tables, remarks, figures, and the files of them."""
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from engm import comparisons, results, tables
+from engm.comparisons import OF_OPTIMIZERS, READ_BY
+from engm.config import TYPES
+from engm.errors import InputError
+from engm.files import atomic_path, write_text
+from engm.run_directory import read_metrics
+from engm.statistics import Paired
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_MOST_CURVES = 6  # as many as there are colours
+_SUMMARY = "Accuracies on the test images"
+_DIFFERENCES = "Differences, seed by seed"
+
+
+@dataclass(frozen=True)
+class RunReport:
+    """Runs put side by side.
+
+    Attributes:
+        records: The runs.
+        summary: A row for each config, with the `Quantity` of each accuracy.
+        compared: Each optimizer with the baseline; empty without one.
+        remarks: What a reader of the tables has to know.
+    """
+
+    records: Sequence[results.Record]
+    summary: list[dict[str, Any]]
+    compared: list[comparisons.Comparison]
+    remarks: list[str]
+
+    @property
+    def differences(self) -> list[dict[str, Any]]:
+        """The rows of the table of comparisons."""
+        return comparisons.difference_rows(self.compared)
+
+    def text(self, kind: str) -> str:
+        """Returns the tables as "markdown", "csv", "latex" or "html" (a page with figures).
+
+        With a baseline the differences follow after an empty line.
+        """
+        if kind == "html":
+            return self._page()
+        write = tables.FORMATS[kind][1]
+        parts = [write(self.summary) or "no finished run\n" * (kind == "markdown")]
+        parts += [write(self.differences)] * bool(self.differences)
+        return "\n".join(parts)
+
+    def write(self, out: Path, kind: str | None = None) -> list[Path]:
+        """Writes the report to a file, in the format of its extension, or into a folder.
+
+        A CSV file holds one table: the differences go beside it, as `NAME-differences.csv`. In a
+        folder the files are called `report.md`, `report.csv` and so on, every format unless one is
+        asked for, and `runs.csv` has one line a run.
+
+        Args:
+            out: A file with a known extension, or a folder.
+            kind: The format, if not that of the extension.
+
+        Returns:
+            What was written.
+
+        Raises:
+            InputError: If the extension is unknown, or another than that of `kind`.
+        """
+        if out.is_dir() or not out.suffix:
+            files = [
+                path
+                for name, (suffix, _) in tables.FORMATS.items()
+                if kind in (None, name)
+                for path in self._write_file(out / f"report{suffix}", name)
+            ]
+            if kind in (None, "csv"):
+                write_text(out / "runs.csv", tables.to_csv(results.one_line_a_run(self.records)))
+                files.append(out / "runs.csv")
+            return files
+        return self._write_file(out, format_of(out, kind))
+
+    def write_figures(self, folder: Path) -> list[Path]:
+        """Writes the figures as PNG files, for example `best_and_last.png`, into `folder`."""
+        files = []
+        for name, (_, png) in self._pictures().items():
+            with atomic_path(folder / f"{name}.png") as temporary:
+                temporary.write_bytes(png)
+            files.append(folder / f"{name}.png")
+        return files
+
+    def figures(self) -> "dict[str, tuple[str, Figure]]":
+        """Draws what there is to draw: under a short name the caption and the figure.
+
+        Best and last accuracies always; differences where there is a baseline; learning curves
+        where the rows are few enough to tell them apart.
+        """
+        from engm import plots
+
+        drawn: dict[str, tuple[str, Figure]] = {}
+        if not self.summary:
+            return drawn
+        names = labels(self.summary)
+        named = dict(zip(names, self.summary, strict=True))
+        caption = "Robust accuracy of the best and the last checkpoint, mean and deviation"
+        drawn["best_and_last"] = caption, plots.best_and_last_rows(named)
+        if self.compared:
+            baseline = self.compared[0].baseline.split(",")[0]
+            caption = f"Robust accuracy minus that of {baseline}: seeds, mean, Student's interval"
+            panels: dict[str, dict[str, Paired]] = {}
+            for label, found in zip(labels(self.differences), self.compared, strict=True):
+                panels.setdefault(found.quantity, {})[label] = found.paired
+            drawn["differences"] = caption, plots.difference_intervals(panels, baseline)
+        groups = [members for _, members in results.groups_of(self.records)]
+        metrics = [[read_metrics(record.folder) for record in members] for members in groups]
+        if len(names) <= _MOST_CURVES and all(line for seeds in metrics for line in seeds):
+            caption = "Accuracy on the validation images over the epochs, mean and single seeds"
+            curves = dict(zip(names, metrics, strict=True))
+            drawn["learning_curves"] = caption, plots.learning_curves(curves)
+        return drawn
+
+    def _pictures(self) -> dict[str, tuple[str, bytes]]:
+        from engm import plots
+
+        return {name: (text, plots.to_png(f)) for name, (text, f) in self.figures().items()}
+
+    def _write_file(self, path: Path, kind: str) -> list[Path]:
+        if kind != "csv" or not self.differences:
+            signs = {"markdown": "\n- ", "latex": "\n% "}.get(kind)
+            remarks = "".join(signs + remark for remark in self.remarks) if signs else ""
+            write_text(path, self.text(kind) + remarks + "\n" * bool(remarks))
+            return [path]
+        beside = path.with_name(f"{path.stem}-differences.csv")
+        write_text(path, tables.to_csv(self.summary))
+        write_text(beside, tables.to_csv(self.differences))
+        return [path, beside]
+
+    def _page(self) -> str:
+        parts = [(_SUMMARY, tables.to_html(self.summary) or "<p>no finished run</p>")]
+        parts += [(_DIFFERENCES, tables.to_html(self.differences))] * bool(self.differences)
+        remarks = "".join(f"<li>{escape(remark)}</li>" for remark in self.remarks)
+        parts += [("Remarks", f"<ul>{remarks}</ul>")] * bool(remarks)
+        return tables.page("Runs", parts, dict(self._pictures().values()))
+
+
+def build(
+    records: Sequence[results.Record],
+    *,
+    compare: str | None = None,
+    choose: Collection[str] = (),
+    mixed: bool = False,
+) -> RunReport:
+    """Puts runs side by side.
+
+    Args:
+        records: Finished runs.
+        compare: The optimizer that the others are compared with, seed by seed.
+        choose: Settings of which each optimizer keeps the value that the validation images prefer.
+        mixed: Allow runs that were not evaluated alike.
+
+    Raises:
+        InputError: If runs were not evaluated alike, are there twice, or cannot be compared.
+    """
+    if not mixed:
+        results.check_protocol(records)
+    remarks = results.provenance(records)
+    if choose:
+        records, more = comparisons.choose(records, choose)
+        remarks += [f"{results.listed(choose)} chosen on the validation images", *more]
+    found: list[comparisons.Comparison] = []
+    if compare is not None:
+        found, alone = comparisons.compare(records, compare, chosen=choose)
+        remarks += [*alone, *_reading(len(found))]
+    summary = results.with_seeds(results.summarise(records))
+    return RunReport(records, summary, found, remarks)
+
+
+def format_of(path: Path, kind: str | None) -> str:
+    """Returns the format that the extension of a file stands for.
+
+    Raises:
+        InputError: If it stands for none, or for another than `kind`.
+    """
+    known = {suffix: name for name, (suffix, _) in tables.FORMATS.items()}
+    found = known.get(path.suffix.lower())
+    if found is None:
+        raise InputError(
+            f"{path} is no folder, and its extension is none of {', '.join(known)}; choose one"
+        )
+    if kind not in (None, found):
+        raise InputError(
+            f"{path} would be {found}, but --format says {kind}; leave one of them out"
+        )
+    return found
+
+
+def _reading(n: int) -> list[str]:
+    if n == 0:
+        return []
+    text = (
+        "differences: percentage points, mean ± standard deviation over the pairs. The outcome is "
+        "that of Student's 95% interval; the bootstrap's stays within the range of the pairs, and "
+        "covers less than 95% below six of them. p: sign-flip test, and the least it could be"
+    )
+    if n == 1:
+        return [text]
+    chance = f"{n} comparisons: of those without any difference one in 20 looks settled by chance"
+    return [text, chance]
+
+
+def labels(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """Names rows by the settings in which they differ and that their optimizer reads.
+
+    Args:
+        rows: Rows of `summarise`, or settings that have an optimizer among them.
+    """
+    differing = [n for n in TYPES if n in rows[0] and len({repr(row[n]) for row in rows}) > 1]
+    short, full = [], []
+    for row in rows:
+        idle = set(OF_OPTIMIZERS[1:]) - set(READ_BY[row["optimizer"]])
+        short.append(results.in_words(row, [n for n in differing if n not in idle]) or "all runs")
+        full.append(results.in_words(row, differing))
+    return short if len(set(short)) == len(set(full)) else full

@@ -1,0 +1,235 @@
+import csv
+import json
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import pytest
+from test_results import write_run
+
+from engm import comparisons, plots, run_report
+from engm.comparisons import choose, compare
+from engm.config import TYPES, choices
+from engm.errors import InputError
+from engm.results import Quantity, collect
+from engm.statistics import paired_differences
+
+DIGITS = Path(__file__).parents[1] / "results" / "digits"
+
+
+def add_run(root, robust, validation, **settings):
+    folder = write_run(root, robust, **settings)
+    lines = [
+        {"epoch": i + 1, "validation_clean_accuracy": 0.9, "validation_robust_accuracy": value}
+        for i, value in enumerate([validation - 0.2, validation, validation - 0.1])
+    ]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+@pytest.fixture
+def sweep(tmp_path):
+    """Validation prefers lr 0.1 for MSGD and 0.2 for ENGM; the test images say the opposite."""
+    for seed in (0, 1, 2):
+        for optimizer, good in (("msgd", 0.1), ("engm", 0.2)):
+            for lr in (0.1, 0.2):
+                chosen = lr == good
+                robust = 0.5 + 0.02 * seed - 0.1 * chosen + 0.03 * (optimizer == "engm")
+                own = dict(optimizer=optimizer, lr=lr, seed=seed)
+                add_run(tmp_path, robust, 0.6 + 0.05 * chosen + 0.01 * seed, **own)
+    return tmp_path
+
+
+def test_every_optimizer_of_the_kit_has_its_settings_told(tmp_path):
+    assert set(comparisons.READ_BY) == set(choices(TYPES["optimizer"]))
+    own = {name for names in comparisons.READ_BY.values() for name in names}
+    assert {*own, "optimizer"} == set(comparisons.OF_OPTIMIZERS)
+
+
+def test_the_validation_images_choose_and_the_test_images_do_not(sweep):
+    kept, remarks = choose(collect(sweep)[0], ["lr"])
+    assert {(r.config.optimizer, r.config.lr) for r in kept} == {("msgd", 0.1), ("engm", 0.2)}
+    assert len(kept) == 6
+    assert remarks == []
+
+
+def test_a_setting_that_lacks_a_seed_cannot_be_chosen_and_an_unequal_search_is_said(sweep):
+    add_run(sweep, 0.9, 0.99, optimizer="engm", lr=0.5, seed=0)
+    for seed in (0, 1, 2):
+        add_run(sweep, 0.4, 0.4, optimizer="msgd", lr=0.5, seed=seed)
+    kept, remarks = choose(collect(sweep)[0], ["lr"])
+    assert {(r.config.optimizer, r.config.lr) for r in kept} == {("msgd", 0.1), ("engm", 0.2)}
+    assert remarks == [
+        "not chosen from: engm, lr 0.5 lacks seed 1, 2",
+        "unequal search: settings were chosen for engm from 2, msgd from 3",
+    ]
+
+
+@pytest.mark.parametrize("name", ["eps", "seed", "optimizer", "eval_steps", "size"])
+def test_what_is_no_matter_of_choice_is_refused(sweep, name):
+    with pytest.raises(InputError, match=f"cannot choose {name}; choose of subset, model"):
+        choose(collect(sweep)[0], [name])
+
+
+def test_runs_without_metrics_or_without_a_common_seed_cannot_be_chosen_from(tmp_path):
+    apart = tmp_path / "apart"
+    for seed, lr in ((0, 0.1), (1, 0.2)):
+        add_run(apart, 0.5, 0.5, lr=lr, seed=seed)
+    with pytest.raises(InputError, match="no setting of lr has all of the seeds 0, 1"):
+        choose(collect(apart)[0], ["lr"])
+    bare = write_run(tmp_path / "bare", 0.5)
+    with pytest.raises(InputError, match="bare.* has no metrics to choose by"):
+        choose(collect(bare)[0], ["lr"])
+
+
+def test_runs_are_paired_by_seed_where_all_else_is_the_same(sweep):
+    write_run(sweep, 0.99, optimizer="engm", lr=0.1, seed=7)  # no partner
+    found, alone = compare(collect(sweep)[0], "msgd")
+    assert alone == []
+    assert [(c.settings["lr"], c.quantity) for c in found] == [
+        *((0.1, "robust (best)"), (0.1, "robust (last)")),
+        *((0.2, "robust (best)"), (0.2, "robust (last)")),
+    ]
+    assert found[0].paired.seeds == (0, 1, 2)
+    # msgd at 0.1 was chosen by validation, and lost 0.1 by it; engm has 0.03 more
+    assert found[0].paired.differences == pytest.approx([0.13] * 3)
+    assert found[2].paired.differences == pytest.approx([-0.07] * 3)
+    found, _ = compare(collect(sweep)[0], "engm")
+    assert found[0].paired.differences == pytest.approx([-0.13] * 3)
+
+
+def test_chosen_settings_may_differ_within_a_pair(sweep):
+    kept, _ = choose(collect(sweep)[0], ["lr"])
+    found, alone = compare(kept, "msgd", chosen=["lr"])
+    assert (len(found), alone) == (2, [])
+    assert found[0].paired.differences == pytest.approx([0.03] * 3)
+    assert (found[0].baseline, found[0].settings["lr"]) == ("msgd, lr 0.1", 0.2)
+    with pytest.raises(InputError, match=r"lr 0.1, 0.2; which is the baseline\? --choose lr"):
+        compare(collect(sweep)[0], "msgd", chosen=["lr"])
+
+
+def test_what_a_baseline_does_not_read_makes_no_other_baseline(tmp_path):
+    for seed in (0, 1, 2):
+        for floor in (0.05, 1.0):
+            write_run(tmp_path, 0.5, optimizer="msgd", floor=floor, seed=seed)
+            write_run(tmp_path, 0.5 + floor / 10, optimizer="engm", floor=floor, seed=seed)
+    records = collect(tmp_path)[0]
+    found, _ = compare(records, "msgd")
+    assert [c.paired.differences[0] for c in found[::2]] == pytest.approx([0.005, 0.1])
+    with pytest.raises(InputError, match="engm was run with floor 0.05, 1; which is the baseline"):
+        compare(records, "engm")
+    # a chosen setting that the baseline does not read, or that nobody varied, is not told of it
+    found, _ = compare(records, "msgd", chosen=["floor", "lr"])
+    assert {c.baseline for c in found} == {"msgd"}
+
+
+def test_what_has_no_partner_is_said(sweep):
+    write_run(sweep, 0.5, optimizer="engm", epochs=7)
+    found, alone = compare(collect(sweep)[0], "msgd")
+    assert len(found) == 4
+    assert len(alone) == 1
+    assert "no run of msgd to pair with" in alone[0]
+    assert "epochs 7" in alone[0]
+    with pytest.raises(InputError, match="no run has optimizer 'engm-input'.* engm, msgd"):
+        compare(collect(sweep)[0], "engm-input")
+
+
+def test_the_committed_logs_are_one_protocol_and_can_be_compared(tmp_path):
+    records, _ = collect(DIGITS)
+    done = run_report.build(records, compare="msgd", choose=["lr"])
+    assert len(done.differences) == 10
+    by_hand = {r.config.seed: r.result["best"]["robust_accuracy"] for r in records
+               if (r.config.optimizer, r.config.lr) == ("msgd", 0.2)}  # fmt: skip
+    own = {r.config.seed: r.result["best"]["robust_accuracy"] for r in records
+           if (r.config.optimizer, r.config.lr) == ("engm-input", 0.3)}  # fmt: skip
+    (found,) = (c for c in done.compared if c.quantity == "robust (best)"
+                and c.settings["optimizer"] == "engm-input")  # fmt: skip
+    assert found.paired == paired_differences(own, by_hand)
+    assert any("10 comparisons" in remark for remark in done.remarks)
+
+
+def test_a_report_in_a_folder_has_every_format_and_in_a_file_that_of_its_name(sweep, tmp_path):
+    done = run_report.build(collect(sweep)[0], compare="msgd", choose=["lr"])
+    folder = tmp_path / "out"
+    names = [path.name for path in done.write(folder)]
+    assert names == ["report.md", "report.csv", "report-differences.csv", "report.tex",
+                     "report.html", "runs.csv"]  # fmt: skip
+    assert sorted(names) == sorted(path.name for path in folder.iterdir())
+    rows = list(csv.DictReader((folder / "report-differences.csv").read_text().splitlines()))
+    assert float(rows[0]["difference mean"]) == pytest.approx(0.03)
+    assert rows[0]["outcome"] == "ahead"
+    runs = list(csv.DictReader((folder / "runs.csv").read_text().splitlines()))
+    assert len(runs) == 6
+    assert len((folder / "report.html").read_text().split("<img")) == 4
+    for text in ((folder / "report.md").read_text(), (folder / "report.tex").read_text()):
+        assert "lr chosen on the validation images" in text
+        assert "+3.0" in text
+    assert [p.name for p in done.write(tmp_path / "x.tex")] == ["x.tex"]
+    assert (tmp_path / "x.tex").read_text().startswith("\\begin{tabular}")
+    assert [p.name for p in done.write(tmp_path / "y", "csv")] == [
+        *("report.csv", "report-differences.csv", "runs.csv")
+    ]
+    with pytest.raises(InputError, match=r"x.txt is no folder, .* \.md, \.csv, \.tex, \.html"):
+        done.write(tmp_path / "x.txt")
+    with pytest.raises(InputError, match="x.tex would be latex, but --format says csv"):
+        done.write(tmp_path / "x.tex", "csv")
+
+
+def test_figures_name_rows_by_what_counts_for_them(sweep, tmp_path):
+    for seed in (0, 1, 2):
+        add_run(sweep, 0.6, 0.6, optimizer="engm", floor=1.0, lr=0.2, seed=seed)
+    done = run_report.build(collect(sweep)[0], compare="msgd")
+    drawn = done.figures()
+    assert list(drawn) == ["best_and_last", "differences", "learning_curves"]
+    labels = [label.get_text() for label in drawn["best_and_last"][1].axes[0].get_yticklabels()]
+    assert labels[0] == "engm, lr 0.1, floor 0.05"
+    assert labels[-1] == "msgd, lr 0.2"
+    written = done.write_figures(tmp_path / "f")
+    assert [p.name for p in written] == [f"{name}.png" for name in drawn]
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in written)
+    (next(sweep.glob("*-msgd-*")) / "metrics.jsonl").unlink()
+    assert list(done.figures()) == ["best_and_last", "differences"]
+
+
+def test_best_and_last_rows_draw_means_and_deviations():
+    rows = {
+        "a": {"robust (best)": Quantity(0.5, 0.02, 3), "robust (last)": Quantity(0.4, None, 1)},
+        "b": {"robust (best)": Quantity(0.6, 0.01, 3), "robust (last)": Quantity(0.55, 0.03, 3)},
+    }
+    axes = plots.best_and_last_rows(rows).axes[0]
+    best, last = axes.containers
+    assert list(best.lines[0].get_xdata()) == pytest.approx([50, 60])
+    assert list(last.lines[0].get_xdata()) == pytest.approx([40, 55])
+    lengths = [
+        part[1][0] - part[0][0] for c in (best, last) for part in c.lines[2][0].get_segments()
+    ]
+    assert lengths == pytest.approx([4, 2, 0, 6])
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["best", "last"]
+
+
+def test_difference_intervals_draw_seeds_means_and_what_is_settled():
+    first = {0: 0.5, 1: 0.52, 2: 0.54}
+    settled = paired_differences(first, {0: 0.4, 1: 0.41, 2: 0.45})
+    open_ = paired_differences(first, {0: 0.6, 1: 0.4, 2: 0.55})
+    two = paired_differences({0: 0.5, 1: 0.6}, {0: 0.4, 1: 0.4})
+    panel = {"a": settled, "b": open_, "c": two}
+    left, right = plots.difference_intervals({"best": panel, "last": panel}, "msgd").axes
+    assert (left.get_title(), right.get_title()) == ("best", "last")
+    assert [t.get_text() for t in left.get_yticklabels()] == ["a", "b", "c"]
+    assert left.get_xlabel() == "points above msgd"
+    lines = [line for line in left.lines if line.get_linestyle() == "-"][1:]
+    ends = [list(line.get_xdata()) for line in lines]
+    assert ends == [pytest.approx([100 * p.student.low, 100 * p.student.high])
+                    for p in (settled, open_)]  # fmt: skip
+    assert [line.get_color() for line in lines] == [plots.BLUE, "#777777"]
+    seeds = [line for line in left.lines if len(line.get_xdata()) == 3]
+    assert list(seeds[0].get_xdata()) == pytest.approx([10, 11, 9])
+    means = [line for line in left.lines if len(line.get_xdata()) == 1]
+    assert [line.get_xdata()[0] for line in means] == pytest.approx([10, 1 / 3, 15])
+    low, high = left.get_ylim()
+    assert low > high  # the first line on top
+
+
+@pytest.fixture(autouse=True)
+def close_figures():
+    yield
+    plt.close("all")
