@@ -11,20 +11,25 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from engm.attacks import FGSM, PGD
     from engm.config import RunConfig
-    from engm.evaluation import evaluate
-    from engm.methods import PGDAT, Natural
+    from engm.methods import MART, PGDAT, TRADES, Natural
     from engm.optim import ENGM, MSGD
+    from engm.robustness import evaluate
     from engm.training import fit
+    from engm.weight_perturbation import AWP
 
-__all__ = ["ENGM", "FGSM", "MSGD", "PGD", "PGDAT", "Natural", "RunConfig", "evaluate", "fit"]
+__all__ = [
+    "AWP", "ENGM", "FGSM", "MART", "MSGD", "PGD", "PGDAT", "TRADES",
+    "Natural", "RunConfig", "evaluate", "fit",
+]  # fmt: skip
 
 _HOMES = {
     "attacks": ("FGSM", "PGD"),
     "config": ("RunConfig",),
-    "evaluation": ("evaluate",),
-    "methods": ("Natural", "PGDAT"),
+    "methods": ("MART", "Natural", "PGDAT", "TRADES"),
     "optim": ("ENGM", "MSGD"),
+    "robustness": ("evaluate",),
     "training": ("fit",),
+    "weight_perturbation": ("AWP",),
 }
 
 

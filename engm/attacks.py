@@ -108,6 +108,8 @@ class PGD:
         random_start: Whether runs start uniformly in the ball, or at x.
         start_noise: Above 0, runs start from x plus normal noise of this deviation in place of the
             uniform one; 0.001 in TRADES.
+        decay: Whether the step shrinks to 0, along a quarter of a cosine wave. For evaluation: long
+            first steps cross the ball, short last ones settle.
         stop_early: Whether examples leave the batch as soon as they fool the model, and keep that
             x_adv. For evaluation: less work, and robust accuracy is lower or equal.
 
@@ -123,6 +125,7 @@ class PGD:
     loss: str = "ce"
     random_start: bool = True
     start_noise: float = 0.0
+    decay: bool = False
     stop_early: bool = False
 
     def __post_init__(self) -> None:
@@ -205,11 +208,11 @@ class PGD:
         self, logits_of: _Forward, x_adv: Tensor, x: Tensor, y: Tensor, target: Tensor
     ) -> Tensor:
         rows = torch.arange(len(x), device=x.device)
-        for _ in range(self.num_steps):
+        for step in range(self.num_steps):
             here = x_adv[rows].requires_grad_()
             logits = logits_of(here)
             direction = self._direction(_LOSSES[self.loss](logits, target[rows]), here)
-            there = self._project(here.detach() + self.step_size * direction, x[rows])
+            there = self._project(here.detach() + self._length(step) * direction, x[rows])
             if self.stop_early:
                 standing = ~fooled(logits, y[rows])
                 rows, there = rows[standing], there[standing]
@@ -217,6 +220,11 @@ class PGD:
                     break
             x_adv[rows] = there
         return x_adv
+
+    def _length(self, step: int) -> float:
+        if not self.decay:
+            return self.step_size
+        return self.step_size * math.cos(math.pi / 2 * step / self.num_steps)
 
     def _start(self, x: Tensor, generator: torch.Generator | None) -> Tensor:
         if not self.random_start:

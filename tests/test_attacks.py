@@ -628,3 +628,15 @@ def test_dlr_needs_three_classes():
     x, y = torch.rand(3, 5), torch.zeros(3, dtype=torch.int64)
     with pytest.raises(InputError, match="'margin'"):
         FGSM(eps=0.1, loss="dlr")(Linear(torch.randn(2, 5)), x, y)
+
+
+def test_with_decay_the_steps_follow_a_quarter_of_a_cosine_wave():
+    model = nn.Sequential(nn.Flatten(), nn.Linear(1, 2)).double()
+    with torch.no_grad():
+        model[1].weight.copy_(torch.tensor([[0.0], [1.0]]))
+    x, y = torch.full((1, 1), 0.1, dtype=torch.float64), torch.tensor([0])
+    for num_steps in range(1, 5):
+        attack = PGD(eps=0.8, step_size=0.2, num_steps=num_steps, random_start=False, decay=True)
+        lengths = [0.2 * math.cos(math.pi * k / (2 * num_steps)) for k in range(num_steps)]
+        wanted = 0.1 + sum(lengths)  # every step goes up
+        assert attack(model, x, y).item() == pytest.approx(wanted, rel=1e-12)

@@ -26,7 +26,7 @@ def training_view(
     left, middle, right = figure.subplots(1, 3)
     epochs = range(1, len(losses) + 1)
     left.plot(epochs, losses, "o-", color=BLUE, markersize=3)
-    left.set_ylim(bottom=0)
+    left.set_ylim(0, 1.1 * max(losses))
     left.set_ylabel("training loss")
     for colour, (name, values) in zip(cycle(COLOURS), accuracies.items(), strict=False):
         percents = [100 * value for value in values]

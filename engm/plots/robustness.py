@@ -19,7 +19,8 @@ def robustness_curve(report: "RobustnessReport") -> Figure:
     """
     figure, axes = plt.subplots(figsize=(6, 3.8))
     radii = list(report.curve)
-    low, high = zip(*(found.interval for found in report.curve.values()), strict=True)
+    intervals = [found.interval for found in report.curve.values()]
+    low, high = zip(*((i.low, i.high) for i in intervals), strict=True)
     axes.fill_between(radii, _percent(low), _percent(high), color=BLUE, alpha=0.2, linewidth=0)
     fractions = [found.fraction for found in report.curve.values()]
     axes.plot(radii, _percent(fractions), "o-", color=BLUE, markersize=4, label="PGD on the margin")

@@ -1,0 +1,102 @@
+"""An attack that asks for answers alone, to tell robust models from models that hide gradients."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from engm.attacks import PGD, eval_mode, fooled, margin
+from engm.errors import InputError
+
+
+@dataclass(frozen=True, kw_only=True)
+class RandomSearch:
+    """Random patches of one colour; each is kept where it raises the margin loss.
+
+    It needs no gradient, and is much weaker than PGD where gradients are sound: what it alone
+    fools, PGD should have. Source: this kit, after the Square Attack of Andriushchenko et al. 2020
+    (arXiv 1912.00049), of which AutoAttack runs the full version.
+
+    Attributes:
+        eps: Radius of the ball in pixels, at most 1 for "linf".
+        num_queries: How often the model is asked about an example.
+        norm: "linf" or "l2".
+
+    Raises:
+        InputError: If a setting is out of range.
+    """
+
+    eps: float
+    num_queries: int = 200
+    norm: str = "linf"
+
+    def __post_init__(self) -> None:
+        """Refuses settings that are out of range."""
+        PGD(eps=self.eps, step_size=1, norm=self.norm)
+        if not isinstance(self.num_queries, int) or self.num_queries < 1:
+            raise InputError(
+                f"num_queries must be a whole number, 1 or more; got {self.num_queries!r}"
+            )
+
+    @torch.no_grad()
+    def __call__(
+        self, model: nn.Module, x: Tensor, y: Tensor, *, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """Attacks a batch, with the arguments and the result of `PGD.__call__`."""
+        PGD(eps=0, step_size=1, norm=self.norm)(model, x, y)  # checks x and y
+        best = x.detach().clone()
+        if self.eps == 0 or len(x) == 0:
+            return best
+        with eval_mode(model):
+            logits = model(best)
+            best_loss = margin(logits.float(), y)
+            rows = (~fooled(logits, y)).nonzero()[:, 0]
+            for query in range(self.num_queries):
+                if len(rows) == 0:
+                    break
+                # from patches over all of the image to patches of 1/50 of it
+                share = 0.02 ** (query / self.num_queries)
+                patch = _patches(x[rows], share, generator)
+                there = self._project(best[rows], patch, x[rows])
+                logits = model(there)
+                loss = margin(logits.float(), y[rows])
+                broken = fooled(logits, y[rows])
+                better = broken | (loss > best_loss[rows])
+                best[rows[better]] = there[better]
+                best_loss[rows[better]] = loss[better]
+                rows = rows[~broken]
+        return best
+
+    def _project(self, x_adv: Tensor, patch: Tensor, x: Tensor) -> Tensor:
+        delta = x_adv - x
+        if self.norm == "linf":
+            delta = torch.where(patch == 0, delta, self.eps * patch)
+        else:
+            # a patch over all of the image has length eps, a smaller one less
+            delta = delta + self.eps * patch / math.sqrt(patch[0].numel())
+            delta = self.eps * delta / _lengths(delta)
+        return (x + delta).clamp(0, 1)
+
+
+def _patches(x: Tensor, share: float, generator: torch.Generator | None) -> Tensor:
+    # 1 or -1 in each channel of a rectangle with `share` of the area, 0 elsewhere
+    n, (height, width) = len(x), x.shape[-2:] if x.ndim > 2 else (1, x.shape[-1])
+    device = x.device if generator is None else generator.device
+    how: dict[str, Any] = {"device": device, "generator": generator}
+    inside = torch.ones(n, 1, 1, 1, dtype=torch.bool, device=x.device)
+    for axis, size in ((2, height), (3, width)):
+        side = max(1, round(size * math.sqrt(share)))
+        corner = torch.randint(size - side + 1, (n, 1), **how).to(x.device)
+        where = torch.arange(size, device=x.device) - corner
+        shape = (n, 1, size, 1) if axis == 2 else (n, 1, 1, size)
+        inside = inside & ((where >= 0) & (where < side)).view(shape)
+    channels = x[0].numel() // (height * width)
+    colours = torch.randint(2, (n, channels, 1, 1), **how).to(x.device) * 2 - 1
+    return (inside * colours).to(x.dtype).reshape(x.shape)
+
+
+def _lengths(delta: Tensor) -> Tensor:
+    lengths = delta.flatten(1).norm(dim=1).clamp(min=torch.finfo(delta.dtype).tiny)
+    return lengths.view(-1, *[1] * (delta.ndim - 1))

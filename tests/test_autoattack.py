@@ -1,0 +1,578 @@
+import json
+import logging
+import math
+import os
+import random
+import signal
+import subprocess
+import sys
+from functools import partial
+
+import pyautoattack
+import pytest
+import torch
+from pyautoattack import checks
+from pyautoattack.square import SquareAttack
+from torch import nn
+
+from engm import attacks, autoattack, data, models
+from engm.autoattack import AutoAttack
+from engm.errors import InputError
+from engm.run_directory import load_tensors, save_tensors
+
+LOGGER = logging.getLogger("auto-attack")
+NORMS = {"linf": "Linf", "l2": "L2"}
+
+
+class Quantised(nn.Module):
+    """Sees 6 levels of grey, so that no gradient leads anywhere."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x):
+        return self.model((5 * x).round() / 5)
+
+
+class Changed(nn.Module):
+    """Calls `change(forward, x)` in place of the model."""
+
+    def __init__(self, model, change):
+        super().__init__()
+        self.model, self.change = model, change
+
+    def forward(self, x):
+        return self.change(self.model, x)
+
+
+def mlp():
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10))
+
+
+def trained(model, epochs):
+    split = data.load("digits").train
+    x, y = split.images[:600].float() / 255, split.labels[:600]
+    attack = attacks.PGD(eps=0.1, step_size=0.05, num_steps=2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    for _ in range(epochs):
+        for rows in torch.randperm(600).split(50):
+            optimizer.zero_grad()
+            x_adv = attack(model, x[rows], y[rows])
+            nn.functional.cross_entropy(model(x_adv), y[rows]).backward()
+            optimizer.step()
+    optimizer.zero_grad()
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def network():
+    torch.manual_seed(0)
+    networks = {"mlp": trained(mlp(), 10)}
+    networks["cnn"] = trained(models.small_cnn(10, 8, in_channels=1), 6)
+    networks["quantised"] = Quantised(networks["mlp"]).eval()
+    return networks
+
+
+@pytest.fixture(scope="module")
+def digits():
+    split = data.load("digits").test
+    return split.images[:30].float() / 255, split.labels[:30]
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Fewer steps, for tests of everything but the numbers."""
+    standard = pyautoattack.AutoAttack
+
+    def shorter(*args, **settings):
+        made = standard(*args, **settings)
+        made.apgd.n_iter = made.apgd_targeted.n_iter = made.fab.n_iter = 5
+        made.square.n_queries = 30
+        return made
+
+    monkeypatch.setattr(pyautoattack, "AutoAttack", shorter)
+
+
+def same(one, other):
+    assert torch.equal(one.x_adv, other.x_adv) and torch.equal(one.robust, other.robust)
+    assert one.to_dict() == other.to_dict()
+
+
+# ---- the golden test
+
+
+@pytest.mark.parametrize(
+    ("name", "norm", "eps", "seed", "names"),
+    [
+        ("mlp", "linf", 0.15, 0, None),
+        ("quantised", "linf", 0.25, 1, None),
+        ("mlp", "l2", 0.8, 0, None),
+        ("cnn", "l2", 1.6, 1, None),
+        ("mlp", "linf", 0.15, 2, ("fab-t",)),
+    ],
+)
+def test_as_the_package_called_by_hand(network, digits, caplog, name, norm, eps, seed, names):
+    model, (x, y) = network[name], digits
+    version = {"version": "custom", "attacks": list(names)} if names else {"version": "standard"}
+    oracle = pyautoattack.AutoAttack(model, norm=NORMS[norm], eps=eps, seed=seed, **version)
+    oracle.apgd_targeted.n_target_classes = oracle.fab.n_target_classes = 9
+    with caplog.at_level(logging.DEBUG, "auto-attack"), torch.random.fork_rng():
+        expected, _ = oracle.run_standard_evaluation(x, y, batch_size=20)
+    lines = [m.split() for m in caplog.messages if m.startswith(("initial", "robust"))]
+    counts = {"clean": round(float(lines[0][-1][:-1]) * 30 / 100)}
+    for line in lines[1:-1]:
+        counts[line[3][:-1].lower()] = round(float(line[4][:-1]) * 30 / 100)
+    choice = {"attacks": names} if names else {}
+    result = AutoAttack(eps=eps, norm=norm, seed=seed, **choice).run(model, x, y, batch_size=20)
+    assert torch.equal(result.x_adv, expected)
+    assert counts["clean"] > 20 and len(counts) > 1  # two batches, and something was attacked
+    # the package stops where nothing is left
+    zeros = dict.fromkeys(names or autoattack._ATTACKS, 0)
+    assert result.counts == zeros | counts and list(result.counts)[1:] == list(zeros)
+    assert result.accuracy == list(result.counts.values())[-1] / 30
+    if name == "quantised":
+        assert result.counts["square"] < result.counts["fab-t"]
+
+
+def test_the_seed_decides(network, digits):
+    attack = partial(AutoAttack, eps=0.15, attacks=("apgd-ce",))
+    results = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(len(results))
+        results.append(attack(seed=seed)(network["mlp"], *digits, generator=torch.Generator()))
+    assert torch.equal(results[0], results[1]) and not torch.equal(results[0], results[2])
+    whole = attack().run(network["mlp"], *digits, batch_size=30)
+    assert torch.equal(whole.x_adv, results[0])
+
+
+# ---- everything else is left as it was
+
+
+@pytest.mark.parametrize("fails_at", [None, 1, 3, 8, 12, 40, 120])
+def test_leaves_all_as_it_was(digits, quick, fails_at):
+    torch.manual_seed(0)
+    model = models.small_cnn(10, 4, "batch", in_channels=1)
+    modules, parameters = list(model.modules()), list(model.parameters())
+    x = digits[0]
+    y = model.eval()(x).argmax(1)  # so that there is something to attack
+    model.train()
+    modules[2].eval()
+    parameters[0].requires_grad_(False)
+    parameters[1].grad = torch.ones_like(parameters[1])
+    forwards = 0
+
+    def count(*_):
+        nonlocal forwards
+        forwards += 1
+        if forwards == fails_at:
+            raise KeyError("in the middle")
+
+    model.register_forward_hook(count)
+    handler = logging.NullHandler()
+    LOGGER.addHandler(handler)
+    LOGGER.setLevel(logging.ERROR)
+    LOGGER.propagate = False
+
+    def tracer(*_):
+        return None
+
+    def state():
+        return (
+            [m.training for m in modules],
+            [p.requires_grad for p in parameters],
+            [None if p.grad is None else p.grad.tolist() for p in parameters],
+            {name: tensor.tolist() for name, tensor in model.state_dict().items()},
+            torch.get_rng_state().tolist(),
+            random.getstate(),
+            sys.gettrace(),
+            (list(LOGGER.handlers), LOGGER.level, LOGGER.propagate, LOGGER.disabled),
+            dict(checks.funcs),
+            torch.is_grad_enabled(),
+        )
+
+    found, caught = sys.gettrace(), False
+    checks.funcs["grad"] = 7
+    try:
+        sys.settrace(tracer)
+        before = state()
+        try:
+            AutoAttack(eps=0.01).run(model, x, y, batch_size=20)
+        except KeyError:
+            caught = True
+        after = state()
+    finally:
+        sys.settrace(found)
+        checks.funcs["grad"] = 0
+        LOGGER.removeHandler(handler)
+        LOGGER.setLevel(logging.NOTSET)
+        LOGGER.propagate = True
+    assert caught == (fails_at is not None) and forwards >= (fails_at or 200)
+    assert after == before
+
+
+def test_in_inference_mode(network, digits, quick):
+    plain = AutoAttack(eps=0.2).run(network["cnn"], *digits)
+    with torch.inference_mode():
+        x, y = digits[0].clone(), digits[1].clone()
+        same(AutoAttack(eps=0.2).run(network["cnn"], x, y), plain)
+
+
+# ---- resume
+
+
+class Interrupted(Exception):
+    pass
+
+
+def interrupted(model, at):
+    """A model with the weights of `model` that raises in its forward number `at`."""
+    forwards = 0
+
+    def count(forward, x):
+        nonlocal forwards
+        forwards += 1
+        if forwards == at:
+            raise Interrupted
+        return forward(x)
+
+    return Changed(model, count), lambda: forwards
+
+
+def test_resume_after_an_exception(network, digits, quick, tmp_path, monkeypatch):
+    steps, step = 0, autoattack._Run._step
+
+    def counted_step(*arguments):
+        nonlocal steps
+        steps += 1
+        step(*arguments)
+
+    monkeypatch.setattr(autoattack._Run, "_step", counted_step)
+    attack = AutoAttack(eps=0.2)
+    # every batch has a stream of its own, also for a model that draws
+    model = Changed(network["quantised"], lambda f, x: f(x + 0.1 * torch.randn_like(x))).eval()
+    expected = attack.run(model, *digits, batch_size=8)
+    assert any("zero gradient" in w for w in expected.warnings)
+    counted, total = interrupted(model, 0)
+    whole, steps = tmp_path / "whole.pt", 0
+    same(attack.run(counted, *digits, batch_size=8, resume=whole), expected)
+    all_steps = steps
+    cuts = [1, 8, 14, 60, total() // 2, total() - 40, total()]
+    for at in cuts:
+        path, steps = tmp_path / f"{at}.pt", 0
+        cut, _ = interrupted(model, at)
+        with pytest.raises(Interrupted):
+            attack.run(cut, *digits, batch_size=8, resume=path)
+        assert path.exists() == (at > 12)
+        torch.manual_seed(at)
+        again, _ = interrupted(model, 0)
+        same(attack.run(again, *digits, batch_size=8, resume=path), expected)
+        # the one batch that was cut is done again
+        assert steps - all_steps == (12 < at < total())
+    done, forwards = interrupted(model, 0)
+    same(attack.run(done, *digits, batch_size=8, resume=str(whole)), expected)
+    assert forwards() < 10  # nothing but predictions
+    assert {path.stem for path in tmp_path.iterdir()} == {"whole", *map(str, cuts[2:]), "1", "8"}
+
+
+def test_resume_after_a_kill(network, digits, tmp_path):
+    (x, y), model, path = digits, network["mlp"], tmp_path / "state [1].pt"
+    save_tensors(tmp_path / "case.pt", {"x": x, "y": y, "model": model.state_dict()})
+    code = """
+import os, signal, sys, torch
+from pathlib import Path
+from torch import nn
+from engm.autoattack import AutoAttack
+from engm.run_directory import load_tensors
+folder = Path(sys.argv[1])
+case = load_tensors(folder / "case.pt")
+model = nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10))
+model.load_state_dict(case["model"])
+forwards = 0
+def count(*_):
+    global forwards
+    forwards += 1
+    if forwards == 700:
+        os.kill(os.getpid(), signal.SIGKILL)
+model.register_forward_hook(count)
+attack = AutoAttack(eps=0.15, attacks=("apgd-ce", "apgd-t"))
+attack.run(model, case["x"], case["y"], batch_size=10, resume=folder / "state [1].pt")
+"""
+    ended = subprocess.run([sys.executable, "-c", code, str(tmp_path)], env={**os.environ})
+    assert ended.returncode == -signal.SIGKILL and path.exists()
+    kept = load_tensors(path)["progress"]
+    assert list(kept["counts"]) == ["clean", "apgd-ce"] and not kept["robust"].all()
+    leftover = tmp_path / ".state [1].pt.0123abcd.tmp"
+    leftover.touch()
+    attack = AutoAttack(eps=0.15, attacks=("apgd-ce", "apgd-t"))
+    counted, forwards = interrupted(model, 0)
+    resumed = attack.run(model, x, y, batch_size=10, resume=path)
+    expected = attack.run(counted, x, y, batch_size=10)
+    same(resumed, expected)
+    assert forwards() > 700 and not leftover.exists()
+
+
+def test_files_of_another_call_are_refused(network, digits, quick, tmp_path):
+    (x, y), model, path = digits, network["mlp"], tmp_path / "state.pt"
+    attack = AutoAttack(eps=0.2, attacks=("apgd-ce",))
+    attack.run(model, x, y, resume=path)
+    other = mlp().eval()
+    other.load_state_dict(model.state_dict())
+    attack.run(other, x, y, resume=path)  # the same weights in another object
+    with torch.no_grad():
+        other[1].bias[0] += 1e-6
+    content = path.read_bytes()
+    wrong_y = y.clone()
+    wrong_y[0] += 1
+    for what, settings, arguments, batch_size in (
+        ("attack", {"eps": 0.21}, (model, x, y), 250),
+        ("attack", {"seed": 1}, (model, x, y), 250),
+        ("attack", {"norm": "l2"}, (model, x, y), 250),
+        ("attack", {"attacks": ("square",)}, (model, x, y), 250),
+        ("batch_size", {}, (model, x, y), 20),
+        ("x", {}, (model, x * 0.999, y), 250),
+        ("y", {}, (model, x, wrong_y), 250),
+        ("x, y", {}, (model, x[:20], y[:20]), 250),
+        ("model", {}, (other, x, y), 250),
+    ):
+        changed = AutoAttack(**(vars(attack) | settings))
+        with pytest.raises(InputError, match=rf"another call \(not the same: {what}\); delete it"):
+            changed.run(*arguments, batch_size=batch_size, resume=path)
+    kept = load_tensors(path)
+    save_tensors(path, kept | {"call": kept["call"] | {"versions": "older"}})
+    with pytest.raises(InputError, match="not the same: versions"):
+        attack.run(model, x, y, resume=path)
+    middle = len(content) // 2
+    flipped = content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
+    for broken in (flipped, content[:middle], b"", b"notes of mine\n"):
+        path.write_bytes(broken)
+        with pytest.raises(InputError, match="state.pt is not a resume file, .*; delete it"):
+            attack.run(model, x, y, resume=path)
+        assert path.read_bytes() == broken
+    save_tensors(path, {"model": model.state_dict()})
+    for foreign in (path, tmp_path):
+        with pytest.raises(InputError, match="is not a resume file"):
+            attack.run(model, x, y, resume=foreign)
+
+
+def test_accuracy_is_recomputed_from_x_adv(network, digits, quick, tmp_path):
+    model, path = network["mlp"], tmp_path / "state.pt"
+    attack = AutoAttack(eps=0.2, attacks=("apgd-ce",))
+    honest = attack.run(model, *digits, resume=path)
+    assert honest.accuracy < honest.counts["clean"] / 30
+    kept = load_tensors(path)
+    forged = {"robust": torch.zeros(30, dtype=torch.bool), "x_adv": digits[0]}
+    forged = kept["progress"] | forged | {"counts": {"clean": 0, "apgd-ce": 0}}
+    save_tensors(path, kept | {"progress": forged})
+    result = attack.run(model, *digits, resume=path)
+    assert result.robust.tolist() == (model(digits[0]).argmax(1) == digits[1]).tolist()
+    assert result.accuracy == honest.counts["clean"] / 30
+    assert "examples are answered otherwise now" in result.warnings[-1]
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("wrong", [math.nan, 1.001, 0.2])
+def test_images_outside_the_budget_do_not_count(network, digits, monkeypatch, norm, wrong):
+    x, y = digits
+    y = network["mlp"](x).argmax(1)
+    blank = torch.full_like(x, wrong)
+    monkeypatch.setattr(SquareAttack, "perturb", lambda self, x, y: blank[: len(x)])
+    eps = {"linf": 0.5, "l2": 2}[norm]
+    result = AutoAttack(eps=eps, norm=norm, attacks=("square",)).run(network["mlp"], x, y)
+    assert result.accuracy == 1 and torch.equal(result.x_adv, x)
+    assert "of an attack, outside [0, 1] or the ball, do not count" in result.warnings[0]
+
+
+# ---- few classes
+
+
+class Linear(nn.Module):
+    def __init__(self, classes):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(classes, 36))
+
+    def forward(self, x):
+        return x.flatten(1) @ self.weight.T
+
+
+@pytest.mark.parametrize("classes", [2, 3])
+def test_few_classes_of_a_linear_model_have_a_closed_form(classes, quick):
+    torch.manual_seed(classes)
+    model, x = Linear(classes), 0.4 + 0.2 * torch.rand(40, 1, 6, 6)
+    logits = model(x).detach()
+    y = logits.argmax(1)
+    with pytest.raises(
+        InputError, match=r"'apgd-t' cannot run.* 4 classes.* gives \d logits; choose"
+    ):
+        AutoAttack(eps=0.02).run(model, x, y)
+    # the shortest way to class k: (z_y - z_k) / |w_y - w_k|_1
+    across = (model.weight[y][:, None] - model.weight).abs().sum(2).detach()
+    gaps = (logits.gather(1, y[:, None]) - logits).scatter(1, y[:, None], math.inf)
+    radius = (gaps / across).amin(1)
+    eps = radius.sort().values[19:21].mean().item()
+    assert eps < 0.2  # the box [0, 1] is out of reach
+    result = AutoAttack(eps=eps, attacks=("apgd-ce", "fab-t", "square")).run(model, x, y)
+    assert torch.equal(result.robust, radius > eps) and not result.warnings
+
+
+# ---- warnings
+
+
+def dynamic(forward, x):
+    with torch.enable_grad():
+        here = x.detach().clone().requires_grad_()
+        (gradient,) = torch.autograd.grad(forward(here).logsumexp(1).sum(), here)
+    return forward(x + 0.01 * gradient.sign())
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (lambda forward, x: forward(x + 0.05 * torch.randn_like(x)), "randomized defense!"),
+        (lambda forward, x: forward(x).softmax(1), "probability distribution"),
+        (dynamic, "dynamic defense"),
+        (lambda forward, x: forward((5 * x).round() / 5), "with zero gradient"),
+        (lambda forward, x: forward((5 * x).round() / 5), "Square Attack has decreased"),
+    ],
+)
+def test_signs_of_a_model_that_misleads(
+    network, digits, quick, caplog, monkeypatch, change, expected
+):
+    sound = AutoAttack(eps=0.15).run(network["mlp"], *digits)
+    broken = Changed(network["mlp"], change)
+    attack = AutoAttack(eps=0.25)
+    results = [attack.run(broken, *digits, batch_size=15) for _ in range(2)]
+    same(*results)  # also of a model that draws
+    assert sum(expected in warning for warning in results[0].warnings) == 1
+    assert not any("flags_doc" in w or "version=" in w for w in results[0].warnings)
+    assert not sound.warnings and not caplog.messages
+    # nothing sticks, nor does what others left
+    monkeypatch.setitem(checks.funcs, "grad", 3)
+    same(AutoAttack(eps=0.15).run(network["mlp"], *digits), sound)
+    assert json.loads(json.dumps(results[0].to_dict())) == results[0].to_dict()
+
+
+def test_of_repeated_warnings_the_largest_stays():
+    said = ["there are 9 points", "other", "there are 12 points", "there are 3 points", "other"]
+    assert set(autoattack._largest_of_each(said)) == {"other", "there are 12 points"}
+
+
+def test_versions_and_progress(network, digits, quick, capsys):
+    result = AutoAttack(eps=0.1, seed=3).run(network["mlp"], *digits, progress=True, batch_size=20)
+    assert set(result.versions) == {"engm", "torch", "pyautoattack"}
+    assert result.versions["pyautoattack"] == "0.2.0" and result.seed == 3
+    shown = capsys.readouterr().err
+    assert f"robust={result.counts['apgd-ce']}" in shown and "square" in shown and "8/8" in shown
+
+
+# ---- dtypes
+
+
+@pytest.mark.parametrize(
+    ("of_x", "of_model"),
+    [
+        (torch.bfloat16, torch.float32),
+        (torch.float64, torch.float64),
+        (torch.float64, torch.float32),
+        (torch.float16, torch.float32),
+    ],
+)
+def test_dtypes(network, digits, quick, of_x, of_model):
+    model = mlp().eval()
+    model.load_state_dict(network["mlp"].state_dict())
+    model.to(of_model)
+    x, y = (digits[0] * 0.987).to(of_x), digits[1].to(torch.uint8)
+    for norm, eps in (("linf", 0.15), ("l2", 0.8)):
+        result = AutoAttack(eps=eps, norm=norm).run(model, x, y)
+        assert result.x_adv.dtype == of_x and result.robust.dtype == torch.bool
+        robust = model(result.x_adv.to(of_model)).argmax(1) == digits[1]
+        assert torch.equal(result.robust, robust)
+        assert 0 < result.robust.sum() == result.counts["square"] < result.counts["clean"]
+        assert not result.warnings
+        kept = (result.x_adv == x).flatten(1).all(1)
+        assert kept[robust].all() and not kept.all()
+
+
+# ---- what is refused
+
+
+def test_wrong_inputs_are_refused(network, digits, monkeypatch):
+    (x, y), model, attack = digits, network["mlp"], AutoAttack(eps=0.1)
+    nan = x.clone()
+    nan[3] = math.nan
+    constant = Changed(model, lambda forward, x: forward(x.detach()))
+    for reason, arguments in (
+        ("x goes from 0 to 255", (model, 255 * x, y)),
+        ("x goes from", (model, x - 0.5, y)),
+        ("x goes from nan", (model, nan, y)),
+        ("x is torch.uint8", (model, (255 * x).byte(), y)),
+        ("y is torch.float32", (model, x, y.float())),
+        ("y is torch.int64 of shape", (model, x, y[:5])),
+        ("gives 10 logits, but classes go up to 12", (model, x, y + 3)),
+        ("y has the class -1", (model, x, y - 1)),
+        (r"must give logits of shape \[30, K\]", (nn.Flatten(0), x, y)),
+        ("x is on cpu and the model on meta", (mlp().to("meta"), x, y)),
+        ("no example", (model, x[:0], y[:0])),
+        ("no gradient flows", (constant, x, y)),
+        (r"'square' cannot run on x of shape \[30, 64\]", (model, x.flatten(1), y)),
+    ):
+        with pytest.raises(InputError, match=reason):
+            attack.run(*arguments)
+    with pytest.raises(InputError, match="batch_size must be"):
+        attack.run(model, x, y, batch_size=0)
+    for name in list(sys.modules):
+        if name.split(".")[0] == "pyautoattack":
+            monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(InputError, match=r'pip install "engm\[autoattack\]"'):
+        attack.run(model, x, y)
+
+
+def test_square_alone_needs_no_gradient(network, digits, quick):
+    blind = Changed(network["mlp"], lambda forward, x: forward(x.detach()))
+    only = AutoAttack(eps=0.3, attacks=("square",))
+    same(only.run(blind, *digits), only.run(network["mlp"], *digits))
+
+
+def test_settings_are_checked():
+    for reason, settings in (
+        ("unknown norm 'L2'", {"norm": "L2"}),
+        ("eps is 8, but", {"eps": 8}),
+        ("eps must be", {"eps": -0.1}),
+        ("seed must be", {"seed": -1}),
+        ("seed must be", {"seed": 0.5}),
+        ("seed must be", {"seed": 2**63}),
+        ("attacks must be", {"attacks": ()}),
+        ("attacks must be", {"attacks": "square"}),
+        ("attacks must be", {"attacks": ("square", "square")}),
+        ("unknown attack 'fab'", {"attacks": ("fab",)}),
+    ):
+        with pytest.raises(InputError, match=reason):
+            AutoAttack(**({"eps": 0.1} | settings))
+
+
+def test_eps_0_changes_nothing(network, digits):
+    result = AutoAttack(eps=0).run(network["mlp"], *digits)
+    assert torch.equal(result.x_adv, digits[0])
+    assert set(result.counts.values()) == {result.counts["clean"]} and len(result.counts) == 5
+
+
+def test_sizes_that_square_cannot_start_on():
+    attack = SquareAttack(lambda x: torch.eye(2)[[0] * len(x)], "L2", n_queries=0, eps=0.1)
+    fits = {}
+    for height in range(1, 30):
+        for width in (8, 12, 28, 33):
+            attack.init_hyperparam(torch.rand(2, 1, height, width))
+            try:
+                attack.attack_single_run(
+                    torch.rand(2, 1, height, width), torch.zeros(2, dtype=torch.int64)
+                )
+                runs = True
+            except (RuntimeError, ZeroDivisionError):
+                runs = False
+            assert autoattack._tiles_fit(height, width) == runs, (height, width)
+            fits[height, width] = runs
+    assert fits[8, 8] and fits[28, 28] and not fits[12, 12]
+    model = nn.Sequential(nn.Flatten(), nn.Linear(144, 10))
+    x, y = torch.rand(2, 1, 12, 12), torch.tensor([0, 1])
+    with pytest.raises(InputError, match="'square' cannot run on x of shape .*12, 12"):
+        AutoAttack(eps=0.5, norm="l2").run(model, x, y)
