@@ -1,0 +1,244 @@
+"""A problem with a dial for the noise, to see how a rate of convergence depends on it.
+
+The gradients of the examples are explicit: grad f(theta), known in closed form, and noise of size
+sigma. Many runs (learning rates, sigmas, seeds) go side by side under the update of `engm.optim`.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from engm.errors import InputError
+from engm.optim import _SCALE_DECAY as SCALE_DECAY
+from engm.optim import example_weights
+
+_CHUNK = 64  # steps whose noise is drawn at once
+
+
+@dataclass(frozen=True)
+class Landscape:
+    """f(theta) = sum_j k_j (theta_j^2 / 2 + ripple sin^2 theta_j), lowest at 0 with f = 0.
+
+    Without ripple a quadratic; with more than 0.5 its curvature is below 0 in places.
+
+    Args:
+        curvatures: k_j, above 0, `[d]`. Their device and dtype are those of all runs.
+        ripple: 0 or more.
+    """
+
+    curvatures: Tensor
+    ripple: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Checks the numbers."""
+        if self.curvatures.ndim != 1 or not bool((self.curvatures > 0).all()):
+            raise InputError(f"curvatures must be a row of numbers above 0, got {self.curvatures}")
+        if not self.ripple >= 0:
+            raise InputError(f"ripple must be 0 or more, got {self.ripple}")
+
+    @property
+    def smoothness(self) -> float:
+        """L: two gradients differ by at most L times the distance of their points."""
+        return float(self.curvatures.max()) * (1 + 2 * self.ripple)
+
+    def value(self, theta: Tensor) -> Tensor:
+        """Returns f at each of the points `[..., d]`."""
+        terms = theta.square() / 2 + self.ripple * theta.sin().square()
+        return (self.curvatures * terms).sum(-1)
+
+    def gradient(self, theta: Tensor) -> Tensor:
+        """Returns grad f at each of the points `[..., d]`."""
+        if not self.ripple:
+            return self.curvatures * theta
+        return self.curvatures * (theta + self.ripple * (2 * theta).sin())
+
+
+@dataclass(frozen=True)
+class Noise:
+    """How the gradients g_i of a batch scatter about grad f; their mean is grad f.
+
+    Args:
+        kind: "gaussian": g_i = grad f + sigma xi_i, each coordinate of xi_i normal with variance 1.
+            "student": likewise, and xi_i divided by a random length of its own, which makes it
+            Student's t in d dimensions. "lengths": g_i = a_i (grad f + xi_i) with xi_i as in
+            "gaussian" and a_i > 0 log-normal with mean 1 and standard deviation sigma: the dial
+            turns the lengths alone.
+        batch_size: n.
+        degrees_of_freedom: Of "student": the smaller, the heavier the tail. Up to 2 the variance
+            is infinite, up to 1 there is no mean.
+    """
+
+    kind: Literal["gaussian", "student", "lengths"] = "gaussian"
+    batch_size: int = 8
+    degrees_of_freedom: float = 1.5
+
+    def __post_init__(self) -> None:
+        """Checks the values."""
+        if self.kind not in ("gaussian", "student", "lengths"):
+            raise InputError(f"kind must be gaussian, student or lengths, got {self.kind!r}")
+        if self.batch_size < 1 or not self.degrees_of_freedom > 0:
+            raise InputError(
+                "batch_size must be at least 1 and degrees_of_freedom above 0; "
+                f"got {self.batch_size} and {self.degrees_of_freedom}"
+            )
+
+    def draw(self, generator: np.random.Generator, steps: int, dimension: int) -> np.ndarray:
+        """Draws what `gradients` needs for so many steps, `[steps, n, d + 1]`."""
+        drawn = generator.standard_normal((steps, self.batch_size, dimension + 1))
+        if self.kind == "student":
+            squares = generator.chisquare(self.degrees_of_freedom, (steps, self.batch_size, 1))
+            drawn[..., :-1] /= np.sqrt(squares / self.degrees_of_freedom)
+        return drawn
+
+    def gradients(self, gradient: Tensor, sigma: Tensor, drawn: Tensor) -> Tensor:
+        """Returns g_i, `[..., n, d]`.
+
+        Args:
+            gradient: grad f, `[..., d]`.
+            sigma: The dial, a shape that broadcasts against `[..., n, d]`.
+            drawn: One step of `draw`.
+        """
+        xi, last = drawn[..., :-1], drawn[..., -1:]
+        if self.kind != "lengths":
+            return gradient[..., None, :] + sigma * xi
+        variance = sigma.square().log1p()  # of log a_i
+        return (variance.sqrt() * last - variance / 2).exp() * (gradient[..., None, :] + xi)
+
+
+@dataclass(frozen=True)
+class Rule:
+    """An outer optimizer on explicit gradients: the update of `engm.MSGD` and `engm.ENGM`.
+
+    Args:
+        optimizer: "msgd"; "msgd-clip", with the batch gradient shortened to `max_norm`; "engm".
+        momentum: Momentum.
+        max_norm: The longest batch gradient under "msgd-clip".
+        scale: ENGM's c, a number or "mean".
+        floor: ENGM's f.
+    """
+
+    optimizer: Literal["msgd", "msgd-clip", "engm"]
+    momentum: float = 0.9
+    max_norm: float = 1.0
+    scale: float | Literal["mean"] = "mean"
+    floor: float = 0.05
+
+    def __post_init__(self) -> None:
+        """Checks the name."""
+        if self.optimizer not in ("msgd", "msgd-clip", "engm"):
+            raise InputError(f"optimizer must be msgd, msgd-clip or engm, got {self.optimizer!r}")
+
+    def combine(self, gradients: Tensor, mean_norm: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Returns u, which the momentum takes in, `[..., d]`, and the new running mean.
+
+        Args:
+            gradients: g_i, `[..., n, d]`.
+            mean_norm: With scale "mean" the running mean of |g_i| over the steps before,
+                `[..., 1]`; `None` in the first step.
+        """
+        if self.optimizer == "engm":
+            norms = gradients.norm(dim=-1)
+            scale: Any = self.scale
+            if scale == "mean":
+                now = norms.mean(-1, keepdim=True)
+                scale = now if mean_norm is None else mean_norm
+                mean_norm = SCALE_DECAY * scale + (1 - SCALE_DECAY) * now
+            # c / max(|g|, f c) = 1 / max(|g| / c, f): each run has a c of its own
+            weights = example_weights(norms / scale, 1.0, self.floor)
+            return (weights[..., None, :] @ gradients)[..., 0, :] / norms.shape[-1], mean_norm
+        mean = gradients.mean(-2)
+        if self.optimizer == "msgd-clip":  # as torch.nn.utils.clip_grad_norm_
+            mean = mean * (self.max_norm / (mean.norm(dim=-1, keepdim=True) + 1e-6)).clamp(max=1)
+        return mean, None
+
+
+class Paths(NamedTuple):
+    """Runs side by side, one a learning rate, sigma and seed: `[lrs, sigmas, seeds, steps]` each.
+
+    Attributes:
+        gradient_norms: |grad f(theta_t)| before each step; inf where a run left all bounds.
+        progress: <grad f(theta_t), u_t>.
+    """
+
+    gradient_norms: Tensor
+    progress: Tensor
+
+
+def descend(
+    landscape: Landscape,
+    noise: Noise,
+    rule: Rule,
+    start: Tensor,
+    *,
+    lrs: Sequence[float],
+    sigmas: Sequence[float],
+    seeds: Sequence[int],
+    steps: int,
+) -> Paths:
+    """Runs an optimizer from theta_0 = `start`, `[d]`, with each learning rate, sigma and seed.
+
+    A seed stands for the same draws whatever the rule, learning rate, sigma and other seeds are,
+    so what is compared has met the same noise.
+    """
+    if not (len(lrs) and len(sigmas) and len(seeds) and steps >= 1):
+        raise InputError("give at least one learning rate, sigma, seed and step")
+    like = landscape.curvatures
+    eta = torch.tensor(lrs, dtype=torch.float64).to(like)[:, None, None, None]
+    sigma = torch.tensor(sigmas, dtype=torch.float64).to(like)[:, None, None, None]
+    generators = [np.random.default_rng(seed) for seed in seeds]
+    theta = start.to(like).expand(len(lrs), len(sigmas), len(seeds), -1)
+    velocity, mean_norm = torch.zeros_like(theta), None
+    found = like.new_empty(2, *theta.shape[:-1], steps)
+    for step in range(steps):
+        if step % _CHUNK == 0:
+            drawn = [noise.draw(g, min(_CHUNK, steps - step), len(like)) for g in generators]
+            chunk = torch.from_numpy(np.stack(drawn, 1)).to(like)  # [steps, seeds, n, d + 1]
+        gradient = landscape.gradient(theta)
+        gradients = noise.gradients(gradient, sigma, chunk[step % _CHUNK])
+        u, mean_norm = rule.combine(gradients, mean_norm)
+        found[0, ..., step] = gradient.norm(dim=-1)
+        found[1, ..., step] = (gradient * u).sum(-1)
+        velocity = rule.momentum * velocity + u
+        theta = theta - eta * velocity
+    return Paths(found[0].nan_to_num(torch.inf), found[1])
+
+
+def mean_so_far(values: Tensor, horizons: Sequence[int]) -> Tensor:
+    """Returns the mean of `values`, `[..., steps]`, over the first T steps for each T."""
+    sums = values.cumsum(-1)[..., [horizon - 1 for horizon in horizons]]
+    return sums / torch.tensor(horizons).to(sums)
+
+
+def best_rates(reached: Tensor) -> Tensor:
+    """Returns the index of the learning rate with the lowest geometric mean over seeds.
+
+    Args:
+        reached: What the runs of the tuning seeds reached, `[lrs, sigmas, seeds, ...]`.
+
+    Returns:
+        Indices, `[sigmas, ...]`.
+    """
+    return reached.log().mean(2).argmin(0)
+
+
+def at_rates(reached: Tensor, rates: Tensor) -> Tensor:
+    """Returns what the runs at the chosen learning rates reached, `[sigmas, seeds, ...]`.
+
+    Args:
+        reached: `[lrs, sigmas, seeds, ...]`.
+        rates: Indices, `[sigmas, ...]`.
+    """
+    return reached.gather(0, rates.unsqueeze(1).expand(reached.shape[1:]).unsqueeze(0))[0]
+
+
+def exponents(x: Sequence[float], y: Tensor) -> Tensor:
+    """Returns p of y = a x^p, the least-squares slope of log y over log x, for `[..., len(x)]`."""
+    if len(set(x)) < 2:
+        raise InputError(f"an exponent needs two different x, got {list(x)}")
+    log_x = torch.tensor(x, dtype=torch.float64).log()
+    log_x = log_x - log_x.mean()
+    return y.double().cpu().log() @ log_x / (log_x @ log_x)
