@@ -7,7 +7,7 @@ OUT ?= outputs
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint notebooks lab freeze-notebooks clean
+.PHONY: help demo test lint notebooks test-colab map lab freeze-notebooks clean
 
 help:  ## show this list
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 26
@@ -45,8 +45,27 @@ freeze-notebooks: .venv/ready  ## run the notebooks in place and normalise them,
 	$(BIN)/jupyter execute --inplace notebooks/*.ipynb
 	$(BIN)/nbstripout $(STRIP) notebooks/*.ipynb
 
+# Colab's Python, and an environment of its own with Colab's versions.
+PYTHON_COLAB ?= python3.13
+
+.venv-colab/ready: pyproject.toml constraints-colab.txt
+	@$(PYTHON_COLAB) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 13))' 2>/dev/null || \
+	  { echo "Colab has Python 3.13, and $(PYTHON_COLAB) is not; say which is:" \
+	    "make test-colab PYTHON_COLAB=/path/to/python3.13"; exit 1; }
+	@echo "setting up .venv-colab (once; with torch's build for CUDA, several GB)"
+	@$(PYTHON_COLAB) -m venv .venv-colab
+	@.venv-colab/bin/python -m pip install --quiet --disable-pip-version-check \
+	  -c constraints-colab.txt -e '.[batch]' ipywidgets
+	@touch $@
+
+test-colab: .venv-colab/ready  ## run the notebooks under the versions that Colab has
+	PYDEVD_DISABLE_FILE_VALIDATION=1 .venv-colab/bin/engm demo --out $(OUT)/colab
+
+map: demo  ## measure the times in notebooks/README.md, and renew its pictures
+	$(BIN)/python -m engm.notebook_map $(OUT)
+
 lab: .venv/ready  ## open the notebooks in JupyterLab
 	$(BIN)/jupyter lab notebooks
 
 clean:  ## remove .venv, outputs and caches; runs and datasets stay
-	rm -rf .venv outputs .pytest_cache .ruff_cache .mypy_cache .hypothesis *.egg-info
+	rm -rf .venv .venv-colab outputs .pytest_cache .ruff_cache .mypy_cache .hypothesis *.egg-info

@@ -1,0 +1,207 @@
+"""A small training run that a reader of the notebooks starts, watches and stops."""
+
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import ipywidgets
+import torch
+from torch import Tensor
+
+from engm import data, methods, optim, plots
+from engm.config import TYPES, RunConfig, choices
+from engm.evaluation import accuracy_under, attack_of, build_model
+from engm.training import build_scheduler, train_one_epoch
+from engm.weight_perturbation import AWP
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """What one epoch of training came to.
+
+    Attributes:
+        loss: Mean training loss.
+        clean_accuracy: Fraction of the validation images that are classified rightly.
+        robust_accuracy: Fraction that still is under an attack like that of training.
+        weights: w_i of every example of the epoch, `[n]`; all 1 where the optimizer has none.
+    """
+
+    loss: float
+    clean_accuracy: float
+    robust_accuracy: float
+    weights: Tensor
+
+
+class _Stopped(Exception):
+    pass
+
+
+def train(
+    images: data.Dataset, config: RunConfig, stopped: Callable[[], bool] = lambda: False
+) -> Iterator[Epoch]:
+    """Trains on the device of `images`, and yields each epoch as it ends.
+
+    Nothing is written. Weights and attacks are drawn from the global random state.
+
+    Args:
+        images: The data set of `config`.
+        config: The run.
+        stopped: Asked before each batch; the epoch that it ends is not yielded.
+
+    Raises:
+        NonFiniteLossError: As `engm.training.train_one_epoch`.
+    """
+    config = config.resolved()
+    model = build_model(config, images).to(images.train.images.device)
+    method, optimizer = methods.build(config), optim.build(config, model)
+    attack = attack_of(config, num_steps=config.num_steps)
+    assert config.batch_size
+    scheduler = build_scheduler(config, optimizer, -(-len(images.train) // config.batch_size))
+    for epoch in range(1, config.epochs + 1):
+        weights: list[Tensor] = []
+        batches = _batches(images, config, epoch, optimizer, weights, stopped)
+        awp = AWP(config.awp if epoch > config.awp_warmup else 0)
+        try:
+            done = train_one_epoch(model, method, optimizer, batches, scheduler=scheduler, awp=awp)
+        except _Stopped:
+            return
+        found = accuracy_under(model, images.validation, attack)
+        accuracies = found.clean_accuracy, found.robust_accuracy
+        yield Epoch(done["train_loss"], *accuracies, torch.cat(weights).cpu())
+
+
+def _batches(
+    images: data.Dataset,
+    config: RunConfig,
+    epoch: int,
+    optimizer: optim.MSGD | optim.ENGM,
+    weights: list[Tensor],
+    stopped: Callable[[], bool],
+) -> Iterator[tuple[Tensor, Tensor]]:
+    assert config.batch_size
+    how: dict[str, Any] = dict(seed=config.seed, epoch=epoch)
+    how["augment"] = data.SPECS[images.name].augment
+    for x, y in data.batches(images.train, config.batch_size, **how):
+        if stopped():
+            raise _Stopped
+        yield x, y
+        # whoever asks for the next batch has taken the step of this one
+        last = optimizer.last if isinstance(optimizer, optim.ENGM) else None
+        weights.append(last.weights if last else torch.ones(len(y)))
+
+
+def view(history: list[Epoch]) -> Any:
+    """Draws the epochs so far, as `engm.plots.training_view`."""
+    accuracies = {
+        kind: [getattr(epoch, f"{kind}_accuracy") for epoch in history]
+        for kind in ("clean", "robust")
+    }
+    return plots.training_view([epoch.loss for epoch in history], accuracies, history[-1].weights)
+
+
+class TrainingLab(ipywidgets.VBox):
+    """Choices of method, optimizer, lr, eps and epochs, a start and a stop button, a live picture.
+
+    A run starts when the reader presses the button, and trains in a thread of its own, so that
+    the stop button is heard meanwhile.
+
+    Args:
+        images: What to train on, and on which device.
+        config: Where the choices start, and all that there is no choice of.
+
+    Attributes:
+        method: Its choice; likewise `optimizer`, `lr`, `eps` and `epochs`.
+        start: The button that starts a run.
+        stop: The button that ends it after the batch at hand.
+        message: How it goes, in one sentence.
+        picture: The epochs so far, as a PNG.
+        history: The epochs so far.
+    """
+
+    def __init__(self, images: data.Dataset, config: RunConfig) -> None:
+        self._images, self._config = images, config
+        config = config.resolved()
+        assert config.eps
+        self.method, self.optimizer = (
+            ipywidgets.Dropdown(
+                options=choices(TYPES[name]), value=getattr(config, name), description=name
+            )
+            for name in ("method", "optimizer")
+        )
+        self.lr = ipywidgets.FloatLogSlider(
+            value=config.lr, min=-3, max=0.5, step=0.05, description="lr", readout_format=".3f"
+        )
+        self.eps = ipywidgets.FloatSlider(
+            value=config.eps,
+            min=config.eps / 10,
+            max=2 * config.eps,
+            step=config.eps / 10,
+            description="eps",
+            readout_format=".3f",
+        )
+        self.epochs = ipywidgets.IntSlider(
+            value=config.epochs, min=1, max=max(50, config.epochs), description="epochs"
+        )
+        self.start = ipywidgets.Button(description="Start")
+        self.stop = ipywidgets.Button(description="Stop", disabled=True)
+        self.message = ipywidgets.Label("Nothing is running.")
+        # a VBox would stretch it to the width of the page, and blur it
+        self.picture = ipywidgets.Image(format="png", layout={"align_self": "flex-start"})
+        self.history: list[Epoch] = []
+        self._stopped = threading.Event()
+        self._thread: threading.Thread | None = None
+        self.start.on_click(self._on_start)
+        self.stop.on_click(lambda _: self._on_stop())
+        choose = [self.method, self.optimizer, self.lr, self.eps, self.epochs]
+        buttons = ipywidgets.HBox([self.start, self.stop])
+        super().__init__([*choose, buttons, self.message, self.picture])
+
+    def join(self) -> None:
+        """Waits until the run, if there is one, has ended."""
+        if self._thread is not None:
+            self._thread.join()
+
+    def _on_start(self, _: Any) -> None:
+        if self._thread is not None and self._thread.is_alive():
+            return  # two clicks in a row
+        self._stopped.clear()
+        self.history = []
+        self.start.disabled, self.stop.disabled = True, False
+        self.message.value = "The first epoch is running."
+        # a daemon, so that it cannot keep a kernel alive
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def _on_stop(self) -> None:
+        self._stopped.set()
+        self.message.value = "Stopping after this batch."
+
+    def _run(self) -> None:
+        try:
+            config = replace(
+                self._config,
+                step_size=None,  # follows eps
+                **{
+                    name: getattr(self, name).value
+                    for name in ("method", "optimizer", "lr", "eps", "epochs")
+                },
+            )
+            for epoch in train(self._images, config, self._stopped.is_set):
+                self.history.append(epoch)
+                self.picture.value = plots.to_png(view(self.history))
+                self.message.value = self._progress(config.epochs)
+            if self._stopped.is_set():
+                self.message.value = f"Stopped after {len(self.history)} whole epochs."
+        except Exception as error:  # a thread has nobody else to tell
+            reason = str(error).strip().partition("\n")[0]
+            self.message.value = f"The run ended early: {reason or type(error).__name__}"
+        finally:
+            self.start.disabled, self.stop.disabled = False, True
+
+    def _progress(self, epochs: int) -> str:
+        done, last = len(self.history), self.history[-1]
+        return (
+            f"Epoch {done} of {epochs}: loss {last.loss:.3f}, clean accuracy "
+            f"{last.clean_accuracy:.1%}, robust accuracy {last.robust_accuracy:.1%}."
+        )

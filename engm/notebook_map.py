@@ -1,0 +1,84 @@
+"""Fills in `notebooks/README.md`: for each notebook its time and a picture, from executed ones.
+
+python -m engm.notebook_map FOLDER     # of executed notebooks, such as outputs
+"""
+
+import base64
+import io
+import re
+import sys
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from engm.files import atomic_path, write_text
+from engm.notebook_parameters import read_notebook
+
+# Which of a notebook's figures stands for it, where it is not the first.
+_FIGURE = {"01_attacks": 1, "02_gradient_variance": 1, "05_norms_from_inputs": 0}
+_WIDTH, _COLOURS = 360, 128  # pixels; enough to recognise a figure by
+_ROW = re.compile(r"\| \[[^\]]*\]\((\w+)\.ipynb\) \|")
+
+
+def update(readme: Path, executed: Path) -> None:
+    """Writes times and pictures of the notebooks in `executed` into the table of `readme`.
+
+    A row is `| [title](NAME.ipynb) | what it does | time | picture |`. Its last two cells are
+    replaced where `executed/NAME.ipynb` says how long its cells took (what `engm demo` and
+    `jupyter execute` leave behind); the other rows stay. Pictures go to `pictures/NAME.png`
+    beside `readme`.
+    """
+    lines = readme.read_text(encoding="utf-8").splitlines()
+    for index, line in enumerate(lines):
+        found = _ROW.match(line)
+        path = executed / f"{found[1]}.ipynb" if found else readme
+        if not found or not path.is_file():
+            continue
+        notebook = read_notebook(path)
+        taken = seconds(notebook)
+        figures = _figures(notebook)
+        if taken is None or not figures:
+            continue
+        which = min(_FIGURE.get(found[1], 0), len(figures) - 1)
+        picture = Path("pictures") / f"{found[1]}.png"
+        with atomic_path(readme.parent / picture) as temporary:
+            temporary.write_bytes(thumbnail(figures[which]))
+        cells = line.split(" | ")
+        cells[2:] = [
+            f"{taken:.0f} s",
+            f"[![a figure from it]({picture.as_posix()})]({found[1]}.ipynb) |",
+        ]
+        lines[index] = " | ".join(cells)
+    write_text(readme, "\n".join(lines) + "\n")
+
+
+def seconds(notebook: Any) -> float | None:
+    """How long the cells of an executed notebook took, from the first to the last; None: unsaid."""
+    moments = [
+        datetime.fromisoformat(moment.replace("Z", "+00:00"))
+        for cell in notebook.cells
+        for moment in cell.metadata.get("execution", {}).values()
+    ]
+    return (max(moments) - min(moments)).total_seconds() if moments else None
+
+
+def thumbnail(png: bytes) -> bytes:
+    """A small version of a PNG, in few colours."""
+    from PIL import Image
+
+    with Image.open(io.BytesIO(png)) as image:
+        size = _WIDTH, round(image.height * _WIDTH / image.width)
+        small = image.convert("RGB").resize(size, Image.Resampling.LANCZOS).quantize(_COLOURS)
+    file = io.BytesIO()
+    small.save(file, format="png", optimize=True)
+    return file.getvalue()
+
+
+def _figures(notebook: Any) -> list[bytes]:
+    outputs = [o for c in notebook.cells if c.cell_type == "code" for o in c.outputs]
+    found = [o.data["image/png"] for o in outputs if "image/png" in o.get("data", {})]
+    return [base64.b64decode(each) for each in found]
+
+
+if __name__ == "__main__":
+    update(Path("notebooks/README.md"), Path(sys.argv[1]))

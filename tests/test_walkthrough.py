@@ -1,0 +1,224 @@
+"""The notebooks in their order: their exercises, and runs with other parameters than their own."""
+
+import base64
+import io
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+from PIL import Image
+
+from engm import notebook_map, notebooks
+
+FOLDER = Path(__file__).parents[1] / "notebooks"
+# For each notebook two sets of parameters, other than its own and cheap.
+PARAMETERS: dict[str, tuple[dict, dict]] = {
+    "00_tour": (dict(subset=300, epochs=8), dict(eps=0.1, epochs=6, seed=1)),
+    "01_attacks": (dict(subset=300, epochs=6), dict(eps=0.1, epochs=5, seed=1)),
+    "02_gradient_variance": ({}, {}),
+    "03_engm_step_by_step": (
+        dict(subset=200, epochs=3),
+        dict(epochs=2, eps=0.1, lr=0.1, floor=1.0, seed=1),
+    ),
+    "04_convergence": ({}, {}),
+    "05_norms_from_inputs": (
+        dict(subset=300, epochs=3, seeds=[0], refresh_every=5),
+        dict(epochs=2, seeds=[3, 1], lr=0.1, eps=0.1),
+    ),
+    "06_cifar": (
+        dict(subset=100, epochs=1, seeds=[0], eval_steps=2, method="trades", optimizer="engm"),
+        dict(
+            **dict(subset=50, epochs=1, seeds=[2, 3], eval_steps=2, eps=0.1, awp=0.01),
+            **dict(methods=["mart"], optimizers=["msgd", "engm-input"], batch_size=25),
+        ),
+    ),
+    "07_tiny_imagenet": (
+        dict(subset=100, width=4, epochs=1, seeds=[0], eval_steps=2, image_sizes=[8, 16]),
+        dict(
+            **dict(subset=50, width=4, epochs=1, seeds=[1, 2], eval_steps=2, image_sizes=[16]),
+            **dict(methods=["TRADES", "AWP"], lr=0.05, eps=0.1),
+        ),
+    ),
+    "08_overfitting_and_sensitivity": (
+        dict(
+            **dict(subset=100, width=4, epochs=2, seeds=[0], grid_epochs=1),
+            **dict(lrs=[0.03, 0.1], weight_decays=[0.001], eval_steps=2),
+        ),
+        dict(
+            **dict(subset=50, width=4, epochs=2, seeds=[1, 2], grid_epochs=1, lr=0.05),
+            **dict(lrs=[0.1], weight_decays=[0.001, 0.1], eval_steps=2),
+        ),
+    ),
+    "09_results": (dict(search=["lr", "weight_decay"]), dict(baseline="msgd-clip")),
+}
+NAMES = sorted(PARAMETERS)
+THERE = [name for name in NAMES if (FOLDER / f"{name}.ipynb").is_file()]
+
+
+def cells_of(name):
+    return nbformat.read(FOLDER / f"{name}.ipynb", as_version=4).cells
+
+
+def tagged(cells, tag):
+    return [i for i, cell in enumerate(cells) if tag in cell.metadata.get("tags", [])]
+
+
+def solution_of(cell):
+    """The code of a folded solution."""
+    [code] = re.findall(r"^```python\n(.*?)^```$", cell.source, re.S | re.M)
+    return code
+
+
+def said(cells):
+    """What the checks printed."""
+    outputs = [cells[i].outputs for i in tagged(cells, "check")]
+    return ["".join(output.get("text", output.output_type) for output in each) for each in outputs]
+
+
+def answered(name, answer_of, folder):
+    """A copy of the notebook with a cell that answers after each exercise."""
+    notebook = nbformat.read(FOLDER / f"{name}.ipynb", as_version=4)
+    cells = []
+    for i, cell in enumerate(notebook.cells):
+        cells.append(cell)
+        if "exercise" in cell.metadata.get("tags", []):
+            cells.append(nbformat.v4.new_code_cell(answer_of(notebook.cells, i)))
+    notebook.cells = cells
+    folder.mkdir(exist_ok=True)
+    nbformat.write(notebook, folder / f"{name}.ipynb")
+    return folder / f"{name}.ipynb"
+
+
+def fits_seeds(result, parameters):
+    """One or two seeds settle nothing."""
+    few = len(parameters.get("seeds", [1, 2, 3])) < 3
+    return "not settled at this scale" in result["verdict"] if few else True
+
+
+def test_the_notebooks_are_those_of_the_walkthrough():
+    assert {path.stem for path in notebooks.available()} <= set(NAMES)
+    assert all(all(PARAMETERS[name]) for name in THERE)  # neither is empty
+    assert [name[:2] for name in NAMES] == [f"{number:02}" for number in range(10)]
+
+
+@pytest.mark.parametrize("name", THERE)
+def test_the_first_cell_links_to_the_neighbours(name):
+    title = cells_of(name)[0].source
+    before = re.findall(r"←\s*\[[^\]]*\]\((\w+)\.ipynb\)", title)
+    after = re.findall(r"\[[^\]]*\]\((\w+)\.ipynb\)\s*→", title)
+    place = NAMES.index(name)
+    assert before == NAMES[:place][-1:]
+    assert after == NAMES[place + 1 : place + 2]
+
+
+@pytest.mark.parametrize("name", THERE)
+def test_a_notebook_is_small_enough_to_be_looked_at_on_the_web(name):
+    assert (FOLDER / f"{name}.ipynb").stat().st_size < 300_000
+
+
+@pytest.mark.parametrize("name", THERE)
+def test_three_exercises_each_of_a_task_a_stub_a_check_and_a_folded_solution(name):
+    cells = cells_of(name)
+    stubs = tagged(cells, "exercise")
+    assert len(stubs) == 3
+    assert tagged(cells, "check") == [i + 1 for i in stubs]
+    for number, i in enumerate(stubs, start=1):
+        task, stub, check, solution = cells[i - 1 : i + 3]
+        assert task.cell_type == solution.cell_type == "markdown"
+        assert re.search(rf"^### Exercise {number} · \S", task.source, re.M)
+        assert f"exercise_{number} = None" in stub.source.splitlines()[0]
+        assert re.search(rf"^check\(\s*exercise_{number},", check.source, re.M)
+        assert "hint=" in check.source
+        parts = solution.source.split("\n")
+        assert parts[:2] == ["<details><summary>Solution</summary>", ""]
+        assert parts[-1] == "</details>"
+        assert re.search(
+            rf"^(exercise_{number} =|def exercise_{number}\()", solution_of(solution), re.M
+        )
+    assert said(cells) == ["not answered yet\n"] * 3  # as committed
+
+
+@pytest.mark.parametrize("name", THERE)
+def test_with_other_parameters_the_solutions_are_right(name, tmp_path):
+    path = answered(name, lambda cells, i: solution_of(cells[i + 2]), tmp_path / "source")
+    run = notebooks.run(path, PARAMETERS[name][0], output_dir=tmp_path / "out", progress=False)
+    assert run.ok, run.error
+    assert said(nbformat.read(run.path, as_version=4).cells) == ["right\n"] * 3
+    assert run.result["summary"]
+    assert fits_seeds(run.result, PARAMETERS[name][0])
+
+
+@pytest.mark.parametrize("name", THERE)
+def test_with_other_parameters_a_wrong_answer_is_told_so(name, tmp_path):
+    wrong = iter(["exercise_1 = 'wrong'", "exercise_2 = -1.5", "exercise_3 = lambda *_: -1.5"])
+    path = answered(name, lambda cells, i: next(wrong), tmp_path / "source")
+    run = notebooks.run(path, PARAMETERS[name][1], output_dir=tmp_path / "out", progress=False)
+    assert run.ok, run.error
+    answers = said(nbformat.read(run.path, as_version=4).cells)
+    assert len(answers) == 3
+    assert all(answer.startswith("not yet: ") for answer in answers), answers
+    assert run.result["summary"]
+    assert fits_seeds(run.result, PARAMETERS[name][1])
+
+
+def test_plain_papermill_runs_a_notebook_too(tmp_path):
+    out = tmp_path / "out.ipynb"
+    command = [sys.executable, "-m", "papermill", str(FOLDER / "01_attacks.ipynb"), str(out)]
+    command += ["-p", "epochs", "5", "-p", "eps", "0.2", "-k", "python3", "--no-progress-bar"]
+    subprocess.run(command, check=True, cwd=tmp_path)
+    results = [
+        output.data[notebooks.RESULT_TYPE]
+        for cell in nbformat.read(out, as_version=4).cells
+        for output in cell.get("outputs", [])
+        if notebooks.RESULT_TYPE in output.get("data", {})
+    ]
+    assert "eps 0.200" in str(results)
+
+
+def test_the_map_has_a_row_a_time_and_a_picture_of_each_notebook():
+    rows = re.findall(
+        r"^\| \[\d\d · [^\]]+\]\((\w+)\.ipynb\) \| [^|]+ \| (\d+) s "
+        r"\| \[!\[a figure from it\]\(pictures/(\w+)\.png\)\]\((\w+)\.ipynb\) \|$",
+        (FOLDER / "README.md").read_text(),
+        re.M,
+    )
+    assert [name for name, *_ in rows] == NAMES
+    for name, seconds, picture, target in rows:
+        assert name == picture == target
+        assert 0 < int(seconds) <= 90
+        assert (FOLDER / "pictures" / f"{name}.png").stat().st_size <= 30_000
+
+
+def test_the_map_takes_times_and_pictures_from_executed_notebooks(tmp_path):
+    from matplotlib.figure import Figure
+
+    figure, file = Figure(figsize=(9, 3)), io.BytesIO()
+    figure.subplots().plot([1, 2])
+    figure.savefig(file, format="png")
+    cells = [nbformat.v4.new_code_cell("x"), nbformat.v4.new_code_cell("y")]
+    for cell, start in zip(cells, (5, 20), strict=True):
+        cell.metadata["execution"] = {
+            "iopub.status.busy": f"2026-01-01T00:00:{start:02}.000000Z",
+            "iopub.status.idle": f"2026-01-01T00:00:{start + 7:02}.000000Z",
+        }
+    picture = {"image/png": base64.b64encode(file.getvalue()).decode()}
+    cells[0].outputs = [nbformat.v4.new_output("display_data", picture)]
+    executed = tmp_path / "executed"
+    executed.mkdir()
+    nbformat.write(nbformat.v4.new_notebook(cells=cells), executed / "00_a.ipynb")
+    readme = tmp_path / "README.md"
+    start = "# map\n| notebook | does |\n| [00 · a](00_a.ipynb) | one | | |\n"
+    other = "| [01 · b](01_b.ipynb) | two | 3 s | [![](pictures/01_b.png)](01_b.ipynb) |\nend\n"
+    readme.write_text(start + other)
+    picture = "[![a figure from it](pictures/00_a.png)](00_a.ipynb)"
+    row = f"| [00 · a](00_a.ipynb) | one | 22 s | {picture} |\n"
+    for _ in range(2):
+        notebook_map.update(readme, executed)
+        assert (
+            readme.read_text() == start.replace("| [00 · a](00_a.ipynb) | one | | |\n", row) + other
+        )
+    with Image.open(tmp_path / "pictures" / "00_a.png") as small:
+        assert small.size == (360, 120)
