@@ -240,19 +240,25 @@ def interrupted(model, at):
 
 
 def test_resume_after_an_exception(network, digits, quick, tmp_path, monkeypatch):
-    steps, step = 0, autoattack._Run._step
+    steps, step, streams = 0, autoattack._Run._step, set()
 
-    def counted_step(*arguments):
+    def counted_step(run, perturb, batch):
+        def seeded(x, y):
+            streams.add(torch.get_rng_state().numpy().tobytes())
+            return perturb(x, y)
+
         nonlocal steps
         steps += 1
-        step(*arguments)
+        step(run, seeded, batch)
 
     monkeypatch.setattr(autoattack._Run, "_step", counted_step)
-    attack = AutoAttack(eps=0.2)
+    attack = AutoAttack(eps=0.15)
     # every batch has a stream of its own, also for a model that draws
-    model = Changed(network["quantised"], lambda f, x: f(x + 0.1 * torch.randn_like(x))).eval()
+    model = Changed(network["mlp"], lambda f, x: f(x + 0.1 * torch.randn_like(x))).eval()
     expected = attack.run(model, *digits, batch_size=8)
-    assert any("zero gradient" in w for w in expected.warnings)
+    assert any("randomized" in warning for warning in expected.warnings)
+    counts = list(expected.counts.values())
+    assert counts[0] > counts[1] > counts[-1] > 8  # batches change, and there are several
     counted, total = interrupted(model, 0)
     whole, steps = tmp_path / "whole.pt", 0
     same(attack.run(counted, *digits, batch_size=8, resume=whole), expected)
@@ -269,6 +275,7 @@ def test_resume_after_an_exception(network, digits, quick, tmp_path, monkeypatch
         same(attack.run(again, *digits, batch_size=8, resume=path), expected)
         # the one batch that was cut is done again
         assert steps - all_steps == (12 < at < total())
+    assert len(streams) == 1
     done, forwards = interrupted(model, 0)
     same(attack.run(done, *digits, batch_size=8, resume=str(whole)), expected)
     assert forwards() < 10  # nothing but predictions
@@ -371,16 +378,29 @@ def test_accuracy_is_recomputed_from_x_adv(network, digits, quick, tmp_path):
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])
-@pytest.mark.parametrize("wrong", [math.nan, 1.001, 0.2])
-def test_images_outside_the_budget_do_not_count(network, digits, monkeypatch, norm, wrong):
-    x, y = digits
+@pytest.mark.parametrize(
+    ("shift", "fools"), [(math.nan, 0), (-0.001, 0), (0.001, 0), (0.3, 0), (0, 1)]
+)
+def test_images_outside_the_budget_do_not_count(network, digits, monkeypatch, norm, shift, fools):
+    x = digits[0]
     y = network["mlp"](x).argmax(1)
-    blank = torch.full_like(x, wrong)
-    monkeypatch.setattr(SquareAttack, "perturb", lambda self, x, y: blank[: len(x)])
-    eps = {"linf": 0.5, "l2": 2}[norm]
-    result = AutoAttack(eps=eps, norm=norm, attacks=("square",)).run(network["mlp"], x, y)
-    assert result.accuracy == 1 and torch.equal(result.x_adv, x)
-    assert "of an attack, outside [0, 1] or the ball, do not count" in result.warnings[0]
+    # right on x, wrong on everything else
+    model = Changed(network["mlp"], lambda f, here: f(here) if torch.equal(here, x) else -f(here))
+    assert x.amin() == 0 and x.amax() == 1
+    inside = (0.999 * x).clamp(0.001)
+    found = inside if fools else (x * (shift < 0.1) + shift)
+    monkeypatch.setattr(SquareAttack, "perturb", lambda self, x, y: found)
+    eps = {"linf": 0.05, "l2": 0.5}[norm]
+    result = AutoAttack(eps=eps, norm=norm, attacks=("square",)).run(model, x, y)
+    if fools:
+        assert (
+            result.accuracy == 0 and torch.equal(result.x_adv, inside) and not result.warnings[:-1]
+        )
+    else:
+        assert "of an attack, outside [0, 1] or the ball, do not count" in result.warnings[0]
+        kept = (result.x_adv == x).flatten(1).all(1)
+        reaches = (x.flatten(1).amin(1) + shift < 0) | (x.flatten(1).amax(1) + shift > 1)
+        assert kept[reaches].all() and (abs(shift) < 0.1 or kept.all())
 
 
 # ---- few classes
