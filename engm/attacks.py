@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from engm.attack_inputs import check_batch, check_choice, check_count, check_pixels, checked_logits
 from engm.errors import InputError
 
 
@@ -130,15 +131,15 @@ class PGD:
 
     def __post_init__(self) -> None:
         """Refuses settings that are out of range."""
-        _one_of("norm", self.norm, ("linf", "l2"))
-        _one_of("loss", self.loss, tuple(_LOSSES))
-        _pixels("eps", self.eps, self.norm)
-        _pixels("step_size", self.step_size, self.norm)
+        check_choice("norm", self.norm, ("linf", "l2"))
+        check_choice("loss", self.loss, tuple(_LOSSES))
+        check_pixels("eps", self.eps, self.norm)
+        check_pixels("step_size", self.step_size, self.norm)
         if self.step_size == 0:
             raise InputError("step_size is 0, so the attack would not move; try eps / 4")
-        _pixels("start_noise", self.start_noise, self.norm)
-        _count("num_steps", self.num_steps)
-        _count("restarts", self.restarts)
+        check_pixels("start_noise", self.start_noise, self.norm)
+        check_count("num_steps", self.num_steps)
+        check_count("restarts", self.restarts)
         if self.start_noise and not self.random_start:
             raise InputError("start_noise is a random start; leave random_start at True")
         if self.restarts > 1 and not self.random_start:
@@ -174,7 +175,7 @@ class PGD:
         Raises:
             InputError: If x, y or the logits are not as above.
         """
-        logits_of = partial(_logits, model, _check_batch(x, y))
+        logits_of = partial(checked_logits, model, check_batch(x, y))
         if self.eps == 0 or len(x) == 0:
             return (x if rows is None else x[rows]).detach().clone()
         # autograd refuses tensors that the caller made in inference mode, but not their copies
@@ -316,61 +317,3 @@ def _unit(vectors: Tensor) -> Tensor:
     vectors = vectors / _per_example(largest, vectors)
     # the largest entry is 1 now, so only the length of zeros is below 1
     return vectors / _per_example(vectors.flatten(1).norm(dim=1).clamp(min=1), vectors)
-
-
-def _one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise InputError(f"unknown {name} {value!r}; choose one of {', '.join(choices)}")
-
-
-def _pixels(name: str, value: float, norm: str) -> None:
-    if not isinstance(value, int | float) or not 0 <= value < math.inf:
-        raise InputError(f"{name} must be a number, 0 or more; got {value!r}")
-    if norm == "linf" and value > 1:
-        raise InputError(f"{name} is {value}, but pixels are in [0, 1]: write 8/255, not 8")
-
-
-def _count(name: str, value: int) -> None:
-    if not isinstance(value, int) or value < 1:
-        raise InputError(f"{name} must be a whole number, 1 or more; got {value!r}")
-
-
-def _check_batch(x: Tensor, y: Tensor) -> int:
-    if not x.is_floating_point() or x.ndim < 2:
-        raise InputError(
-            f"x is {x.dtype} of shape {list(x.shape)}; give [n, ...] floats in [0, 1], "
-            "as in x.float() / 255"
-        )
-    if y.dtype != torch.int64 or y.shape != x.shape[:1]:
-        raise InputError(
-            f"y is {y.dtype} of shape {list(y.shape)}; give {len(x)} classes, int64 as in y.long()"
-        )
-    if y.device != x.device:
-        raise InputError(f"x is on {x.device} and y on {y.device}; move them to one device")
-    if len(x) == 0:
-        return 0
-    # the one wait for the device
-    ends = torch.stack([end.float() for end in (x.min(), x.max(), y.min(), y.max())])
-    low, high, lowest, highest = ends.tolist()
-    if not (low >= 0 and high <= 1):
-        raise InputError(
-            f"x goes from {low:.8g} to {high:.8g}, but pixels are in [0, 1]; normalise inside the "
-            "model, and clamp what augmentation pushes out"
-        )
-    if lowest < 0:
-        raise InputError(f"y has the class {lowest:.0f}; classes count from 0")
-    return int(highest)
-
-
-def _logits(model: nn.Module, highest: int, images: Tensor) -> Tensor:
-    logits = model(images)
-    if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(images):
-        got = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-        raise InputError(f"the model gave {got}; it must give logits of shape [{len(images)}, K]")
-    if logits.shape[1] <= max(highest, 1):
-        raise InputError(
-            f"the model gives {logits.shape[1]} logits, but classes go up to {max(highest, 1)}; "
-            "build it with one logit for each class"
-        )
-    # in bfloat16 the losses of two restarts would hardly differ
-    return logits.to(torch.promote_types(logits.dtype, torch.float32))

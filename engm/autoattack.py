@@ -25,7 +25,8 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from engm.attacks import _check_batch, _count, _logits, _one_of, _pixels, eval_mode, fooled
+from engm.attack_inputs import check_batch, check_choice, check_count, check_pixels, checked_logits
+from engm.attacks import eval_mode, fooled
 from engm.errors import InputError
 from engm.resume import digest, load_progress, save_progress
 
@@ -94,8 +95,8 @@ class AutoAttack:
 
     def __post_init__(self) -> None:
         """Refuses settings that are out of range."""
-        _one_of("norm", self.norm, tuple(_NORMS))
-        _pixels("eps", self.eps, self.norm)
+        check_choice("norm", self.norm, tuple(_NORMS))
+        check_pixels("eps", self.eps, self.norm)
         if not isinstance(self.seed, int) or not 0 <= self.seed < 2**63:
             raise InputError(f"seed must be a whole number, 0 or more; got {self.seed!r}")
         names = self.attacks
@@ -104,7 +105,7 @@ class AutoAttack:
                 f"attacks must be a tuple as in ('square',), none twice; got {names!r}"
             )
         for name in names:
-            _one_of("attack", name, _ATTACKS)
+            check_choice("attack", name, _ATTACKS)
 
     def __call__(
         self, model: nn.Module, x: Tensor, y: Tensor, *, generator: torch.Generator | None = None
@@ -145,9 +146,9 @@ class AutoAttack:
             InputError: If pyautoattack is not installed; x, y or the logits are not as above; an
                 attack cannot run on them; or `resume` is a file of another call.
         """
-        _count("batch_size", batch_size)
+        check_count("batch_size", batch_size)
         y = y.long() if y.dtype in (torch.uint8, torch.int8, torch.int16, torch.int32) else y
-        _check_batch(x, y)
+        check_batch(x, y)
         if len(x) == 0:
             raise InputError("there is no example to attack")
         homes = {tensor.device for tensor in (*model.parameters(), *model.buffers())}
@@ -209,7 +210,7 @@ class _Run:
         self.warnings.append(text)
 
     def _forward(self, images: Tensor) -> Tensor:
-        return _logits(self.model, self.highest, images.to(self.dtype)).float()
+        return checked_logits(self.model, self.highest, images.to(self.dtype)).float()
 
     def _right(self, images: Tensor) -> Tensor:
         right = []
