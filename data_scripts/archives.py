@@ -20,8 +20,14 @@ from engm.errors import InputError
 
 # TinyImageNet, the largest, takes 0.5 GB; what unpacks to far more is a bomb or not a data set
 MAX_BYTES = 4 * 2**30
+# one file is held in memory as a whole; the largest, of CIFAR-100, takes 0.16 GB
+MAX_FILE_BYTES = 2**28
+# a member costs memory and time however small it is; TinyImageNet has 0.12 million
+MAX_FILES = 1_000_000
+# a header holds names and the like; a tar may declare one of any size, and tarfile would read it
+MAX_HEADER_BYTES = 2**22
 
-_Entry = tuple[str, Callable[[], bytes]]
+_Entry = tuple[str, int, Callable[[], bytes]]
 _OPENERS: dict[bytes, Callable] = {
     b"\x1f\x8b": gzip.open,
     b"BZh": bz2.open,
@@ -38,10 +44,10 @@ def list_files(path: Path) -> list[str]:
 
     Raises:
         InputError: If there is nothing at `path`, it is not a whole zip or tar, it would unpack to
-            more than `MAX_BYTES`, or it holds links, devices, paths that lead out of it, or one
-            name twice.
+            more than `MAX_BYTES` or `MAX_FILES`, or it holds links, devices, paths that lead out of
+            it, headers beyond `MAX_HEADER_BYTES`, or one name twice.
     """
-    names = [name for name, _ in _entries(path)]
+    names = [name for name, _, _ in _entries(path)]
     twice, times = max(Counter(names).items(), key=lambda item: item[1], default=("", 0))
     if times > 1:
         raise InputError(f"{path} holds {twice!r} more than once; fetch the archive again")
@@ -52,12 +58,18 @@ def read_files(path: Path, wanted: Collection[str]) -> Iterator[tuple[str, bytes
     """Gives name and content of the `wanted` files, in the order in which they are stored.
 
     Raises:
-        InputError: As `list_files`, or if a wanted file is not there.
+        InputError: As `list_files`, or if a wanted file is not there or is larger than
+            `MAX_FILE_BYTES`.
     """
     missing = set(wanted)
-    for name, read in _entries(path):
+    for name, size, read in _entries(path):
         if name in missing:
             missing.remove(name)
+            if size > MAX_FILE_BYTES:
+                raise InputError(
+                    f"{path} holds {name!r} of {size / 2**30:.3g} GB, no data set of the kit has "
+                    "a file of that size; fetch it elsewhere"
+                )
             with _explained(path):
                 content = read()
             yield name, content
@@ -91,14 +103,16 @@ def _folder_entries(path: Path) -> Iterator[_Entry]:
     for folder, subfolders, files in os.walk(path):
         subfolders.sort()
         for file in sorted(files):
-            name = _checked_name(path, (Path(folder) / file).relative_to(path).as_posix())
-            if name is not None and (Path(folder) / file).is_file():
-                yield name, (Path(folder) / file).read_bytes
+            here = Path(folder) / file
+            name = _checked_name(path, here.relative_to(path).as_posix())
+            if name is not None and here.is_file():
+                yield name, here.stat().st_size, here.read_bytes
 
 
 def _zip_entries(path: Path) -> Iterator[_Entry]:
     with zipfile.ZipFile(path) as archive:
         members = archive.infolist()
+        _check_count(path, len(members))
         _check_size(path, sum(member.file_size for member in members))
         for member in members:
             name = _checked_name(path, member.filename)
@@ -106,24 +120,30 @@ def _zip_entries(path: Path) -> Iterator[_Entry]:
             if mode not in (0, stat.S_IFREG, stat.S_IFDIR):
                 raise _not_a_file(path, member.filename)
             if name is not None and not member.is_dir():
-                yield name, partial(archive.read, member)
+                yield name, member.file_size, partial(archive.read, member)
 
 
 def _tar_entries(path: Path, stream: BinaryIO) -> Iterator[_Entry]:
-    counted = io.BufferedReader(_Counted(path, stream), 1 << 20)
+    counted = _Counted(path, stream)
+    buffered = io.BufferedReader(counted, 1 << 20)
     # "r|": strictly forwards, so a compressed tar is unpacked once and never held
-    with tarfile.open(fileobj=counted, mode="r|") as archive:
-        size = 0
-        for member in archive:
+    with tarfile.open(fileobj=buffered, mode="r|") as archive:
+        count = size = 0
+        while (member := archive.next()) is not None:
+            archive.members.clear()  # type: ignore[attr-defined]  # it would keep all of them
             name = _checked_name(path, member.name)
-            if not (member.isfile() or member.isdir()):
+            # a sparse file is larger than what the stream holds of it
+            if not (member.isfile() or member.isdir()) or member.issparse():
                 raise _not_a_file(path, member.name)
-            size += member.size  # a sparse file is larger than what the stream holds of it
+            count, size = count + 1, size + member.size
+            _check_count(path, count)
             _check_size(path, size)
+            counted.allow(member.size if member.isfile() else 0)
             if name is not None and member.isfile():
-                yield name, partial(_tar_content, archive, member)
+                yield name, member.size, partial(_tar_content, archive, member)
         # to the end, where the checksum is: tarfile takes a cut stream for the end of the archive
-        while counted.read(1 << 20):
+        counted.allow(MAX_BYTES)
+        while buffered.read(1 << 20):
             pass
 
 
@@ -135,6 +155,11 @@ def _tar_content(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
 class _Counted(io.RawIOBase):
     def __init__(self, path: Path, stream: BinaryIO) -> None:
         self.path, self.stream, self.count = path, stream, 0
+        self.allow(0)
+
+    def allow(self, size: int) -> None:
+        # the content of a file, and the header of the next
+        self.allowed = self.count + size + MAX_HEADER_BYTES
 
     def readable(self) -> bool:
         return True
@@ -144,7 +169,20 @@ class _Counted(io.RawIOBase):
         buffer[: len(content)] = content
         self.count += len(content)
         _check_size(self.path, self.count)
+        if self.count > self.allowed:
+            raise InputError(
+                f"{self.path} holds a header of more than {MAX_HEADER_BYTES / 2**20:.3g} MB, which "
+                "no data set of the kit has; fetch it elsewhere"
+            )
         return len(content)
+
+
+def _check_count(path: Path, count: int) -> None:
+    if count > MAX_FILES:
+        raise InputError(
+            f"{path} holds more than {MAX_FILES:,} files, no data set of the kit does; "
+            "if it is right, unpack it yourself and give the folder"
+        )
 
 
 def _check_size(path: Path, size: int) -> None:
@@ -167,7 +205,8 @@ def _checked_name(path: Path, name: str) -> str | None:
 
 def _not_a_file(path: Path, name: str) -> InputError:
     return InputError(
-        f"{path} holds {name!r}, a link or a device, which no data set of the kit has; "
+        f"{path} holds {name!r}, a link or a device or a file with holes, which no data set of "
+        "the kit has; "
         "fetch it elsewhere"
     )
 

@@ -317,6 +317,8 @@ class _Run:
     def _load(self, path: Path, call: dict[str, str]) -> bool:
         progress = load_progress(path, call, self.x.device)
         if progress:
+            if set(progress) != set(_PROGRESS):
+                raise InputError(f"{path} is damaged; delete it or choose another path")
             self.x_adv[~progress["robust"]] = progress.pop("x_adv")
             vars(self).update(progress)
         return bool(progress)

@@ -207,7 +207,7 @@ def _check(name: str, value: Any, kind: Any, bounds: dict[str, float]) -> None:
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if number and float in kinds and abs(value) <= sys.float_info.max:  # so neither inf nor nan
         return _check_bounds(name, value, bounds)
-    if number and int in kinds and isinstance(value, int):
+    if number and int in kinds and isinstance(value, int) and abs(value) <= sys.maxsize:
         return _check_bounds(name, value, bounds)
     wanted = [f"one of {', '.join(names)}"] if names else []
     wanted += [

@@ -1,5 +1,6 @@
 """Writes that are whole or absent, and the JSON that goes with them."""
 
+import errno
 import json
 import os
 import secrets
@@ -9,6 +10,28 @@ from pathlib import Path
 from typing import Any
 
 from engm.errors import InputError
+
+_REMEDIES = dict.fromkeys(
+    (errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "make room, and make the same call again"
+) | dict.fromkeys(
+    (errno.EACCES, errno.EPERM, errno.EROFS), "choose a folder that can be written to"
+)
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Runs a block that writes `path`, and adds to the system's complaint what to do.
+
+    Raises:
+        OSError: As the block does, with the name of `path` and a remedy.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _REMEDIES:
+            raise
+        message = f"{error.strerror}; {_REMEDIES[error.errno]}"
+        raise OSError(error.errno, message, str(path)) from None
 
 
 @contextmanager
@@ -25,13 +48,14 @@ def atomic_path(path: Path) -> Iterator[Path]:
         The path to write to, on the same file system.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.parent / f".{path.name}.{secrets.token_hex(4)}.tmp"
     try:
-        yield temporary
-        with open(temporary, "rb") as written:
-            os.fsync(written.fileno())
-        os.replace(temporary, path)
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            yield temporary
+            with open(temporary, "rb") as written:
+                os.fsync(written.fileno())
+            os.replace(temporary, path)
     except BaseException:
         with suppress(OSError):
             temporary.unlink()
@@ -59,7 +83,7 @@ def read_json(path: Path) -> Any:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(f"there is no file {path}") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # the latter of brackets without end
         raise InputError(
             f"{path} is not a JSON file ({error}); delete it and make it again"
         ) from None

@@ -147,7 +147,8 @@ class TrainingLab(ipywidgets.VBox):
         self.stop = ipywidgets.Button(description="Stop", disabled=True)
         self.message = ipywidgets.Label("Nothing is running.")
         # a VBox would stretch it to the width of the page, and blur it
-        self.picture = ipywidgets.Image(format="png", layout={"align_self": "flex-start"})
+        hidden = {"align_self": "flex-start", "display": "none"}  # until there is a picture
+        self.picture = ipywidgets.Image(format="png", layout=hidden)
         self.history: list[Epoch] = []
         self._stopped = threading.Event()
         self._thread: threading.Thread | None = None
@@ -190,9 +191,10 @@ class TrainingLab(ipywidgets.VBox):
             for epoch in train(self._images, config, self._stopped.is_set):
                 self.history.append(epoch)
                 self.picture.value = plots.to_png(view(self.history))
+                self.picture.layout.display = None
                 self.message.value = self._progress(config.epochs)
             if self._stopped.is_set():
-                self.message.value = f"Stopped after {len(self.history)} whole epochs."
+                self.message.value = f"Stopped; whole epochs: {len(self.history)}."
         except Exception as error:  # a thread has nobody else to tell
             reason = str(error).strip().partition("\n")[0]
             self.message.value = f"The run ended early: {reason or type(error).__name__}"

@@ -17,7 +17,7 @@ from typing import Any
 from engm.errors import InputError
 
 _KNOWN_TYPES = "int, float, bool, str, list, tuple, list[int], tuple[int, int], Literal, T | None"
-_NOT_A_VALUE = (ValueError, TypeError, ArithmeticError, SyntaxError)
+_NOT_A_VALUE = (ValueError, TypeError, ArithmeticError, SyntaxError, RecursionError)
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ from engm.evaluation import (
 from engm.files import atomic_path, write_json
 from engm.random_search import RandomSearch
 from engm.robustness_report import Accuracy, AttackResult, RobustnessReport, in_words
-from engm.run_directory import environment, load_tensors, read_config, save_tensors
+from engm.run_directory import CHECKPOINTS, environment, load_tensors, read_config, save_tensors
 
 _AUTOATTACK, _BLACK_BOX = "AutoAttack", "random search"
 _STEPS = 20
@@ -48,6 +48,7 @@ def standard_attacks(eps: float, norm: str = "linf", num_steps: int = _STEPS) ->
     APGD at equal steps, and up to 3 points more than the constant 2.5 eps / num_steps with which a
     run is watched and its `result.json` written.
     """
+    _check_eps(eps)
     pgd, margin = f"PGD-{num_steps}", _pgd(eps, norm, num_steps, "margin")
     return {
         "FGSM": FGSM(eps=eps, norm=norm),
@@ -111,8 +112,7 @@ def evaluate(
         data = data.images, data.labels
     classes = preconditions.refuse_wrong_input(model, *data)
     images, y = data
-    if eps <= 0:
-        raise InputError(f"eps must be above 0, got {eps!r}; it is in pixel units, as in 8/255")
+    _check_eps(eps)
     x = images if images.is_floating_point() else to_float(images)
     suite = dict(standard_attacks(eps, norm) if attacks is None else attacks)
     skipped = {}
@@ -195,8 +195,9 @@ def evaluate_checkpoint(
         if images > len(test):
             raise InputError(f"there are {len(test)} test images, not {images}")
         test = test.take(stratified_order(test.labels.cpu().numpy(), 0)[:images])
-    eps, num_steps = eps or config.eps, num_steps or config.eval_steps
-    assert eps
+    eps = config.eps if eps is None else eps
+    num_steps = config.eval_steps if num_steps is None else num_steps
+    assert eps is not None
     report = evaluate(
         model,
         test,
@@ -208,7 +209,8 @@ def evaluate_checkpoint(
         save_to=folder / f"evaluation-{which}",
         progress=progress,
     )
-    write_json(folder / f"evaluation-{which}.json", {"checkpoint": which, **report.to_dict()})
+    what = {"checkpoint": which, "epoch": load_tensors(folder / CHECKPOINTS[which])["epoch"]}
+    write_json(folder / f"evaluation-{which}.json", what | report.to_dict())
     from engm.plots import robustness_curve, to_png
 
     with atomic_path(folder / f"robustness-{which}.png") as path:
@@ -328,6 +330,11 @@ def _checks_of_attacks(
         *(checks.black_box(name, standing[name], white) for name in sorted(blind) if white),
         *filter(None, [checks.losses_agree(suite, standing)]),
     ]
+
+
+def _check_eps(eps: float) -> None:
+    if not eps > 0:
+        raise InputError(f"eps must be above 0, got {eps!r}; it is in pixel units, as in 8/255")
 
 
 def _pgd(eps: float, norm: str, num_steps: int, loss: str) -> PGD:

@@ -25,7 +25,7 @@ from filelock import FileLock, Timeout
 
 from engm.config import RunConfig
 from engm.errors import InputError
-from engm.files import atomic_path, read_json, write_json, write_text
+from engm.files import atomic_path, read_json, write_json, write_text, writing
 
 CONFIG, METRICS, RESULT = "config.json", "metrics.jsonl", "result.json"
 LOCK = ".lock"
@@ -40,11 +40,13 @@ def locked(folder: Path) -> Iterator[None]:
 
     Raises:
         InputError: If another process holds it.
+        OSError: If the folder cannot be written to.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / LOCK)
     try:
-        lock.acquire(timeout=0)
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            lock.acquire(timeout=0)
     except Timeout:
         raise InputError(
             f"another process is at work in {folder}; wait for it, or stop it and call again"
@@ -106,8 +108,12 @@ def read_result(folder: Path) -> dict[str, Any]:
     try:
         numbers = [result[w][f"{k}_accuracy"] for w in CHECKPOINTS for k in ("clean", "robust")]
         numbers.append(result["robust_overfitting_gap"])
-        whole = isinstance(result["data"], str) and all(isinstance(n, int | float) for n in numbers)
-    except (KeyError, TypeError, IndexError):
+        origin = result.get("environment", {})
+        texts = [result["data"], origin.get("commit") or "", origin.get("device", "")]
+        texts += origin.get("packages", {}).values()
+        whole = all(isinstance(text, str) for text in texts)
+        whole &= all(type(n) in (int, float) and -1 <= n <= 1 for n in numbers)
+    except (KeyError, TypeError, IndexError, AttributeError):
         whole = False
     if not whole:
         raise InputError(
@@ -119,7 +125,8 @@ def read_result(folder: Path) -> dict[str, Any]:
 
 def append_metrics(folder: Path, line: dict[str, Any]) -> None:
     """Adds the metrics of an epoch to `metrics.jsonl`."""
-    with open(folder / METRICS, "a", encoding="utf-8") as file:
+    path = folder / METRICS
+    with writing(path), open(path, "a", encoding="utf-8") as file:
         file.write(json.dumps(line, allow_nan=False) + "\n")
         file.flush()
         os.fsync(file.fileno())  # on the disk before the checkpoint that counts the epoch
@@ -129,7 +136,7 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     """Reads the whole lines of `metrics.jsonl`, in order; a line cut off at the end is left out.
 
     Raises:
-        InputError: If a line that was written whole is not JSON.
+        InputError: If a line that was written whole is not a JSON object.
     """
     path = folder / METRICS
     if not path.exists():
@@ -137,9 +144,12 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     # what follows the last newline is either nothing or a line cut off by a kill
     whole = path.read_bytes().split(b"\n")[:-1]
     try:
-        return [json.loads(line) for line in whole]
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        lines = [json.loads(line) for line in whole]
+        if not all(isinstance(line, dict) for line in lines):
+            raise ValueError("a line is not an object")
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is damaged ({error}); delete {folder} and run again") from None
+    return lines
 
 
 def keep_metrics(folder: Path, epochs: int) -> None:
@@ -148,12 +158,22 @@ def keep_metrics(folder: Path, epochs: int) -> None:
     Raises:
         InputError: If it has fewer.
     """
+    lines = whole_metrics(folder, epochs)
+    write_text(folder / METRICS, "".join(json.dumps(line) + "\n" for line in lines))
+
+
+def whole_metrics(folder: Path, epochs: int) -> list[dict[str, Any]]:
+    """Reads the first `epochs` lines of `metrics.jsonl`.
+
+    Raises:
+        InputError: If it has fewer, or is damaged.
+    """
     lines = read_metrics(folder)[:epochs]
     if len(lines) < epochs:
         raise InputError(
             f"{folder / METRICS} has {len(lines)} of {epochs} epochs; delete {folder} and run again"
         )
-    write_text(folder / METRICS, "".join(json.dumps(line) + "\n" for line in lines))
+    return lines
 
 
 def save_tensors(path: Path, state: dict[str, Any]) -> None:
@@ -163,10 +183,12 @@ def save_tensors(path: Path, state: dict[str, Any]) -> None:
         OSError: If they cannot be written; the file at `path`, if any, is as before.
     """
     with atomic_path(path) as temporary:
+        temporary.touch()  # where nobody may write, the system says so better than torch
         try:
             torch.save(state, temporary)
         except RuntimeError as error:
-            raise OSError(f"could not write {path}; is the disk full?") from error
+            full = "is the disk full? Make room, and make the same call again"
+            raise OSError(f"could not write {path}; {full}") from error
 
 
 def load_tensors(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:

@@ -28,9 +28,9 @@ from engm.run_directory import (
     keep_metrics,
     load_tensors,
     locked,
-    read_metrics,
     read_result,
     save_tensors,
+    whole_metrics,
     write_config,
 )
 from engm.weight_perturbation import AWP
@@ -108,7 +108,8 @@ def _fit(
     folder = out / config.name
     if (folder / RESULT).exists():
         check_config(folder, config)
-        return RunResult(folder, config, read_metrics(folder), read_result(folder))
+        metrics = whole_metrics(folder, config.epochs)
+        return RunResult(folder, config, metrics, read_result(folder))
     dataset = data.load(config.dataset, root=data_root, subset=config.subset).to(target)
     cuda = [target] if target.type == "cuda" else []
     with torch.random.fork_rng(devices=cuda):
@@ -121,7 +122,7 @@ def _fit(
     if processes.first():
         (folder / LOCK).unlink(missing_ok=True)  # nobody writes to a complete run
     processes.wait()
-    return RunResult(folder, config, read_metrics(folder), result)
+    return RunResult(folder, config, whole_metrics(folder, config.epochs), result)
 
 
 class _Run:
@@ -271,7 +272,7 @@ def pick_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
         torch.empty(0, device=device).cpu()  # "meta" has no numbers to copy
-    except (RuntimeError, AssertionError, TypeError) as error:
+    except (RuntimeError, AssertionError, TypeError, ImportError) as error:
         reason = str(error).split("\n")[0]
         raise InputError(f"cannot use device {name!r}: {reason}; use 'cpu' or 'auto'") from None
     return device

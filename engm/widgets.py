@@ -119,6 +119,7 @@ class WeightExplorer(ipywidgets.VBox):
             max=1,
             step=0.05,
             description="scale / mean",
+            style={"description_width": "initial"},
             readout_format=".2f",
             continuous_update=False,
         )

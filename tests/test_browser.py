@@ -188,7 +188,7 @@ def test_the_lab_shows_training_as_it_goes_and_stops(browser, server):
     first = picture(page)
     wait_for_another_picture(page, first)
     stop.click()
-    page.get_by_text("Stopped after").wait_for()
+    page.get_by_text("Stopped; whole epochs").wait_for()
     assert start.is_enabled() and stop.is_disabled()
     assert_no_error(page)
     page.close()

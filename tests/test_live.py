@@ -110,7 +110,7 @@ def test_the_stop_button_ends_a_run_and_another_can_follow(lab, monkeypatch):
     lab.join()
     assert not first.is_alive()
     assert 1 <= len(lab.history) < 100_000
-    assert lab.message.value == f"Stopped after {len(lab.history)} whole epochs."
+    assert lab.message.value == f"Stopped; whole epochs: {len(lab.history)}."
     assert (lab.start.disabled, lab.stop.disabled) == (False, True)
 
     lab.epochs.value = 2

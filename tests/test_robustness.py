@@ -445,7 +445,7 @@ def test_a_checkpoint_is_evaluated_with_the_settings_of_its_run(tmp_path, monkey
     config = engm.RunConfig(eps=0.2, eval_steps=7, norm="linf", seed=4, width=4).resolved()
     write_config(tmp_path, config, torch.device("cpu"))
     torch.manual_seed(0)
-    state = {"model": evaluation.build_model(config, dataset).state_dict()}
+    state = {"epoch": 7, "model": evaluation.build_model(config, dataset).state_dict()}
     save_tensors(tmp_path / "checkpoint-best.pt", state)
     found = evaluate_checkpoint(tmp_path, "best", dataset, images=50)
     split, options = seen[0]
@@ -456,8 +456,11 @@ def test_a_checkpoint_is_evaluated_with_the_settings_of_its_run(tmp_path, monkey
     }
     assert split.labels.bincount().tolist() == [5] * 10
     kept = json.loads((tmp_path / "evaluation-best.json").read_text())
-    assert kept == {"checkpoint": "best", **json.loads(json.dumps(found.to_dict()))}
+    what = {"checkpoint": "best", "epoch": 7}
+    assert kept == what | json.loads(json.dumps(found.to_dict()))
     assert (tmp_path / "robustness-best.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(InputError, match="eps must be above 0, got 0"):
+        evaluate_checkpoint(tmp_path, "best", dataset, eps=0)
     with pytest.raises(InputError, match="there are 797 test images, not 798"):
         evaluate_checkpoint(tmp_path, "best", dataset, images=798)
     with pytest.raises(InputError, match="there is no file"):

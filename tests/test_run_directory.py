@@ -113,6 +113,15 @@ def test_metrics_have_no_nan_and_a_damaged_line_is_named(tmp_path):
             read_metrics(tmp_path)
 
 
+def test_a_line_of_metrics_is_on_the_disk_before_the_checkpoint_that_counts_it(
+    tmp_path, monkeypatch
+):
+    path, sizes = tmp_path / "metrics.jsonl", []
+    monkeypatch.setattr("os.fsync", lambda _: sizes.append(path.stat().st_size))
+    append_metrics(tmp_path, {"epoch": 1})
+    assert sizes == [path.stat().st_size] == [13]
+
+
 def test_a_run_whose_metrics_were_lost_does_not_go_on_without_them(folder):
     path = unfinished(folder) / "metrics.jsonl"
     path.write_bytes(path.read_bytes().splitlines(keepends=True)[0])
