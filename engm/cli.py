@@ -10,6 +10,7 @@ from typing import Any
 
 import click
 
+from engm.cli_sweep import add_sweep
 from engm.config import TYPES, RunConfig, alternatives, choices, parse_number
 from engm.errors import InputError, NonFiniteLossError
 
@@ -352,3 +353,6 @@ def demo(out: Path) -> None:
 
     if not all(done.ok for done in html.demo(out)):
         sys.exit(1)
+
+
+add_sweep(main, _Path())

@@ -9,24 +9,25 @@ scheduler or of the sweep itself, the same command again is all it takes.
     .../error.json                                                why a task failed, if it did
 """
 
-import logging
-import os
+import secrets
+import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
 from tqdm.auto import tqdm
 
+from engm import clusters
 from engm.config import RunConfig
 from engm.errors import InputError
 from engm.files import write_json
-from engm.run_directory import RESULT
 from engm.sweep_plan import TRAIN, Task, code_version
 
-ERROR, DONE = "error.json", "done.json"
+ERROR, DONE, LOCK = "error.json", "done.json", ".sweep.lock"
 _ATTEMPTS = 2
 _PAUSE = 2  # seconds before the second attempt: the kernel of a killed worker may still write
 _PATIENCE = 30  # seconds that a scheduler may be away
@@ -41,9 +42,10 @@ class Options:
             where there are some.
         scheduler: Address of a running dask scheduler, such as "tcp://10.0.0.1:8786", whose
             workers are used in their place. They must see the same folders.
-        timeout: Seconds that a notebook may take.
-        device: As for `fit`.
-        data_root: As for `fit`.
+        timeout: Seconds that a notebook may take; training has no such limit.
+        device: As for `fit`; a notebook chooses its own.
+        data_root: As for `fit`; a notebook's data is where `ENGM_DATA` says.
+        save_adversarial: As for `fit`.
         progress: Show a progress bar.
 
     Raises:
@@ -55,14 +57,17 @@ class Options:
     timeout: float | None = None
     device: str = "auto"
     data_root: Path | None = None
+    save_adversarial: bool = True
     progress: bool = True
 
     def __post_init__(self) -> None:
-        """Refuses numbers that are out of range."""
+        """Refuses numbers that are out of range, and makes a path one that workers understand."""
         if self.workers < 1:
             raise InputError(f"workers must be 1 or more, got {self.workers}")
         if self.timeout is not None and not self.timeout > 0:
             raise InputError(f"timeout must be a number of seconds above 0, got {self.timeout}")
+        if self.data_root is not None:
+            object.__setattr__(self, "data_root", Path(self.data_root).resolve())
 
 
 @dataclass(frozen=True)
@@ -74,11 +79,23 @@ class Outcome:
     error: str | None = None
 
 
+def folder_of(out: Path) -> Path:
+    """Returns the folder within `out` that holds the runs of this version of the code."""
+    return Path(out).resolve() / code_version()
+
+
+def is_done(task: Task, folder: Path) -> bool:
+    """Returns whether the task is complete in `folder`, the one that `folder_of` gives."""
+    from engm.run_directory import RESULT  # loads torch, which a scheduler does without
+
+    return (folder / task.name / (RESULT if task.target == TRAIN else DONE)).exists()
+
+
 def run(tasks: Sequence[Task], out: Path, options: Options | None = None) -> list[Outcome]:
     """Runs what is not done yet, and says how each task ended.
 
     A task that raises is run once more; if it fails again, its error is kept in its folder, and the
-    others go on. A second call runs the failed ones again. Ctrl-C ends all workers and raises
+    others go on. A second call runs the failed ones again. Ctrl-C ends what runs and raises
     `KeyboardInterrupt`.
 
     Args:
@@ -90,103 +107,118 @@ def run(tasks: Sequence[Task], out: Path, options: Options | None = None) -> lis
         An outcome for each task, in their order.
 
     Raises:
-        InputError: If the scheduler cannot be reached, or dask is not installed.
+        InputError: If an option has no meaning for the tasks, the scheduler cannot be reached or is
+            lost, its workers are not fit for the sweep, or dask is not installed.
     """
     options = options or Options()
-    folder = Path(out).resolve() / code_version()
-    found = {task.name: Outcome(task, folder / task.name) for task in tasks}
-    open_tasks = [task for task in tasks if not _done(task, folder)]
-    bar = tqdm(
-        total=len(tasks),
-        initial=len(tasks) - len(open_tasks),
-        desc="sweep",
-        disable=not options.progress,
-    )
-    with bar:
-        if open_tasks:
-            for outcome in _run(open_tasks, folder, options, bar):
-                found[outcome.task.name] = outcome
-    return [found[task.name] for task in tasks]
+    _check(tasks, options)
+    folder = folder_of(out)
+    left = {task.name: task for task in tasks if not is_done(task, folder)}
+    errors: dict[str, str] = {}
+    if left:
+        folder.mkdir(parents=True, exist_ok=True)
+        bar = _Bar(len(tasks), len(tasks) - len(left), options.progress)
+        with bar.bar, _client(len(left), options) as client:
+            while left:  # more than once where the scheduler was away for a moment
+                for name, error in _ended(list(left.values()), folder, options, client, bar):
+                    del left[name]
+                    if error is not None:
+                        errors[name] = error
+    return [Outcome(task, folder / task.name, errors.get(task.name)) for task in tasks]
 
 
-def _run(tasks: list[Task], folder: Path, options: Options, bar: Any) -> Iterator[Outcome]:
-    folder.mkdir(parents=True, exist_ok=True)
-    with _client(min(options.workers, len(tasks)), options.scheduler) as client:
-        futures = {
-            client.submit(_work, task, folder, options, code_version(), key=task.name): task
-            for task in tasks
-        }
-        failed = 0
-        try:
-            for future in _finished(list(futures), client):
-                task = futures[future]
-                # dask gives up a task that took several workers with it
-                error = future.result() if future.status == "finished" else _reason(future)
-                failed += error is not None
-                bar.set_postfix_str(f"{failed} failed" if failed else "")
-                bar.update()
-                yield Outcome(task, folder / task.name, error)
-        finally:
-            with suppress(Exception):  # the scheduler may be gone
-                client.cancel(list(futures), force=True)
-
-
-def _finished(futures: list[Any], client: Any) -> Iterator[Any]:
-    from distributed import wait
-
-    lost_at = None
-    while futures:
-        with suppress(TimeoutError):
-            wait(futures, timeout=1, return_when="FIRST_COMPLETED")
-        if client.status == "running":
-            lost_at = None
-        elif time.monotonic() - (lost_at := lost_at or time.monotonic()) > _PATIENCE:
+def _check(tasks: Sequence[Task], options: Options) -> None:
+    for task in tasks:
+        if task.target == TRAIN and options.timeout is not None:
+            raise InputError("timeout is for notebooks; training is limited by its epochs")
+        own = (options.device, options.data_root, options.save_adversarial) != ("auto", None, True)
+        if task.target != TRAIN and own:
             raise InputError(
-                f"the scheduler {client.scheduler.addr} is gone; start it and its workers again, "
-                "and the same command goes on where this one was"
+                "device, data_root and save_adversarial are for training; a notebook takes a GPU "
+                "where it finds one, and its data from the folder that ENGM_DATA names"
             )
-        for future in [future for future in futures if future.status in ("finished", "error")]:
-            futures.remove(future)
-            yield future
+
+
+def _client(tasks: int, options: Options) -> Any:
+    if options.scheduler is not None:
+        return clusters.remote(options.scheduler, _PATIENCE)
+    own_gpus = options.device in ("auto", "cuda")
+    return clusters.local(min(options.workers, tasks), own_gpus=own_gpus)
+
+
+def _ended(
+    tasks: Sequence[Task], folder: Path, options: Options, client: Any, bar: "_Bar"
+) -> Iterator[tuple[str, str | None]]:
+    # A key of its own for each submission: what an earlier sweep on this scheduler, or one with
+    # another folder, had under the same name is not taken for it.
+    call = secrets.token_hex(4)
+    futures = {
+        clusters.submit(
+            client, _work, t, folder, options, code_version(), key=f"{t.name}-{call}"
+        ): t
+        for t in tasks
+    }
+    for future in clusters.finished(client, list(futures), _PATIENCE, bar.show):
+        task = futures[future]
+        error = _reason(future) if future.status == "error" else None
+        if error is not None:
+            with suppress(OSError):  # a full disk is the reason, and takes no note
+                write_json(folder / task.name / ERROR, {"error": error, "settings": task.settings})
+        bar.ended(error)
+        yield task.name, error
 
 
 def _reason(future: Any) -> str:
     error = future.exception()
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+    text = " ".join(str(error).split())
+    if isinstance(error, (_Failed, InputError)):
+        return text
+    if type(error).__name__ == "KilledWorker":
+        return "its worker died again and again; is there enough memory?"
+    if isinstance(error, ModuleNotFoundError):
+        return f"its worker has no engm ({text}); install it there"
+    return f"{type(error).__name__}: {text}"
 
 
-def _work(task: Task, folder: Path, options: Options, version: str) -> str | None:
-    """Runs on a worker: one task, twice if it must be; returns why it failed, or None."""
-    if code_version() != version:
-        raise InputError(f"this worker has {code_version()}, and the sweep {version}; update it")
+class _Failed(Exception):
+    """Carries the reason from a worker to the sweep."""
+
+
+def _work(task: Task, folder: Path, options: Options, version: str) -> None:
+    # runs on a worker
+    clusters.check_worker(version)
     where = folder / task.name
-    with suppress(OSError):
-        (where / ERROR).unlink()
+    where.mkdir(parents=True, exist_ok=True)
+    # a task may be at work still for a sweep that was killed: wait for it, and take what it made
+    with FileLock(where / LOCK):
+        if not is_done(task, folder):
+            with suppress(OSError):
+                (where / ERROR).unlink()
+            _attempt(task, folder, options)
+        (where / LOCK).unlink(missing_ok=True)
+
+
+def _attempt(task: Task, folder: Path, options: Options) -> None:
     for attempt in range(_ATTEMPTS):
+        if attempt > 0:
+            time.sleep(_PAUSE)
         try:
             if task.target == TRAIN:
                 _train(task, folder, options)
             else:
-                _notebook(task, where, options)
-            return None
+                _notebook(task, folder / task.name, options)
+            return
         except Exception as error:
             reason = f"{type(error).__name__}: {error}"
-        if attempt + 1 < _ATTEMPTS:
-            time.sleep(_PAUSE)
-    with suppress(OSError):  # a full disk is the reason, and takes no note
-        write_json(where / ERROR, {"error": reason, "settings": task.settings})
-    return reason
-
-
-def _done(task: Task, folder: Path) -> bool:
-    return (folder / task.name / (RESULT if task.target == TRAIN else DONE)).exists()
+    raise _Failed(reason)
 
 
 def _train(task: Task, folder: Path, options: Options) -> None:
     from engm.training import fit
 
-    where: dict[str, Any] = dict(device=options.device, data_root=options.data_root)
-    fit(RunConfig.from_dict(task.settings), folder, **where, progress=False)
+    how: dict[str, Any] = dict(device=options.device, data_root=options.data_root)
+    how |= dict(save_adversarial=options.save_adversarial, progress=False)
+    fit(RunConfig.from_dict(task.settings), folder, **how)
 
 
 def _notebook(task: Task, where: Path, options: Options) -> None:
@@ -203,48 +235,21 @@ def _notebook(task: Task, where: Path, options: Options) -> None:
     write_json(where / DONE, {"settings": task.settings, "seconds": done.seconds})
 
 
-@contextmanager
-def _client(workers: int, scheduler: str | None) -> Iterator[Any]:
-    try:
-        import dask
-        from distributed import Client, Nanny, Scheduler, SpecCluster
-    except ImportError:
-        raise InputError('dask is not installed: pip install "engm[sweep]"') from None
-    if scheduler is not None:
-        try:
-            client = Client(scheduler, timeout=_PATIENCE)
-        except (OSError, ValueError, TimeoutError) as error:
-            raise InputError(
-                f"there is no scheduler at {scheduler!r} ({error}); start one with `dask scheduler`"
-            ) from None
-        with client:
-            yield client
-        return
-    threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, (os.cpu_count() or 1) // workers))
-    gpus = _gpus()
-    specs = {}
-    for index in range(workers):
-        env = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), threads)
-        if gpus:
-            env["CUDA_VISIBLE_DEVICES"] = gpus[index % len(gpus)]
-        # one task a worker at a time; a limit of memory would kill runs that do well
-        own: dict[str, Any] = dict(nthreads=1, memory_limit=0, env=env, host="127.0.0.1")
-        specs[index] = {"cls": Nanny, "options": own | {"silence_logs": logging.CRITICAL}}
-    head = dict(host="127.0.0.1", dashboard_address=None, dashboard=False)
-    settings = {"distributed.scheduler.worker-saturation": 1.0}  # tasks wait in the scheduler
-    with (
-        dask.config.set(settings),
-        SpecCluster(
-            specs, {"cls": Scheduler, "options": head}, silence_logs=logging.CRITICAL
-        ) as cluster,
-        Client(cluster) as client,
-    ):
-        yield client
+class _Bar:
+    """Done, running, failed and time left; seldom where nobody watches it move."""
 
+    def __init__(self, total: int, done: int, progress: bool) -> None:
+        self.watched = sys.stderr.isatty()
+        pause = 0.1 if self.watched else 60
+        how: dict[str, Any] = dict(mininterval=pause, maxinterval=max(10, pause), unit="run")
+        self.bar = tqdm(total=total, initial=done, desc="sweep", disable=not progress, **how)
+        self.failed = 0
 
-def _gpus() -> list[str]:
-    import torch
+    def show(self, running: int, workers: int) -> None:
+        text = f"{running} running" if workers else "no worker yet"
+        text += f", {self.failed} failed" * bool(self.failed)
+        self.bar.set_postfix_str(text, refresh=self.watched)
 
-    if visible := os.environ.get("CUDA_VISIBLE_DEVICES"):
-        return visible.split(",")
-    return [str(index) for index in range(torch.cuda.device_count())]
+    def ended(self, error: str | None) -> None:
+        self.failed += error is not None
+        self.bar.update()

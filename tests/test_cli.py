@@ -157,7 +157,7 @@ def test_every_setting_of_a_run_is_an_option(runs):
         (["evaluate", "RUN", "--device", "gpu"], "cannot use device 'gpu'"),
         (["evaluate", "nowhere"], "nowhere is not a run directory"),
         (["report", "nowhere"], "there is no run in nowhere"),
-        (["trian"], "the commands are bench, colab, demo, evaluate, report, run, train"),
+        (["trian"], "the commands are bench, colab, demo, evaluate, report, run, sweep, train"),
     ],
 )
 def test_mistakes_get_one_line_that_names_what_is_valid(

@@ -1,0 +1,435 @@
+"""Sweeps as real processes, which are killed, interrupted and started again."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import dask
+import psutil
+import pytest
+import torch
+from click.testing import CliRunner
+from distributed.client import Client  # noqa: F401  (fills dask.config with its defaults)
+from filelock import FileLock
+
+from engm import clusters, sweep
+from engm.cli import main
+from engm.errors import InputError
+from engm.files import write_json
+from engm.results import collect, summarise, to_markdown
+from engm.run_directory import load_tensors, read_config
+from engm.sweep_plan import TRAIN, code_version, plan
+
+FIXED = {"subset": 40, "width": 2, "num_steps": 1, "eval_steps": 1}
+SETTINGS = [part for name, value in FIXED.items() for part in ("--set", name, str(value))]
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+PATIENCE = 240
+
+
+class Sweep:
+    """`engm sweep` in a process group of its own, as a shell starts it."""
+
+    def __init__(self, *arguments):
+        command = [sys.executable, "-m", "engm", "sweep", *map(str, arguments)]
+        pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        self.process = subprocess.Popen(command, env=ENVIRONMENT, start_new_session=True, **pipes)
+
+    def family(self):
+        return psutil.Process(self.process.pid).children(recursive=True)
+
+    def workers(self):
+        return [child for child in self.family() if "spawn_main" in " ".join(child.cmdline())]
+
+    def ended(self, code=0):
+        out, err = self.process.communicate(timeout=PATIENCE)
+        assert self.process.returncode == code, err
+        assert "Traceback" not in err
+        return out, err
+
+
+@pytest.fixture
+def start():
+    with ExitStack() as stack:
+
+        def begin(*arguments):
+            running = Sweep(*arguments)
+            stack.callback(running.process.kill)
+            return running
+
+        yield begin
+
+
+def until(condition):
+    deadline = time.monotonic() + PATIENCE
+    while not (found := condition()):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    return found
+
+
+def results(out):
+    return {path: path.stat().st_mtime_ns for path in out.glob("*/*/result.json")}
+
+
+def at_work(out):
+    """Runs that are past their first epoch and not done."""
+    folders = [path.parent for path in out.glob("*/*/checkpoint-last.pt")]
+    return [folder for folder in folders if not (folder / "result.json").exists()]
+
+
+def gone(processes):
+    _, alive = psutil.wait_procs(processes, timeout=20)
+    return not [p for p in alive if p.status() != psutil.STATUS_ZOMBIE]
+
+
+def weights(folder):
+    return {
+        which: load_tensors(folder / f"checkpoint-{which}.pt")["model"]
+        for which in ("best", "last")
+    }
+
+
+def test_killed_workers_and_a_killed_sweep_change_no_bit(start, tmp_path):
+    what = [TRAIN, *SETTINGS, "--set", "epochs", 30, "--workers", 2, "--seeds", 3]
+    what += ["--grid", "optimizer=msgd,engm", "--grid", "lr=0.05,0.1"]
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    out, err = start(*what, "--out", whole).ended()
+    assert out.startswith("12 runs, 0 done already, in ")
+    assert err.count("\r") < 20  # nobody watches
+    runs = collect(whole)[0]
+    table = to_markdown(summarise(runs))
+    assert table in out and len(runs) == 12
+
+    disturbed = start(*what, "--out", cut)
+    for _ in range(2):
+        killed = len(results(cut))
+        until(lambda: at_work(cut))
+        workers = until(disturbed.workers)
+        workers[0].kill()
+        until(lambda killed=killed: len(results(cut)) > killed)
+    until(lambda: at_work(cut))
+    family = disturbed.family()
+    disturbed.process.kill()
+    disturbed.process.wait()
+    assert gone(family)
+    before = results(cut)
+    assert 2 <= len(before) < 12
+
+    out, _ = start(*what, "--out", cut).ended()
+    assert f"12 runs, {len(before)} done already" in out
+    assert table in out
+    after = results(cut)
+    assert {path: after[path] for path in before} == before  # not run again
+    others, unfinished = collect(cut)
+    assert not unfinished and to_markdown(summarise(others)) == table
+    for ours, theirs in zip(others, runs, strict=True):
+        assert ours.config == theirs.config
+        assert ours.result | {"environment": 0} == theirs.result | {"environment": 0}
+        expected = weights(theirs.folder)
+        for which, tensors in weights(ours.folder).items():
+            assert all(torch.equal(tensors[name], expected[which][name]) for name in tensors)
+    assert not list(cut.rglob(".*"))  # neither locks nor halves of files
+
+
+def test_a_run_that_fails_is_recorded_and_the_rest_goes_on(start, tmp_path):
+    what = [TRAIN, *SETTINGS, "--set", "epochs", 3, "--grid", "lr=1e30,0.1", "--out", tmp_path]
+    what += ["--no-save-adversarial"]
+    out, err = start(*what).ended(1)
+    [record] = collect(tmp_path)[0]
+    assert record.config.lr == 0.1
+    assert not (record.folder / "adversarial-best.pt").exists()
+    assert to_markdown(summarise([record])) in out
+    [path] = tmp_path.glob("*/*/error.json")
+    error = json.loads(path.read_text())
+    assert error["settings"]["lr"] == read_config(path.parent).lr == 1e30
+    assert error["error"].startswith("NonFiniteLossError: epoch 2")
+    assert f"failed: {path.parent.name}: {error['error']}" in err
+    assert "1 of 2 runs failed" in err
+    tried, done = path.stat().st_mtime_ns, results(tmp_path)
+    out, _ = start(*what).ended(1)
+    assert "2 runs, 1 done already" in out
+    assert path.stat().st_mtime_ns > tried
+    assert results(tmp_path) == done
+
+
+def notebook(folder, *cells):
+    tags = [["parameters"]] + [[]] * len(cells)
+    path = folder / "toy.ipynb"
+    content = [
+        {
+            "cell_type": "code",
+            "id": f"c{index}",
+            "metadata": {"tags": tags[index]},
+            "source": source,
+            "outputs": [],
+            "execution_count": None,
+        }
+        for index, source in enumerate(cells)
+    ]
+    write_json(path, {"cells": content, "metadata": {}, "nbformat": 4, "nbformat_minor": 5})
+    return path
+
+
+def test_a_hanging_notebook_is_ended_and_a_failing_one_tried_twice(start, tmp_path):
+    path = notebook(
+        tmp_path,
+        'kind: str = "good"',
+        "import os, time\nfrom pathlib import Path",
+        "with open('attempts', 'a') as file:\n    print(os.getpid(), file=file)",
+        "if kind == 'bad':\n    raise ValueError('no good')",
+        "while kind == 'slow':\n    time.sleep(0.1)",
+    )
+    what = [path, "--grid", "kind=bad,good,slow", "--timeout", 12, "--workers", 2]
+    _, err = start(*what, "--out", tmp_path / "out").ended(1)
+    folders = {
+        json.loads(p.read_text())["settings"]["kind"]: p.parent
+        for p in (tmp_path / "out").glob("*/*/*.json")
+    }
+    assert sorted(folders) == ["bad", "good", "slow"]
+    kernels = {k: (f / "attempts").read_text().split() for k, f in folders.items()}
+    assert {kind: len(pids) for kind, pids in kernels.items()} == {"bad": 2, "good": 1, "slow": 2}
+    assert not any(psutil.pid_exists(int(pid)) for pids in kernels.values() for pid in pids)
+    assert (folders["good"] / "done.json").exists()
+    reasons = {k: json.loads((folders[k] / "error.json").read_text()) for k in ("bad", "slow")}
+    assert "ValueError: no good" in reasons["bad"]["error"]
+    assert "not finished within 12 s" in reasons["slow"]["error"]
+    assert "2 of 3 runs failed" in err
+
+
+def test_ctrl_c_leaves_no_process_and_a_second_start_goes_on(start, tmp_path):
+    path = notebook(
+        tmp_path,
+        "seed: int = 0",
+        "import time\nfrom pathlib import Path\nroot = Path('../../..')",
+        "(root / f'begun-{seed}').touch()",
+        "while not (root / 'go').exists():\n    time.sleep(0.1)",
+    )
+    what = [path, "--seeds", 3, "--workers", 2, "--out", tmp_path / "out"]
+    running = start(*what)
+    until(lambda: len(list(tmp_path.glob("begun-*"))) == 2)
+    family = running.family()
+    kernels = [p for p in family if "ipykernel" in " ".join(p.cmdline())]
+    assert len(kernels) == 2
+    began = time.monotonic()
+    os.killpg(running.process.pid, signal.SIGINT)
+    _, err = running.ended(130)
+    assert time.monotonic() - began < 60  # and not the hour that the notebooks would take
+    assert "stopped; the same command goes on" in err
+    # ended by the sweep, not left to notice by themselves
+    assert not [p for p in kernels if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
+    assert gone(family)
+    (tmp_path / "go").touch()
+    out, _ = start(*what).ended()
+    assert out.startswith("3 runs, 0 done already")
+    assert len(list(tmp_path.glob("out/*/*/done.json"))) == 3
+    out, _ = start(*what).ended()
+    assert out.startswith("3 runs, 3 done already")
+
+
+@contextmanager
+def cluster(port, workers=2):
+    """What the README starts by hand: a scheduler and its workers."""
+    dask_command = [sys.executable, "-m", "dask"]
+    head = [*dask_command, "scheduler", "--host", "127.0.0.1", "--port", port, "--no-dashboard"]
+    worker = [*dask_command, "worker", f"tcp://127.0.0.1:{port}", "--nthreads", 1]
+    worker += ["--no-dashboard", "--host", "127.0.0.1"]
+    silent = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=ENVIRONMENT)
+    started = [
+        subprocess.Popen(list(map(str, command)), **silent)
+        for command in [head, *[worker] * workers]
+    ]
+    try:
+        yield started[0]
+    finally:
+        for process in started:
+            for child in [p for p in psutil.process_iter() if p.ppid() == process.pid]:
+                child.kill()
+            process.kill()
+            process.wait()
+
+
+def free_port():
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+def call(*arguments):
+    return CliRunner().invoke(main, ["sweep", *map(str, arguments)])
+
+
+def test_a_scheduler_elsewhere_may_be_killed_and_started_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(sweep, "_PATIENCE", 3)
+    port = free_port()
+    what = [TRAIN, *SETTINGS, "--set", "epochs", 60, "--seeds", 4, "--out", tmp_path]
+    what += ["--device", "cpu", "--scheduler", f"tcp://127.0.0.1:{port}"]
+    found = call(*what)
+    assert found.exit_code == 1
+    assert f"there is no scheduler at 'tcp://127.0.0.1:{port}'" in found.output
+
+    def kill(scheduler):
+        until(lambda: results(tmp_path) and at_work(tmp_path))
+        scheduler.kill()
+
+    monkeypatch.setattr(sweep, "_PATIENCE", 30)
+    with cluster(port) as scheduler:
+        killer = threading.Thread(target=kill, args=[scheduler])
+        killer.start()
+        monkeypatch.setattr(clusters, "_wait_for_connection", impatient)
+        found = call(*what)
+        killer.join()
+    assert found.exit_code == 1, found.output
+    assert "the scheduler is gone; start it and its workers again" in found.output
+    before = results(tmp_path)
+    assert 1 <= len(before) < 4
+    with cluster(port):
+        found = call(*what)
+    assert found.exit_code == 0, found.output
+    assert f"4 runs, {len(before)} done already" in found.output
+    after = results(tmp_path)
+    assert len(after) == 4
+    assert {path: after[path] for path in before} == before
+
+
+wait_for_connection = clusters._wait_for_connection
+
+
+def impatient(client, patience):
+    wait_for_connection(client, 1)
+
+
+def test_a_worker_has_its_threads_and_its_gpu_and_is_replaced_when_it_dies(monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr("dask.system.CPU_COUNT", 6)
+    monkeypatch.setattr(clusters, "_gpus", lambda: ["3", "5"])
+    before, seen = dict(os.environ), []
+
+    def about():
+        import psutil
+
+        # what the process was started with: libraries read it when they are loaded
+        return psutil.Process().environ()["OMP_NUM_THREADS"], os.environ["CUDA_VISIBLE_DEVICES"]
+
+    with (
+        dask.config.set({"distributed.scheduler.allowed-failures": 0}),
+        clusters.local(2) as client,
+    ):
+        assert sorted(client.run(about).values()) == [("3", "3"), ("3", "5")]
+        deadly = clusters.submit(client, os._exit, 1, key="deadly")
+        harmless = clusters.submit(client, time.sleep, 0.01, key="harmless")
+        show = lambda running, workers: seen.append((running, workers))  # noqa: E731
+        ended = {f.key: f for f in clusters.finished(client, [deadly, harmless], 1, show)}
+        assert ended["harmless"].status == "finished"
+        assert "died again and again" in sweep._reason(ended["deadly"])
+        client.wait_for_workers(2, timeout=PATIENCE)
+    assert dict(os.environ) == before
+    assert all(running <= workers <= 2 for running, workers in seen)
+
+
+def test_a_task_that_is_at_work_already_is_waited_for(tmp_path, monkeypatch):
+    [task] = plan(TRAIN, {}, settings=FIXED)
+    folder = tmp_path / task.name
+    folder.mkdir()
+    monkeypatch.setattr(clusters, "check_worker", lambda version: None)
+    monkeypatch.setattr(sweep, "_train", lambda *_: pytest.fail("was run"))
+    arguments = (task, tmp_path, sweep.Options(), code_version())
+    other = threading.Thread(target=sweep._work, args=arguments)
+    with FileLock(folder / ".sweep.lock"):
+        other.start()
+        other.join(0.3)
+        assert other.is_alive()
+        write_json(folder / "result.json", {})
+    other.join(30)
+    assert not other.is_alive()
+    assert [path.name for path in folder.iterdir()] == ["result.json"]
+
+
+@pytest.mark.parametrize(
+    ("theirs", "threads", "reason"),
+    [("engm-0", 1, "and the sweep is of engm-0; update the code"), (None, 2, "--nthreads 1")],
+)
+def test_a_worker_that_is_not_fit_is_refused(theirs, threads, reason, monkeypatch):
+    from types import SimpleNamespace
+
+    worker = SimpleNamespace(address="tcp://w", state=SimpleNamespace(nthreads=threads))
+    monkeypatch.setattr("distributed.get_worker", lambda: worker)
+    with pytest.raises(InputError, match=reason):
+        clusters.check_worker(theirs or code_version())
+    found = SimpleNamespace(
+        nthreads=lambda: {"tcp://w": threads}, run=lambda *_, **__: {"tcp://w": theirs}
+    )
+    with pytest.raises(InputError, match="the worker tcp://w runs"):
+        clusters._check_workers(found)
+
+
+def test_a_worker_without_the_kit_is_named(tmp_path, monkeypatch):
+    from types import SimpleNamespace
+
+    missing = ModuleNotFoundError("No module named 'engm'")
+    found = SimpleNamespace(nthreads=dict, run=lambda *_, **__: {"tcp://w": missing})
+    with pytest.raises(InputError, match="the worker tcp://w has no engm"):
+        clusters._check_workers(found)
+    future = SimpleNamespace(exception=lambda: missing)
+    assert "its worker has no engm (No module named 'engm')" in sweep._reason(future)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "Missing argument 'TARGET'"),
+        (["train", "--workers", 2, "--scheduler", "tcp://a:1"], "either --workers or --scheduler"),
+        (["train", "--workers", 0], "0 is not in the range"),
+        (["train", "--grid", "lr"], "'lr' is no part of a grid"),
+        (["train", "--set", "lr", 1, "--set", "lr", 2], "lr is set twice; --grid lr=A,B"),
+        (["train", "--set", "lrr", 1], "did you mean lr"),
+        (["train", "--timeout", 5], "timeout is for notebooks"),
+        (["00_tour", "--device", "cpu"], "save_adversarial are for training"),
+        (["nothing"], "there is no notebook 'nothing'"),
+        (["plan.yaml"], "there is no file plan.yaml"),
+        (["plan.yaml", "--seeds", 2], "a plan has its own grid"),
+        (["train", "--out", ""], "the path is empty"),
+        (["train", "--scheduler", "nonsense"], "there is no scheduler at 'nonsense'"),
+    ],
+)
+def test_mistakes_are_refused_before_anything_runs(arguments, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    found = call(*arguments)
+    assert found.exit_code in (1, 2)
+    assert message in " ".join(found.output.split())
+    assert "Traceback" not in found.output
+    assert not list(tmp_path.rglob("*.json"))
+
+
+def test_a_plan_and_its_options_arrive(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(sweep, "run", lambda *given: seen.append(given) or [])
+    monkeypatch.chdir(tmp_path)
+    Path("plan.yaml").write_text("run: train\nout: there\nseeds: 2\nsettings: {epochs: 4}\n")
+    Path("runs/engm-0.0.1-old").mkdir(parents=True)
+    assert call("plan.yaml", "--scheduler", "tcp://a:1").exit_code == 0
+    found = call(
+        *("plan.yaml", "--out", "runs", "--workers", 3, "--device", "cpu", "--data-root", "d"),
+        "--no-save-adversarial",
+    )
+    assert "runs of other versions of the code stay beside it: engm-0.0.1-old" in found.output
+    call("train", "--set", "batch-size", 7)
+    tasks = plan(TRAIN, {}, settings={"epochs": 4}, seeds=2)
+    here = sweep.Options(workers=3, device="cpu", data_root=tmp_path / "d", save_adversarial=False)
+    assert seen == [
+        (tasks, Path("there"), sweep.Options(scheduler="tcp://a:1")),
+        (tasks, Path("runs"), here),
+        (plan(TRAIN, {}, settings={"batch_size": 7}), Path("runs"), sweep.Options()),
+    ]
+
+
+@pytest.mark.parametrize("wrong", [{"workers": 0}, {"timeout": 0}, {"timeout": float("nan")}])
+def test_options_out_of_range_are_refused(wrong):
+    with pytest.raises(InputError, match=f"{next(iter(wrong))} must be"):
+        sweep.Options(**wrong)
