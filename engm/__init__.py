@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from engm.attacks import FGSM, PGD
     from engm.config import RunConfig
+    from engm.evaluation.robustness import evaluate
     from engm.methods import MART, PGDAT, TRADES, Natural
     from engm.optim import ENGM, MSGD
-    from engm.robustness import evaluate
     from engm.training import fit
     from engm.weight_perturbation import AWP
 
@@ -27,7 +27,7 @@ _HOMES = {
     "config": ("RunConfig",),
     "methods": ("MART", "Natural", "PGDAT", "TRADES"),
     "optim": ("ENGM", "MSGD"),
-    "robustness": ("evaluate",),
+    "evaluation.robustness": ("evaluate",),
     "training": ("fit",),
     "weight_perturbation": ("AWP",),
 }

@@ -16,7 +16,14 @@ from torch import Tensor, nn
 from engm import processes
 from engm.config import RunConfig
 from engm.errors import InputError, NonFiniteLossError
-from engm.measures import NO_STEP, Closure, ExactMeasure, InputMeasure, LoopMeasure, run_closure
+from engm.example_norms.measures import (
+    NO_STEP,
+    Closure,
+    ExactMeasure,
+    InputMeasure,
+    LoopMeasure,
+    run_closure,
+)
 
 # The running mean of the example norms forgets over about 1 / (1 - 0.99) = 100 steps.
 _SCALE_DECAY = 0.99

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from engm import processes
 from engm.errors import InputError
-from engm.measures import Closure, run_closure
+from engm.example_norms.measures import Closure, run_closure
 
 
 @dataclass(frozen=True)

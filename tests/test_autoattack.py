@@ -15,9 +15,10 @@ from pyautoattack import checks
 from pyautoattack.square import SquareAttack
 from torch import nn
 
-from engm import attacks, autoattack, data, models
-from engm.autoattack import AutoAttack
+from engm import attacks, data, models
 from engm.errors import InputError
+from engm.evaluation import autoattack
+from engm.evaluation.autoattack import AutoAttack
 from engm.run_directory import load_tensors, save_tensors
 
 LOGGER = logging.getLogger("auto-attack")
@@ -289,7 +290,7 @@ def test_resume_after_a_kill(network, digits, tmp_path):
 import os, signal, sys, torch
 from pathlib import Path
 from torch import nn
-from engm.autoattack import AutoAttack
+from engm.evaluation.autoattack import AutoAttack
 from engm.run_directory import load_tensors
 folder = Path(sys.argv[1])
 case = load_tensors(folder / "case.pt")

@@ -1,10 +1,9 @@
 import pytest
 import torch
 
-from engm import checks
 from engm.attacks import FGSM, PGD
-from engm.checks import clearly_more
-from engm.evaluation import Attacked
+from engm.evaluation import Attacked, checks
+from engm.evaluation.checks import clearly_more
 
 
 def standing(count, n=200):

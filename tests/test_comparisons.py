@@ -6,12 +6,12 @@ import matplotlib.pyplot as plt
 import pytest
 from test_results import write_run
 
-from engm import comparisons, plots, run_report
-from engm.comparisons import choose, compare
+from engm import plots
 from engm.config import TYPES, choices
 from engm.errors import InputError
-from engm.results import Quantity, collect
-from engm.statistics import paired_differences
+from engm.results import Quantity, collect, comparisons, run_report
+from engm.results.comparisons import choose, compare
+from engm.results.statistics import paired_differences
 
 DIGITS = Path(__file__).parents[1] / "results" / "digits"
 

@@ -6,7 +6,9 @@ import torch
 from torch import nn
 
 from engm import ENGM, MSGD
-from engm.convergence import (
+from engm.errors import InputError
+from engm.plots import log_curves
+from engm.studies.convergence import (
     Landscape,
     Noise,
     Rule,
@@ -16,8 +18,6 @@ from engm.convergence import (
     exponents,
     mean_so_far,
 )
-from engm.errors import InputError
-from engm.plots import log_curves
 
 CURVATURES = torch.tensor([0.1, 0.5, 1.0], dtype=torch.float64)
 START = torch.tensor([2.0, -1.0, 3.0], dtype=torch.float64)

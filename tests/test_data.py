@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from engm import data_cache
 from engm.data import Split, batches, load, stratified_order, to_float
+from engm.data import cache as data_cache
 from engm.errors import InputError
 
 
@@ -445,13 +445,13 @@ def test_missing_operators_are_declared_and_other_faults_are_not_hidden(
         f"if not there: raise RuntimeError('{complaint}')\n"
         "print('imported after', ', '.join(there))\n"
     )
-    code = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import engm.vision"
+    code = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import engm.data.vision"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert run.stdout == output
     assert ("another fault" in run.stderr) == (not output)
 
 
 def test_the_real_torchvision_is_handed_on():
-    from engm.vision import torchvision
+    from engm.data.vision import torchvision
 
     assert torchvision.datasets.CIFAR10.base_folder == "cifar-10-batches-py"

@@ -10,7 +10,10 @@ from torch import nn
 from torch.nn import functional as F
 
 from engm.attacks import PGD
-from engm.diagnostics import (
+from engm.errors import InputError, NonFiniteLossError
+from engm.methods import PGDAT, Natural
+from engm.models import preact_resnet18, small_cnn
+from engm.studies.diagnostics import (
     FAILS,
     HOLDS,
     UNSETTLED,
@@ -18,9 +21,6 @@ from engm.diagnostics import (
     c1_verdict,
     gradient_statistics,
 )
-from engm.errors import InputError, NonFiniteLossError
-from engm.methods import PGDAT, Natural
-from engm.models import preact_resnet18, small_cnn
 
 N = 7
 FIELDS = ("mean_norm", "mean_square", "gradient_square", "variance", "signal_to_noise")

@@ -18,9 +18,8 @@ from torch.nn import functional as F
 from torch.nn.utils.parametrizations import weight_norm
 from torch.utils.checkpoint import checkpoint
 
-from engm import layer_shares
 from engm.errors import InputError
-from engm.example_norms import Watch, loop_norms
+from engm.example_norms import Watch, layer_shares, loop_norms
 from engm.models import preact_resnet18, small_cnn
 from engm.optim import ENGM
 

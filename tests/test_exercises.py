@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from engm.exercises import check
+from engm.notebooks.exercises import check
 
 
 @pytest.mark.parametrize(

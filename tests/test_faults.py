@@ -23,12 +23,13 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from engm import data, data_cache, evaluation, run_directory, training
+from engm import data, evaluation, run_directory, training
 from engm.cli import main
 from engm.config import RunConfig
+from engm.data import cache as data_cache
 from engm.errors import InputError
 from engm.evaluation import load_model
-from engm.resume import load_progress, save_progress
+from engm.evaluation.resume import load_progress, save_progress
 from engm.run_directory import load_tensors
 from engm.training import fit
 

@@ -25,11 +25,12 @@ from click.testing import CliRunner
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from engm import notebook_parameters, results, training
+from engm import results, training
 from engm.cli import main
 from engm.config import TYPES, RunConfig, choices, parse_number
 from engm.errors import InputError
 from engm.notebooks import find
+from engm.notebooks import parameter_cells as notebook_parameters
 from engm.run_directory import (
     keep_metrics,
     load_tensors,

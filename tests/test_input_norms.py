@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from engm.errors import InputError
 from engm.example_norms import loop_norms
-from engm.input_norms import InputEstimate
+from engm.example_norms.input_norms import InputEstimate
 from engm.optim import ENGM
 
 N = 8

@@ -4,9 +4,10 @@ import matplotlib.pyplot as plt
 import pytest
 import torch
 
-from engm import data, live
+from engm import data
 from engm.config import TYPES, RunConfig, choices
 from engm.errors import NonFiniteLossError
+from engm.notebooks import live
 
 PNG = b"\x89PNG\r\n\x1a\n"
 SMALL = RunConfig(subset=100, width=4, num_steps=2, epochs=3, lr=0.05, optimizer="engm")

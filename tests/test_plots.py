@@ -4,7 +4,7 @@ import torch
 from matplotlib.colors import to_rgb
 
 from engm import plots
-from engm.input_norms import Fit
+from engm.example_norms.input_norms import Fit
 from engm.results import Quantity
 
 

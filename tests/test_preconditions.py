@@ -3,9 +3,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from engm import preconditions as before
 from engm.errors import InputError
 from engm.evaluation import correct
+from engm.evaluation import preconditions as before
 
 K = 4
 

@@ -7,10 +7,9 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from engm import report
 from engm.errors import InputError
-from engm.notebooks import RESULT_TYPE, NotebookError, NotebookRun
-from engm.offline_html import formula, markdown, offline, plain_text
+from engm.notebooks import RESULT_TYPE, NotebookError, NotebookRun, report
+from engm.notebooks.offline_html import formula, markdown, offline, plain_text
 
 PNG = base64.b64encode(b"\x89PNG not a real picture").decode()
 WIDGET = "application/vnd.jupyter.widget-view+json"

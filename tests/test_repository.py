@@ -9,7 +9,8 @@ from statistics import mean
 import pytest
 import yaml
 
-from engm import costs, notebooks
+from engm import notebooks
+from engm.bench import costs
 from engm.files import read_json
 from engm.results import collect, summarise, to_markdown
 from engm.run_directory import read_metrics

@@ -11,17 +11,17 @@ from torch import nn
 from torch.nn import functional as F
 
 import engm
-from engm import evaluation, models, plots, robustness
+from engm import evaluation, models, plots
 from engm.attacks import FGSM, PGD
-from engm.autoattack import AutoAttack, AutoAttackResult
 from engm.data import Split, batches, load, to_float
-from engm.data_cache import stratified_order
+from engm.data.cache import stratified_order
 from engm.errors import InputError
-from engm.evaluation import correct
-from engm.random_search import RandomSearch
-from engm.robustness import evaluate_checkpoint, standard_attacks
+from engm.evaluation import correct, robustness
+from engm.evaluation.autoattack import AutoAttack, AutoAttackResult
+from engm.evaluation.random_search import RandomSearch
+from engm.evaluation.robustness import evaluate_checkpoint, standard_attacks
+from engm.results.statistics import wilson
 from engm.run_directory import load_tensors, save_tensors, write_config
-from engm.statistics import wilson
 
 EPS = 0.15
 

@@ -19,13 +19,14 @@ from click.testing import CliRunner
 from distributed.client import Client  # noqa: F401  (fills dask.config with its defaults)
 from filelock import FileLock
 
-from engm import clusters, sweep
+from engm import sweep
 from engm.cli import main
 from engm.errors import InputError
 from engm.files import write_json
 from engm.results import collect, summarise, to_markdown
 from engm.run_directory import load_tensors, read_config
-from engm.sweep_plan import TRAIN, code_version, plan
+from engm.sweep import clusters
+from engm.sweep.plan import TRAIN, code_version, plan
 
 FIXED = {"subset": 40, "width": 2, "num_steps": 1, "eval_steps": 1}
 SETTINGS = [part for name, value in FIXED.items() for part in ("--set", name, str(value))]

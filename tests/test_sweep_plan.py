@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from engm.config import RunConfig
 from engm.errors import InputError
-from engm.sweep_plan import TRAIN, code_version, parse_grid, plan, read_plan
+from engm.sweep.plan import TRAIN, code_version, parse_grid, plan, read_plan
 
 
 def notebook(folder, parameters):
@@ -160,7 +160,7 @@ def test_a_missing_file_is_named(tmp_path):
 
 
 def test_the_code_has_a_name_that_follows_its_source(tmp_path, monkeypatch):
-    from engm import sweep_plan
+    from engm.sweep import plan as sweep_plan
 
     package = tmp_path / "engm"
     package.mkdir()

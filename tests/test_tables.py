@@ -7,10 +7,9 @@ from html.parser import HTMLParser
 
 import pytest
 
-from engm import tables
-from engm.comparisons import Difference
-from engm.results import Quantity
-from engm.statistics import Interval, SignFlip
+from engm.results import Quantity, tables
+from engm.results.comparisons import Difference
+from engm.results.statistics import Interval, SignFlip
 
 ODD = r"a_b & 5% $x$ #1 {y} ~ ^ \z <b> | é ± [*"
 ROWS = [

@@ -2,10 +2,10 @@ import math
 
 import pytest
 
-from engm import verdicts
 from engm.errors import InputError
-from engm.statistics import Interval
-from engm.verdicts import DOES_NOT_HOLD, HOLDS, NOT_SETTLED
+from engm.results.statistics import Interval
+from engm.studies import verdicts
+from engm.studies.verdicts import DOES_NOT_HOLD, HOLDS, NOT_SETTLED
 
 
 @pytest.mark.parametrize(

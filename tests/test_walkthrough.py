@@ -11,7 +11,8 @@ import nbformat
 import pytest
 from PIL import Image
 
-from engm import notebook_map, notebooks
+from engm import notebooks
+from engm.notebooks import notebook_map
 
 FOLDER = Path(__file__).parents[1] / "notebooks"
 # For each notebook two sets of parameters, other than its own and cheap.

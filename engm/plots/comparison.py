@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 
 from engm.plots.style import BLUE, ORANGE, open_axes
 from engm.results import Quantity
-from engm.statistics import Paired
+from engm.results.statistics import Paired
 
 
 def best_and_last_rows(rows: Mapping[str, Mapping[str, Quantity]]) -> Figure:

@@ -7,7 +7,7 @@ from typing import Any
 
 from engm.errors import InputError
 from engm.files import write_text
-from engm.notebook_parameters import read_notebook
+from engm.notebooks.parameter_cells import read_notebook
 
 _TAG = "colab"
 _BADGE = (

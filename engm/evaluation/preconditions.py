@@ -4,10 +4,10 @@ import torch
 from torch import Tensor, nn
 
 from engm.attacks import cross_entropy, eval_mode, margin
-from engm.checks import Check, clearly_more
 from engm.errors import InputError
 from engm.evaluation import correct
-from engm.statistics import wilson
+from engm.evaluation.checks import Check, clearly_more
+from engm.results.statistics import wilson
 
 
 def refuse_wrong_input(model: nn.Module, *data: Tensor) -> int:

@@ -40,7 +40,7 @@ def code_version() -> str:
 
     Runs of other code are other runs: a sweep keeps them in a folder of this name.
     """
-    package = Path(__file__).parent
+    package = Path(__file__).parents[1]
     digest = hashlib.sha256()
     for path in sorted(package.rglob("*.py")):
         digest.update(path.relative_to(package).as_posix().encode() + b"\0" + path.read_bytes())

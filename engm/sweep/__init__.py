@@ -21,11 +21,11 @@ from typing import Any
 from filelock import FileLock
 from tqdm.auto import tqdm
 
-from engm import clusters
 from engm.config import RunConfig
 from engm.errors import InputError
 from engm.files import write_json
-from engm.sweep_plan import TRAIN, Task, code_version
+from engm.sweep import clusters
+from engm.sweep.plan import TRAIN, Task, code_version
 
 ERROR, DONE, LOCK = "error.json", "done.json", ".sweep.lock"
 _ATTEMPTS = 2

@@ -7,9 +7,9 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from engm import tables
 from engm.config import RunConfig
 from engm.errors import InputError
+from engm.results import tables
 from engm.run_directory import CONFIG, RESULT, read_config, read_result
 
 # columns that say what a run is, shown even where all runs agree

@@ -28,7 +28,7 @@ from tqdm.auto import tqdm
 from engm.attack_inputs import check_batch, check_choice, check_count, check_pixels, checked_logits
 from engm.attacks import eval_mode, fooled
 from engm.errors import InputError
-from engm.resume import digest, load_progress, save_progress
+from engm.evaluation.resume import digest, load_progress, save_progress
 
 _ATTACKS = ("apgd-ce", "apgd-t", "fab-t", "square")
 _NORMS = {"linf": "Linf", "l2": "L2"}

@@ -20,8 +20,8 @@ from engm.results import (
     refuse_copies,
     short,
 )
+from engm.results.statistics import Paired, paired_differences
 from engm.run_directory import read_metrics
-from engm.statistics import Paired, paired_differences
 
 # settings that one optimizer reads and another does not
 OF_OPTIMIZERS = ("optimizer", "scale", "floor", "max_norm")

@@ -4,10 +4,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from engm.attacks import FGSM, PGD
-from engm.checks import Check
 from engm.evaluation import Attack
-from engm.random_search import RandomSearch
-from engm.statistics import Interval, wilson
+from engm.evaluation.checks import Check
+from engm.evaluation.random_search import RandomSearch
+from engm.results.statistics import Interval, wilson
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 from engm.errors import InputError
-from engm.sweep_plan import code_version
+from engm.sweep.plan import code_version
 
 _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
@@ -182,7 +182,7 @@ def _check_workers(client: Any) -> None:
         _check_threads(worker, threads)
 
     def version() -> str:  # sent as code, see `submit`
-        from engm.sweep_plan import code_version
+        from engm.sweep.plan import code_version
 
         return code_version()
 

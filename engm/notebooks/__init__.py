@@ -15,8 +15,8 @@ from typing import Any
 
 from engm.errors import InputError
 from engm.files import write_json, write_text
-from engm.notebook_parameters import Parameter, check, parameters, parse, read_notebook
-from engm.offline_html import plain_text
+from engm.notebooks.offline_html import plain_text
+from engm.notebooks.parameter_cells import Parameter, check, parameters, parse, read_notebook
 
 __all__ = [
     "RESULT_TYPE",
@@ -254,7 +254,7 @@ def _check_json(value: Any, place: str) -> None:
 
 
 def _checkout() -> Path:
-    return Path(__file__).resolve().parents[1]
+    return Path(__file__).resolve().parents[2]
 
 
 def _with_values(notebook: Any, values: Mapping[str, Any]) -> Any:

@@ -6,13 +6,14 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from engm import comparisons, results, tables
-from engm.comparisons import OF_OPTIMIZERS, READ_BY
+from engm import results
 from engm.config import TYPES
 from engm.errors import InputError
 from engm.files import atomic_path, write_text
+from engm.results import comparisons, tables
+from engm.results.comparisons import OF_OPTIMIZERS, READ_BY
+from engm.results.statistics import Paired
 from engm.run_directory import read_metrics
-from engm.statistics import Paired
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

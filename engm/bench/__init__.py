@@ -5,12 +5,12 @@ outer step alone, and, for the kit's own optimizers, the whole AT step, whose at
 
 Time: the methods take turns (A B C A B C ...), so that a slow moment of the machine meets all of
 them, and a ratio is that of two times of one round; what is reported is the median over the rounds
-and the quartiles, see `engm.costs.seconds`. "input" measures the norms exactly in one step of
+and the quartiles, see `engm.bench.costs.seconds`. "input" measures the norms exactly in one step of
 twenty: both kinds of step are measured, and its time is a twentieth of the one and nineteen
 twentieths of the other.
 
 Memory: the most that the step held at one time above what it found when it began (weights and
-momentum), see `engm.costs.peak_bytes`.
+momentum), see `engm.bench.costs.peak_bytes`.
 
 All methods have a copy of the same model, which the learning rate 0 leaves as it is, and the same
 images. Before anything is timed each method's gradient is compared with that of `Watch`.
@@ -31,13 +31,13 @@ from torch.nn.functional import cross_entropy
 from tqdm.auto import tqdm
 
 from engm import methods, models
+from engm.bench.costs import peak_bytes, seconds, summarise
+from engm.bench.peers import PEERS
 from engm.config import RunConfig
-from engm.costs import peak_bytes, seconds, summarise
 from engm.errors import InputError
-from engm.input_norms import Fit
-from engm.measures import Closure, ExactMeasure
+from engm.example_norms.input_norms import Fit
+from engm.example_norms.measures import Closure, ExactMeasure
 from engm.optim import ENGM, MSGD, example_weights
-from engm.peers import PEERS
 from engm.run_directory import environment
 from engm.training import Precision, pick_device
 

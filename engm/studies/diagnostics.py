@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from engm.attacks import eval_mode
 from engm.errors import InputError, NonFiniteLossError
 from engm.example_norms import Watch
-from engm.measures import Closure, run_closure
+from engm.example_norms.measures import Closure, run_closure
 from engm.methods import Method
 
 HOLDS = "the claim holds here"

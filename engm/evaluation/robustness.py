@@ -16,24 +16,25 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from engm import checks, preconditions
 from engm.attacks import FGSM, PGD, eval_mode
-from engm.autoattack import AutoAttack, AutoAttackResult
-from engm.checks import Check
 from engm.data import Dataset, Split, to_float
-from engm.data_cache import stratified_order
+from engm.data.cache import stratified_order
 from engm.errors import InputError
 from engm.evaluation import (
     Attack,
     Attacked,
+    checks,
     correct,
     largest_perturbation,
     load_model,
+    preconditions,
     run_attack,
 )
+from engm.evaluation.autoattack import AutoAttack, AutoAttackResult
+from engm.evaluation.checks import Check
+from engm.evaluation.random_search import RandomSearch
+from engm.evaluation.robustness_report import Accuracy, AttackResult, RobustnessReport, in_words
 from engm.files import atomic_path, write_json
-from engm.random_search import RandomSearch
-from engm.robustness_report import Accuracy, AttackResult, RobustnessReport, in_words
 from engm.run_directory import CHECKPOINTS, environment, load_tensors, read_config, save_tensors
 
 _AUTOATTACK, _BLACK_BOX = "AutoAttack", "random search"

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from engm.data_cache import SPECS, read_arrays, stratified_order
+from engm.data.cache import SPECS, read_arrays, stratified_order
 from engm.errors import InputError
 
 PADDING = 4  # zero pixels on every side before a random crop

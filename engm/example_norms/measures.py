@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from engm.errors import InputError, NonFiniteLossError
 from engm.example_norms import Watch, loop_norms
-from engm.input_norms import InputEstimate
+from engm.example_norms.input_norms import InputEstimate
 
 Closure = Callable[[], Tensor]
 Weighted = Callable[[Tensor, Tensor | None], dict[Tensor, Tensor]]

@@ -1,0 +1,79 @@
+"""The commands `run`, `demo` and `colab`."""
+
+import sys
+from pathlib import Path
+
+import click
+
+from engm.cli.options import Command, PathType
+from engm.errors import InputError
+
+
+@click.command(cls=Command)
+@click.argument("notebook")
+@click.option("-p", "values", nargs=2, multiple=True, metavar="NAME VALUE",
+              help="set a parameter of the notebook; may be repeated")  # fmt: skip
+@click.option("--out", type=PathType(), default=Path("outputs"), show_default=True,
+              help="folder of the executed notebook and its result")  # fmt: skip
+@click.option("--timeout", type=click.FloatRange(min=0, min_open=True),
+              help="seconds the notebook may take; default: no limit")  # fmt: skip
+def run(
+    notebook: str, values: tuple[tuple[str, str], ...], out: Path, timeout: float | None
+) -> None:
+    """Run NOTEBOOK, a name such as 06_cifar or a path, with parameters.
+
+    Unknown names and values of a wrong type are refused before anything runs.
+
+    \b
+    engm run 06_cifar -p dataset cifar10 -p eps 8/255
+    """
+    from engm import notebooks
+
+    path = notebooks.find(notebook)
+    done = notebooks.run(path, notebooks.parse(path, dict(values)), output_dir=out, timeout=timeout)
+    click.echo(click.format_filename(done.path))
+    if done.error is not None:
+        raise click.ClickException(f"{notebook} failed in {done.error}")
+
+
+@click.command(cls=Command)
+@click.option("--out", type=PathType(), default=Path("outputs"), show_default=True,
+              help="folder of the executed notebooks and the report")  # fmt: skip
+def demo(out: Path) -> None:
+    """Run every notebook with its own defaults and build one report, OUT/index.html.
+
+    A notebook that fails is named with the cell and the reason; the others still run.
+    """
+    from engm.notebooks import report as html
+
+    if not all(done.ok for done in html.demo(out)):
+        sys.exit(1)
+
+
+@click.command(cls=Command)
+@click.option("--repo", metavar="OWNER/NAME", help="your repository on GitHub, a public one")
+@click.option("--branch", default="main", show_default=True, help="its branch")
+@click.option("--remove", is_flag=True, help="take badge and cell out again")
+@click.option("--notebooks", "folder", type=PathType(), default=Path("notebooks"),
+              show_default=True, help="folder of the notebooks")  # fmt: skip
+def colab(repo: str | None, branch: str, remove: bool, folder: Path) -> None:
+    """Let the notebooks open in Google Colab, from a repository of yours.
+
+    Each gets a badge that opens it there, and a first cell that installs the kit, looks for a GPU
+    and, if you like, keeps runs on Google Drive. Off Colab the cell does nothing. The same command
+    again changes nothing; another repository takes the place of the first.
+
+    \b
+    engm colab --repo owner/name
+    """
+    from engm.notebooks import colab as stamps
+
+    if (repo is None) != remove:
+        raise click.UsageError("give either --repo OWNER/NAME or --remove")
+    paths = sorted(folder.glob("[0-9]*_*.ipynb"))
+    if not paths:
+        raise InputError(f"there are no notebooks in {folder}; --notebooks says where they are")
+    changed = stamps.stamp(paths, repo, branch) if repo is not None else stamps.remove(paths)
+    for path in changed:
+        click.echo(click.format_filename(path))
+    click.echo(f"{len(changed)} of {len(paths)} notebooks changed")

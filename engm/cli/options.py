@@ -1,0 +1,111 @@
+"""What the commands share: options from the fields of `RunConfig`, paths, messages."""
+
+from collections.abc import Callable, Collection
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import click
+
+from engm.config import TYPES, RunConfig, alternatives, choices, parse_number
+from engm.errors import InputError, NonFiniteLossError
+
+
+class Command(click.Command):
+    """Names every option when one is unknown."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        try:
+            return super().parse_args(ctx, args)
+        except click.NoSuchOption as error:
+            options = [o for o in self.get_params(ctx) if isinstance(o, click.Option)]
+            known = ", ".join(option.opts[0] for option in options)
+            message = f"no such option {error.option_name!r}; the options are {known}"
+            raise click.UsageError(message, ctx) from None
+
+
+class Group(click.Group):
+    """Names every command when one is unknown; turns the kit's own errors into one line."""
+
+    command_class = Command
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        if args and not args[0].startswith("-") and args[0] not in self.commands:
+            known = ", ".join(self.list_commands(ctx))
+            raise click.UsageError(f"no such command {args[0]!r}; the commands are {known}", ctx)
+        return super().resolve_command(ctx, args)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError:
+            raise  # the reader of a pipe has seen enough; click ends in silence
+        except (InputError, NonFiniteLossError, OSError) as error:
+            raise click.ClickException(str(error)) from None
+
+
+class PathType(click.Path):
+    """A path; an empty one is the trace of an empty variable, not the present folder."""
+
+    def __init__(self) -> None:
+        super().__init__(path_type=Path)
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> Any:
+        if value == "":
+            self.fail("the path is empty; '.' is the present folder", param, ctx)
+        return super().convert(value, param, ctx)
+
+
+class Setting(click.ParamType):
+    """A field of `RunConfig`: one of its literal values, or a number."""
+
+    def __init__(self, name: str) -> None:
+        self.kinds, self.names = alternatives(TYPES[name]), choices(TYPES[name])
+        numbers = [kind.__name__ for kind in (int, float) if kind in self.kinds]
+        self.name = "|".join(self.names + numbers)
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> Any:
+        if not isinstance(value, str) or value in self.names:
+            return value
+        try:
+            if int in self.kinds:
+                return int(value)
+            if float in self.kinds:
+                return parse_number(value)
+        except ValueError:
+            pass
+        wanted = [*self.names] + ["a whole number"] * (int in self.kinds)
+        wanted += ["a number such as 0.03 or 8/255"] * (float in self.kinds)
+        self.fail(f"{value!r} is not {' or '.join(wanted)}", param, ctx)
+
+    def get_metavar(self, param: click.Parameter, ctx: Any = None) -> str:
+        return f"[{self.name}]" if len(self.names) > 0 else self.name.upper()
+
+
+def settings_options(
+    command: Callable[..., Any], names: Collection[str] = TYPES
+) -> Callable[..., Any]:
+    """Gives a command one option for each field of `RunConfig`, or for those in `names`."""
+    for item in reversed([item for item in fields(RunConfig) if item.name in names]):
+        flag = f"--{item.name.replace('_', '-')}"
+        is_flag = TYPES[item.name] is bool
+        option = click.option(
+            f"{flag}/--no-{flag[2:]}" if is_flag else flag,
+            item.name,
+            type=None if is_flag else Setting(item.name),
+            default=item.default,
+            show_default=item.default is not None,
+            help=item.metadata["help"],
+        )
+        command = option(command)
+    return command
+
+
+device_option = click.option(
+    "--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, ..."
+)
+data_root_option = click.option(
+    "--data-root", type=PathType(), help="where prepare.py put the datasets"
+)

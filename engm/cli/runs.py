@@ -1,0 +1,147 @@
+"""The commands `train`, `evaluate` and `report`."""
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from engm.cli.options import (
+    Command,
+    PathType,
+    Setting,
+    data_root_option,
+    device_option,
+    settings_options,
+)
+from engm.config import TYPES, RunConfig, choices
+
+
+@click.command(cls=Command)
+@settings_options
+@click.option("--out", type=PathType(), default=Path("runs"), show_default=True,
+              help="folder of the run directories")  # fmt: skip
+@device_option
+@data_root_option
+@click.option("--save-adversarial/--no-save-adversarial", default=True, show_default=True,
+              help="keep the adversarial test examples")  # fmt: skip
+def train(
+    out: Path, device: str, data_root: Path | None, save_adversarial: bool, **settings: Any
+) -> None:
+    """Train and evaluate a classifier; go on where an earlier call was cut off.
+
+    Without options: adversarial training with MSGD on the digits that come with the kit.
+
+    \b
+    engm train --optimizer engm --subset 300 --epochs 80
+    engm train --dataset cifar10 --eps 8/255 --schedule one-cycle --precision bfloat16
+    """
+    config = RunConfig(**settings).resolved()
+    from engm.results import Record, summarise, to_markdown
+    from engm.training import fit
+
+    first = os.environ.get("RANK", "0") == "0"  # of the processes that torchrun starts
+    if first:
+        click.echo("\n".join(f"{name:14} {value}" for name, value in config.to_dict().items()))
+    where: dict[str, Any] = dict(device=device, data_root=data_root)
+    try:
+        run = fit(config, out, **where, save_adversarial=save_adversarial)
+    except KeyboardInterrupt:
+        click.echo("\nstopped; the same command goes on after the last whole epoch", err=True)
+        sys.exit(130)  # what shells report of Ctrl-C
+    if first:
+        click.echo(f"\n{click.format_filename(run.folder)}\n")
+        click.echo(to_markdown(summarise([Record(run.folder, run.config, run.result)])))
+
+
+@click.command(cls=Command)
+@click.argument("run", type=PathType())
+@click.option("--checkpoint", type=click.Choice(["best", "last"]), help="default: both")
+@click.option("--num-steps", type=click.IntRange(min=1), help="PGD steps; default: the run's own")
+@click.option("--eps", type=Setting("eps"), help="attack budget, as in 8/255; default: the run's")
+@click.option("--images", type=click.IntRange(min=1),
+              help="this many test images, evenly over the classes; default: all")  # fmt: skip
+@click.option("--autoattack", is_flag=True, help="also run AutoAttack; it takes long, and goes on "
+              "where it was cut off")  # fmt: skip
+@device_option
+@data_root_option
+def evaluate(
+    run: Path,
+    checkpoint: str | None,
+    num_steps: int | None,
+    eps: float | None,
+    images: int | None,
+    autoattack: bool,
+    device: str,
+    data_root: Path | None,
+) -> None:
+    """Attack the checkpoints of the run directory RUN on the test set, in many ways.
+
+    Prints accuracies with 95% intervals, and checks whether they can be believed. RUN gets, for
+    each checkpoint, evaluation-best.json, robustness-best.png and the adversarial examples, which
+    the accuracies are recomputed from, in the folder evaluation-best.
+    """
+    from engm import data
+    from engm.evaluation.robustness import evaluate_checkpoint
+    from engm.run_directory import read_config
+    from engm.training import pick_device
+
+    config = read_config(run)
+    dataset = data.load(config.dataset, root=data_root).to(pick_device(device))
+    options: dict[str, Any] = dict(num_steps=num_steps, eps=eps, images=images)
+    for which in [checkpoint] if checkpoint else ["best", "last"]:
+        report = evaluate_checkpoint(
+            run, which, dataset, **options, autoattack=autoattack, progress=True
+        )
+        click.echo(f"{which} checkpoint: {report}\n")
+    click.echo(f"written to {click.format_filename(run)}")
+
+
+@click.command(cls=Command)
+@click.argument("runs", type=PathType(), nargs=-1, required=True)
+@click.option("--compare", type=click.Choice(choices(TYPES["optimizer"])),
+              help="compare the other optimizers with this one, seed by seed")  # fmt: skip
+@click.option("--choose", metavar="SETTING,...", default="",
+              help="keep for each optimizer what does best on the validation images")  # fmt: skip
+@click.option("--mixed", is_flag=True, help="allow runs that were not evaluated alike")
+@click.option("--format", "kind", type=click.Choice(["markdown", "csv", "latex", "html"]),
+              help="default: markdown, or what the file is called")  # fmt: skip
+@click.option(
+    "--out", type=PathType(), help="also write a file (.md, .csv, .tex, .html) or a folder"
+)
+@click.option("--figures", type=PathType(), help="also write figures into this folder")
+def report(
+    runs: tuple[Path, ...],
+    compare: str | None,
+    choose: str,
+    mixed: bool,
+    kind: str | None,
+    out: Path | None,
+    figures: Path | None,
+) -> None:
+    """Put the run directories at or below RUNS into one table.
+
+    Runs that differ in their seed alone share a row: mean ± standard deviation, in percent; CSV
+    has fractions, unrounded.
+
+    \b
+    engm report runs --choose lr --compare msgd --out report.html
+    """
+    from engm.results import collect, run_report
+
+    if out is not None and out.suffix and not out.is_dir():
+        run_report.format_of(out, kind)  # before anything is read
+    found = [collect(root) for root in runs]
+    names = [name.strip().replace("-", "_") for name in choose.split(",") if name.strip()]
+    records = [record for records, _ in found for record in records]
+    done = run_report.build(records, compare=compare, choose=names, mixed=mixed)
+    click.echo(done.text("markdown" if out is not None or kind is None else kind))
+    unfinished = [folder for _, folders in found for folder in folders]
+    remarks = [f"left out, not finished: {', '.join(map(str, unfinished))}"] * bool(unfinished)
+    for remark in [*remarks, *done.remarks]:
+        click.echo(remark, err=True)
+    files = [] if out is None else done.write(out, kind)
+    files += [] if figures is None else done.write_figures(figures)
+    for path in files:
+        click.echo(f"written to {click.format_filename(path)}", err=True)

@@ -1,0 +1,130 @@
+"""The command `engm sweep`."""
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from engm.cli.options import Command, PathType, data_root_option, device_option
+from engm.errors import InputError
+
+if TYPE_CHECKING:
+    from engm.sweep import Outcome
+    from engm.sweep.plan import Task
+
+
+@click.command(cls=Command)
+@click.argument("target")
+@click.option("--grid", multiple=True, metavar="NAME=VALUE,...",
+              help="values to try, each with each of the others; may be repeated")  # fmt: skip
+@click.option("--set", "settings", nargs=2, multiple=True, metavar="NAME VALUE",
+              help="a setting that all runs have; may be repeated")  # fmt: skip
+@click.option("--seeds", type=click.IntRange(min=1),
+              help="run the seeds 0 to this number - 1")  # fmt: skip
+@click.option("--out", type=PathType(), help="folder of the runs; default: the plan's, or runs")
+@click.option("--workers", type=click.IntRange(min=1),
+              help="processes on this machine; default: 1")  # fmt: skip
+@click.option("--scheduler", metavar="ADDRESS",
+              help="use the workers of a dask scheduler, as tcp://10.0.0.1:8786")  # fmt: skip
+@click.option("--timeout", type=click.FloatRange(min=0, min_open=True),
+              help="seconds that a notebook may take; default: no limit")  # fmt: skip
+@device_option
+@data_root_option
+@click.option("--save-adversarial/--no-save-adversarial", default=True, show_default=True,
+              help="keep the adversarial test examples")  # fmt: skip
+def sweep(
+    target: str,
+    grid: tuple[str, ...],
+    settings: tuple[tuple[str, str], ...],
+    seeds: int | None,
+    out: Path | None,
+    workers: int | None,
+    scheduler: str | None,
+    **options: Any,
+) -> None:
+    """Run TARGET with all values of a grid, on several processes or a cluster.
+
+    TARGET is "train", for training runs with the settings of `engm train`; a notebook, for its
+    parameters; or a plan, a YAML file with all of this. What is done is not run again, and what
+    was cut off goes on: after Ctrl-C, a kill or a power cut, give the same command again.
+
+    \b
+    engm sweep train --grid optimizer=msgd,engm --grid lr=0.1,0.2 --seeds 3 --workers 2
+    engm sweep 06_cifar --grid lr=0.05,0.1 --set dataset cifar10 --set subset none
+    engm sweep plan.yaml --scheduler tcp://10.0.0.1:8786
+    """
+    if workers is not None and scheduler is not None:
+        raise click.UsageError("give either --workers or --scheduler")
+    planned = target.endswith((".yaml", ".yml"))
+    if planned and (grid or settings or seeds is not None):
+        raise click.UsageError("a plan has its own grid, settings and seeds; write them there")
+    tasks, out = _tasks(target, planned, grid, settings, seeds, out)
+
+    from engm import sweep as sweeps
+
+    how = sweeps.Options(workers=workers or 1, scheduler=scheduler, **options)
+    folder = sweeps.folder_of(out)
+    done = sum(sweeps.is_done(task, folder) for task in tasks)
+    click.echo(f"{_count(len(tasks))}, {done} done already, in {click.format_filename(folder)}")
+    if others := [p.name for p in folder.parent.glob("engm-*-*") if p != folder]:
+        click.echo(f"runs of other versions of the code stay beside it: {', '.join(others)}")
+    try:
+        outcomes = sweeps.run(tasks, out, how)
+    except KeyboardInterrupt:
+        click.echo("\nstopped; the same command goes on where this one was", err=True)
+        sys.exit(130)  # what shells report of Ctrl-C
+    _tell(outcomes, folder)
+    if any(outcome.error is not None for outcome in outcomes):
+        sys.exit(1)
+
+
+def _tasks(
+    target: str,
+    planned: bool,
+    grid: tuple[str, ...],
+    settings: tuple[tuple[str, str], ...],
+    seeds: int | None,
+    out: Path | None,
+) -> tuple[list["Task"], Path]:
+    from engm.sweep.plan import parse_grid, plan, read_plan
+
+    if planned:
+        tasks, place = read_plan(Path(target))
+        return tasks, out or place or Path("runs")
+    names = [name for name, _ in settings]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise InputError(f"{twice[0]} is set twice; --grid {twice[0]}=A,B tries both")
+    # options are written with dashes, settings with underscores
+    axes = {_name(target, name): values for name, values in parse_grid(grid).items()}
+    fixed = {_name(target, name): value for name, value in settings}
+    return plan(target, axes, settings=fixed, seeds=seeds), out or Path("runs")
+
+
+def _name(target: str, name: str) -> str:
+    return name.replace("-", "_") if target == "train" else name
+
+
+def _tell(outcomes: list["Outcome"], folder: Path) -> None:
+    from engm.results import Record, summarise, to_markdown
+    from engm.run_directory import read_config, read_result
+    from engm.sweep.plan import TRAIN
+
+    whole = [outcome for outcome in outcomes if outcome.error is None]
+    failed = [outcome for outcome in outcomes if outcome.error is not None]
+    click.echo(f"\n{click.format_filename(folder)}\n")
+    runs = [outcome.folder for outcome in whole if outcome.task.target == TRAIN]
+    if runs:
+        records = [Record(run, read_config(run), read_result(run)) for run in runs]
+        click.echo(to_markdown(summarise(records)))
+    for outcome in failed:
+        click.echo(f"failed: {outcome.task.name}: {outcome.error}", err=True)
+    if failed:
+        click.echo(
+            f"{len(failed)} of {_count(len(outcomes))} failed; the same command tries them again",
+            err=True,
+        )
+
+
+def _count(number: int) -> str:
+    return f"{number} run{'s' * (number != 1)}"

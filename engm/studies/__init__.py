@@ -1,0 +1,1 @@
+"""What the notebooks measure to test the claims, and how they come to a verdict."""
