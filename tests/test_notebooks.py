@@ -8,6 +8,7 @@ import nbformat
 import numpy as np
 import pytest
 
+import engm
 from engm import notebooks
 from engm.errors import InputError
 
@@ -277,7 +278,7 @@ def test_the_kernel_is_this_interpreter_with_this_package(executed):
 
     assert facts["executable"] == sys.executable
     assert Path(facts["cwd"]).samefile(run.path.parent)
-    assert Path(facts["engm"]).samefile(Path(notebooks.__file__).with_name("__init__.py"))
+    assert Path(facts["engm"]).samefile(engm.__file__)
 
 
 def test_the_last_result_is_handed_out_and_written(executed):
