@@ -17,7 +17,7 @@ from torch import nn
 
 from engm import attacks, data, models
 from engm.errors import InputError
-from engm.evaluation import autoattack
+from engm.evaluation import autoattack, pyautoattack_guard
 from engm.evaluation.autoattack import AutoAttack
 from engm.run_directory import load_tensors, save_tensors
 
@@ -475,7 +475,7 @@ def test_signs_of_a_model_that_misleads(
 
 def test_of_repeated_warnings_the_largest_stays():
     said = ["there are 9 points", "other", "there are 12 points", "there are 3 points", "other"]
-    assert set(autoattack._largest_of_each(said)) == {"other", "there are 12 points"}
+    assert set(pyautoattack_guard.largest_of_each(said)) == {"other", "there are 12 points"}
 
 
 def test_versions_and_progress(network, digits, quick, capsys):
@@ -590,7 +590,7 @@ def test_sizes_that_square_cannot_start_on():
                 runs = True
             except (RuntimeError, ZeroDivisionError):
                 runs = False
-            assert autoattack._tiles_fit(height, width) == runs, (height, width)
+            assert pyautoattack_guard.tiles_fit(height, width) == runs, (height, width)
             fits[height, width] = runs
     assert fits[8, 8] and fits[28, 28] and not fits[12, 12]
     model = nn.Sequential(nn.Flatten(), nn.Linear(144, 10))

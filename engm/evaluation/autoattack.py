@@ -11,14 +11,11 @@ arXiv 2003.01690 (APGD, AutoAttack) and 1907.02044 (FAB); Andriushchenko et al. 
 """
 
 import math
-import re
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -26,8 +23,14 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from engm.attack_inputs import check_batch, check_choice, check_count, check_pixels, checked_logits
-from engm.attacks import eval_mode, fooled
+from engm.attacks import fooled
 from engm.errors import InputError
+from engm.evaluation.pyautoattack_guard import (
+    largest_of_each,
+    left_as_found,
+    library,
+    tiles_fit,
+)
 from engm.evaluation.resume import digest, load_progress, save_progress
 
 _ATTACKS = ("apgd-ce", "apgd-t", "fab-t", "square")
@@ -155,7 +158,7 @@ class AutoAttack:
         if homes and x.device not in homes:
             raise InputError(f"x is on {x.device} and the model on {homes.pop()}; move one of them")
         # autograd refuses tensors that the caller made in inference mode, but not their copies
-        with torch.inference_mode(False), _left_as_found(model), torch.no_grad():
+        with torch.inference_mode(False), left_as_found(model), torch.no_grad():
             run = _Run(self, model, x.detach().clone(), y.clone(), batch_size)
             return run.finish(None if resume is None else Path(resume), progress)
 
@@ -167,7 +170,7 @@ class _Run:
         self, attack: AutoAttack, model: nn.Module, x: Tensor, y: Tensor, batch_size: int
     ) -> None:
         self.attack, self.model, self.x, self.y = attack, model, x, y
-        self.batch_size, self.highest, self.package = batch_size, int(y.max()), _package()
+        self.batch_size, self.highest, self.package = batch_size, int(y.max()), library()
         floats = (p.dtype for p in model.parameters() if p.is_floating_point())
         self.dtype = next(floats, torch.float32)
         self.num_classes = self._refuse()
@@ -237,7 +240,7 @@ class _Run:
                 "logits; choose attacks=('apgd-ce', 'fab-t', 'square')"
             )
         l2 = self.attack.norm == "l2"
-        if "square" in attacks and (len(shape) != 4 or (l2 and not _tiles_fit(*shape[2:]))):
+        if "square" in attacks and (len(shape) != 4 or (l2 and not tiles_fit(*shape[2:]))):
             raise InputError(
                 f"'square' cannot run on x of shape {shape}: it needs images [n, c, h, w], and "
                 "does not fit all sizes under l2; leave it out of attacks, or resize in the model"
@@ -294,7 +297,7 @@ class _Run:
         if differ := int((robust != self.robust).sum()):
             reason = "the model draws random numbers, or they lie on the boundary"
             self.warning(f"{differ} examples are answered otherwise now than in attacks: {reason}")
-        warnings, seed = _largest_of_each(self.warnings), self.attack.seed
+        warnings, seed = largest_of_each(self.warnings), self.attack.seed
         return AutoAttackResult(self.x_adv, robust, self.counts, seed, self.versions, warnings)
 
     def _call(self) -> dict[str, str]:
@@ -322,44 +325,3 @@ class _Run:
             self.x_adv[~progress["robust"]] = progress.pop("x_adv")
             vars(self).update(progress)
         return bool(progress)
-
-
-def _package() -> ModuleType:
-    try:
-        import pyautoattack
-    except ImportError:
-        need = 'AutoAttack needs pyautoattack: pip install "engm[autoattack]"'
-        raise InputError(need) from None
-    return pyautoattack
-
-
-@contextmanager
-def _left_as_found(model: nn.Module) -> Iterator[None]:
-    # FAB calls backward, which would add to the gradients of parameters
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    # torch.manual_seed seeds every GPU
-    with eval_mode(model), torch.random.fork_rng(range(torch.cuda.device_count())):
-        try:
-            for parameter in trainable:
-                parameter.requires_grad = False
-            yield
-        finally:
-            for parameter in trainable:
-                parameter.requires_grad = True
-
-
-def _tiles_fit(height: int, width: int) -> bool:
-    # Square starts under l2 from tiles as wide as a fifth of the height, along both sides
-    tile = height // 5
-    first = (height - 5 * tile) // 2
-    return tile == 1 or all(tile and first + n // tile * tile <= n for n in (height, width))
-
-
-def _largest_of_each(warnings: list[str]) -> tuple[str, ...]:
-    # batches repeat a warning with other numbers: the one with the largest stands for all
-    kinds: dict[str, str] = {}
-    for warning in sorted(warnings, key=lambda text: [int(n) for n in re.findall(r"\d+", text)]):
-        # the package's words, without its pointers to what is not here
-        short = re.split(r" See | Please use version", warning)[0]
-        kinds[re.sub(r"\d+", "", short)] = short
-    return tuple(kinds.values())
