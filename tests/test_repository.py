@@ -13,6 +13,7 @@ from engm import notebooks
 from engm.bench import costs
 from engm.files import read_json
 from engm.results import collect, summarise, to_markdown
+from engm.results.run_report import build
 from engm.run_directory import read_metrics
 
 ROOT = Path(__file__).parents[1]
@@ -156,6 +157,19 @@ def test_the_learning_rates_of_the_text_are_those_that_the_validation_images_cho
     }
     assert chosen == {"msgd": 0.2, "msgd-clip": 0.3, "engm": 0.3, "engm-input": 0.3}
     assert "(0.2 for MSGD, 0.3 for ENGM)" in README
+
+
+def test_the_tables_of_the_methods_are_what_the_logs_give():
+    written = (ROOT / "results" / "README.md").read_text()
+    records, unfinished = collect(ROOT / "results" / "methods")
+    cold, more = collect(ROOT / "results" / "awp-without-warmup")
+    assert not unfinished and not more
+    found = build(records, compare="msgd", choose=("lr",))
+    assert not any("unequal" in remark for remark in found.remarks)
+    for table in (found.text("markdown"), *(to_markdown(summarise(r)) for r in (records, cold))):
+        assert table.strip() in written
+    assert to_markdown(found.summary) in README
+    assert {row["outcome"] for row in found.differences} == {"not settled"}
 
 
 def test_the_cost_tables_are_what_the_logs_give():
