@@ -19,12 +19,26 @@ FOLDER = Path(__file__).parents[1] / "notebooks"
 PARAMETERS: dict[str, tuple[dict, dict]] = {
     "00_tour": (dict(subset=300, epochs=8), dict(eps=0.1, epochs=6, seed=1)),
     "01_attacks": (dict(subset=300, epochs=6), dict(eps=0.1, epochs=5, seed=1)),
-    "02_gradient_variance": ({}, {}),
+    "02_gradient_variance": (
+        dict(seeds=[0], epochs=2),
+        dict(seeds=[1, 2], epochs=2, eps=0.05, batch_size=100, measured=100, lr=0.02),
+    ),
     "03_engm_step_by_step": (
         dict(subset=200, epochs=3),
         dict(epochs=2, eps=0.1, lr=0.1, floor=1.0, seed=1),
     ),
-    "04_convergence": ({}, {}),
+    "04_convergence": (
+        dict(
+            **dict(ripple=0.0, degrees_of_freedom=2.5, noise_seeds=2, steps=64),
+            **dict(sigmas=[0.1, 0.3, 1.0, 3.0], network_seeds=[0], epochs=2, look_every=1),
+            **dict(lrs=[0.1], subset=50, measured=50, width=4),
+        ),
+        dict(
+            **dict(ripple=2.0, degrees_of_freedom=1.2, noise_seeds=2, steps=64),
+            **dict(sigmas=[0.1, 0.3, 1.0, 3.0], network_seeds=[1, 4], epochs=2, look_every=1),
+            **dict(lrs=[0.1], subset=50, measured=50, width=4),
+        ),
+    ),
     "05_norms_from_inputs": (
         dict(subset=300, epochs=3, seeds=[0], refresh_every=5),
         dict(epochs=2, seeds=[3, 1], lr=0.1, eps=0.1),
