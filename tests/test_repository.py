@@ -15,6 +15,7 @@ from engm.files import read_json
 from engm.results import collect, summarise, to_markdown
 from engm.results.run_report import build
 from engm.run_directory import read_metrics
+from engm.sweep.plan import read_plan
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -170,6 +171,16 @@ def test_the_tables_of_the_methods_are_what_the_logs_give():
         assert table.strip() in written
     assert to_markdown(found.summary) in README
     assert {row["outcome"] for row in found.differences} == {"not settled"}
+
+
+def test_the_plans_are_ready_to_run():
+    counts = {}
+    for path in (ROOT / "results" / "plans").glob("*.yaml"):
+        tasks, out = read_plan(path)
+        assert out == Path("runs") / path.stem
+        counts[path.stem] = len(tasks)
+        assert all(task.settings["step_size"] == pytest.approx(2 / 255) for task in tasks)
+    assert counts == {"cifar10": 24, "cifar10-long": 4}
 
 
 def test_the_cost_tables_are_what_the_logs_give():
