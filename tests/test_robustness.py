@@ -317,6 +317,9 @@ def test_what_counts_is_what_the_files_hold(tmp_path, monkeypatch):
         assert length == pytest.approx(result.largest_perturbation)
     assert len(list(tmp_path.iterdir())) == len(report.attacks) == 6
     assert engm.evaluate(model, split, eps=0.05).attacks[0].file is None
+    alike = {name: FGSM(eps=0.05) for name in ("A b", "a/b", "a-b")}
+    more = engm.evaluate(model, split, eps=0.05, attacks=alike, save_to=tmp_path / "more")
+    assert [r.file for r in more.attacks] == ["a-b.pt", "a-b-again.pt", "a-b-again-again.pt"]
 
     written = evaluation.save_tensors
     monkeypatch.setattr(evaluation, "save_tensors", lambda p, _: written(p, {"x_adv": x}))

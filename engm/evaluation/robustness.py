@@ -306,7 +306,10 @@ class _Run:
         if self.save_to is None:
             return None
         words = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
-        self.files[name] = f"{len(self.files):02d}-{words}.pt"
+        taken = set(self.files.values())
+        while f"{words}.pt" in taken:
+            words += "-again"  # names that differ in signs alone
+        self.files[name] = f"{words}.pt"
         return self.save_to / self.files[name]
 
     def _bar(self, items: Any) -> Any:
