@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -59,7 +60,7 @@ class Natural:
 
     def losses(self, model: nn.Module, x: Tensor, x_adv: Tensor, y: Tensor) -> Tensor:
         """Returns the cross-entropy of each clean example, `[n]`."""
-        return _cross_entropy(model(x), y, self.label_smoothing)
+        return _cross_entropy(_logits(model, x), y, self.label_smoothing)
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ class PGDAT:
 
     def losses(self, model: nn.Module, x: Tensor, x_adv: Tensor, y: Tensor) -> Tensor:
         """Returns the cross-entropy of each adversarial example, `[n]`."""
-        return _cross_entropy(model(x_adv), y, self.label_smoothing)
+        return _cross_entropy(_logits(model, x_adv), y, self.label_smoothing)
 
 
 @dataclass(frozen=True)
@@ -110,8 +111,8 @@ class TRADES:
 
     def losses(self, model: nn.Module, x: Tensor, x_adv: Tensor, y: Tensor) -> Tensor:
         """Returns the loss of each pair of a clean and an adversarial example, `[n]`."""
-        logits = model(x)
-        divergence = kl(model(x_adv), logits)
+        logits = _logits(model, x)
+        divergence = kl(_logits(model, x_adv), logits)
         return _cross_entropy(logits, y, self.label_smoothing) + self.beta * divergence
 
 
@@ -139,7 +140,7 @@ class MART:
 
     def losses(self, model: nn.Module, x: Tensor, x_adv: Tensor, y: Tensor) -> Tensor:
         """Returns the loss of each pair of a clean and an adversarial example, `[n]`."""
-        logits, logits_adv = model(x), model(x_adv)
+        logits, logits_adv = _logits(model, x), _logits(model, x_adv)
         true = y[:, None]
         # the wrong class that x_adv is most taken for
         rival = logits_adv.scatter(1, true, -float("inf")).argmax(1, keepdim=True)
@@ -172,6 +173,12 @@ def build(config: RunConfig) -> Method:
             assert config.beta is not None
             return MART(attack, config.beta)
     return PGDAT(attack, config.label_smoothing)
+
+
+def _logits(model: nn.Module, images: Tensor) -> Tensor:
+    logits = model(images)
+    # in bfloat16 the differences of losses and log-probabilities would be rounded away
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 def _cross_entropy(logits: Tensor, y: Tensor, label_smoothing: float) -> Tensor:

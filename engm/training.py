@@ -15,7 +15,7 @@ from engm import data, methods, optim, processes
 from engm.config import RunConfig
 from engm.epochs import Precision, build_scheduler, train_one_epoch
 from engm.errors import InputError, NonFiniteLossError
-from engm.evaluation import accuracy_under, attack_of, build_model, evaluate_run
+from engm.evaluation import accuracy_under, build_model, evaluate_run, validation_attack
 from engm.files import write_json
 from engm.run_directory import (
     CHECKPOINTS,
@@ -202,11 +202,8 @@ class _Run:
                 f"{failed}, that of the last whole epoch (if any) in {CHECKPOINTS['last']}."
             ) from None
         processes.share_buffers(self.model)
-        # one step sees no catastrophic overfitting of fast_at, and would choose the wrong epoch
-        steps = self.config.num_steps if self.config.method != "fast_at" else self.config.eval_steps
-        validation = accuracy_under(
-            self.model, self.dataset.validation, attack_of(self.config, num_steps=steps)
-        )
+        attack = validation_attack(self.config)
+        validation = accuracy_under(self.model, self.dataset.validation, attack)
         self.epoch = epoch
         robust = validation.robust_accuracy
         metrics = {

@@ -7,6 +7,7 @@ import torch
 from engm import data
 from engm.config import TYPES, RunConfig, choices
 from engm.errors import NonFiniteLossError
+from engm.evaluation import accuracy_under
 from engm.notebooks import live
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -149,3 +150,19 @@ def test_the_view_shows_loss_accuracies_and_weights():
     assert percents == {"clean": [50, 75], "robust": [25, 50]}
     assert sum(bar.get_height() for bar in histogram.patches) == 3
     assert all(axes.get_xlabel() and axes.get_ylabel() for axes in (loss, accuracy, histogram))
+
+
+@pytest.mark.parametrize(("method", "steps"), [("pgd_at", 5), ("fast_at", 7)])
+def test_a_run_is_watched_with_many_steps_where_training_takes_one(
+    method, steps, images, monkeypatch
+):
+    seen = []
+
+    def spy(model, split, attack):
+        seen.append(attack.num_steps)
+        return accuracy_under(model, split, attack)
+
+    monkeypatch.setattr(live, "accuracy_under", spy)
+    config = RunConfig(subset=100, width=2, epochs=1, eval_steps=7, method=method)
+    assert len(list(live.train(images, config))) == 1
+    assert seen == [steps]

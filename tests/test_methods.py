@@ -146,3 +146,23 @@ def test_the_attack_of_trades_starts_from_a_little_noise_and_not_in_the_ball():
     noise = (still(model, x, y, generator=torch.Generator().manual_seed(0)) - x)[inner]
     assert noise.std().item() == pytest.approx(0.001, rel=0.2)
     assert noise.abs().max() < 0.006
+
+
+@pytest.mark.parametrize("method", [Natural(), PGDAT(ATTACK), TRADES(KL_ATTACK), MART(ATTACK)])
+def test_losses_of_bfloat16_logits_are_not_rounded_again(method):
+    class Linear(nn.Module):
+        def __init__(self, dtype):
+            super().__init__()
+            self.dtype = dtype
+
+        def forward(self, x):
+            generator = torch.Generator().manual_seed(0)
+            weight = torch.randn(16, 5, generator=generator, dtype=torch.float64)
+            return (3 * x.flatten(1) @ weight).bfloat16().to(self.dtype)
+
+    _, x, y = problem()
+    x_adv = (x + 0.02).clamp(max=1)
+    rough = method.losses(Linear(torch.bfloat16), x, x_adv, y)
+    fine = method.losses(Linear(torch.float64), x, x_adv, y)
+    assert rough.dtype == torch.float32
+    torch.testing.assert_close(rough.double(), fine, rtol=1e-4, atol=1e-5)

@@ -100,6 +100,16 @@ def attack_of(config: RunConfig, *, num_steps: int | None = None) -> PGD:
     )
 
 
+def validation_attack(config: RunConfig) -> PGD:
+    """Returns the PGD that a run is watched with, of as many steps as its training takes.
+
+    One that trains with a single step gets the steps of its evaluation: a single one sees no
+    catastrophic overfitting, and would choose the wrong epoch.
+    """
+    config = config.resolved()
+    return attack_of(config, num_steps=None if config.method == "fast_at" else config.num_steps)
+
+
 def accuracy_under(
     model: nn.Module,
     split: Split,

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from engm import data, methods, optim, plots
 from engm.config import TYPES, RunConfig, choices
-from engm.evaluation import accuracy_under, attack_of, build_model
+from engm.evaluation import accuracy_under, build_model, validation_attack
 from engm.training import build_scheduler, train_one_epoch
 from engm.weight_perturbation import AWP
 
@@ -55,7 +55,7 @@ def train(
     config = config.resolved()
     model = build_model(config, images).to(images.train.images.device)
     method, optimizer = methods.build(config), optim.build(config, model)
-    attack = attack_of(config, num_steps=config.num_steps)
+    attack = validation_attack(config)
     assert config.batch_size
     scheduler = build_scheduler(config, optimizer, -(-len(images.train) // config.batch_size))
     for epoch in range(1, config.epochs + 1):
