@@ -1,5 +1,9 @@
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 
+from engm.attacks import PGD
 from engm.config import RunConfig
 from engm.errors import InputError
 from engm.files import read_json, write_json
@@ -185,3 +189,28 @@ def test_every_run_has_a_line_with_all_of_its_settings(tmp_path):
         0.61,
         0.6,
     )
+
+
+def test_the_logs_of_old_are_alike_with_those_of_attacks_that_have_got_settings_since(tmp_path):
+    old = (
+        "PGD(eps=0.1, step_size=0.05, num_steps=20, restarts=1, norm='linf', loss='ce', "
+        "random_start=True, stop_early=True)"
+    )
+    today = PGD(eps=0.1, step_size=0.05, num_steps=20, stop_early=True)
+    assert repr(today) != old
+    add(write_run(tmp_path, 0.5), attack=old)
+    add(write_run(tmp_path, 0.5, seed=1), attack=repr(today))
+    records = collect(tmp_path)[0]
+    check_protocol(records)
+    (row,) = summarise(records)
+    assert row["gap"].n == 2
+    stronger = repr(replace(today, decay=True))
+    add(write_run(tmp_path, 0.5, seed=2), attack=stronger)
+    with pytest.raises(InputError, match="attack PGD.*decay=False.* \\(2 runs\\)"):
+        check_protocol(collect(tmp_path)[0])
+
+
+def test_all_committed_runs_were_evaluated_alike():
+    logs = Path(__file__).parents[1] / "results"
+    folders = [logs / name for name in ("digits", "methods", "awp-without-warmup")]
+    check_protocol([record for folder in folders for record in collect(folder)[0]])

@@ -1,5 +1,6 @@
 """Run directories in; tables of means and spreads out."""
 
+import ast
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
@@ -7,6 +8,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+from engm.attacks import FGSM, PGD
 from engm.config import RunConfig
 from engm.errors import InputError
 from engm.results import tables
@@ -164,7 +166,18 @@ def one_line_a_run(records: Sequence[Record]) -> list[dict[str, Any]]:
 def _protocol(record: Record) -> dict[str, Any]:
     tested, settings = record.result["last"], record.config.to_dict()
     facts = {"data": record.result["data"], "test images": tested.get("num_examples")}
-    return facts | {name: settings[name] for name in PROTOCOL} | {"attack": tested.get("attack")}
+    attack = _in_todays_words(tested.get("attack"))
+    return facts | {name: settings[name] for name in PROTOCOL} | {"attack": attack}
+
+
+def _in_todays_words(attack: Any) -> Any:
+    # a log of old does not name the settings that attacks have got since
+    try:
+        call: Any = ast.parse(attack, mode="eval").body
+        kind = {"PGD": PGD, "FGSM": FGSM}[call.func.id]
+        return repr(kind(**{item.arg: ast.literal_eval(item.value) for item in call.keywords}))
+    except (SyntaxError, TypeError, ValueError, KeyError, AttributeError):
+        return attack
 
 
 def _differences(facts: Sequence[dict[str, Any]]) -> list[str]:
