@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from engm.attack_inputs import check_batch, check_choice, check_count, check_pixels, checked_logits
+from engm.attacked import AttackedModel
 from engm.errors import InputError
 
 
@@ -97,7 +98,8 @@ class PGD:
     `attack(model, x, y)` returns x_adv. A run gives its last iterate, as in Madry et al. 2018
     (arXiv 1706.06083). Of several runs, each example keeps the first x_adv that fools the model, or
     else the one of highest loss. |x_adv - x| <= eps holds up to rounding, 1e-7 a pixel in float32.
-    Without `stop_early`, nothing after the check of x and y waits for the device.
+    Without `stop_early`, nothing after the check of x and y waits for the device; an
+    `engm.attacked.AttackedModel` spares that check, and more.
 
     Attributes:
         eps: Radius of the ball in pixels, at most 1 for "linf".
@@ -175,7 +177,9 @@ class PGD:
         Raises:
             InputError: If x, y or the logits are not as above.
         """
-        logits_of = partial(checked_logits, model, check_batch(x, y))
+        attacked = model if isinstance(model, AttackedModel) else None
+        highest = check_batch(x, y, look=attacked is None or attacked.begin(x))
+        logits_of = partial(checked_logits, model, highest)
         if self.eps == 0 or len(x) == 0:
             return (x if rows is None else x[rows]).detach().clone()
         # autograd refuses tensors that the caller made in inference mode, but not their copies
@@ -189,38 +193,57 @@ class PGD:
             for _ in range(self.restarts):
                 # drawn for the whole batch: the same starts with and without stop_early
                 start = self._start(whole, generator)[chosen][standing]
-                x_adv = self._run(logits_of, start, x[standing], y[standing], target[standing])
+                left = x[standing], target[standing]
+                if self.stop_early:
+                    x_adv = self._run_until_fooled(logits_of, start, left[0], y[standing], left[1])
+                elif attacked is not None:
+                    loss = partial(self._mean_loss, logits_of, left[1])
+                    x_adv = attacked.run(self, partial(self._run, logits_of), loss, start, *left)
+                else:
+                    x_adv = self._run(logits_of, start, *left)
                 if self.restarts == 1:
                     return x_adv
                 logits = logits_of(x_adv).detach()
-                loss = _LOSSES[self.loss](logits, target[standing]).float()
+                losses = _LOSSES[self.loss](logits, target[standing]).float()
                 # inf, so that nothing replaces the first x_adv that fools the model
-                loss = loss.masked_fill(fooled(logits, y[standing]), math.inf)
-                better = loss > best_loss[standing]
+                losses = losses.masked_fill(fooled(logits, y[standing]), math.inf)
+                better = losses > best_loss[standing]
                 best[standing] = torch.where(_per_example(better, x), x_adv, best[standing])
-                best_loss[standing] = torch.where(better, loss, best_loss[standing])
+                best_loss[standing] = torch.where(better, losses, best_loss[standing])
                 if self.stop_early:
                     standing = standing[best_loss[standing] < math.inf]
                     if len(standing) == 0:
                         break
             return best
 
-    def _run(
+    def _run(self, logits_of: _Forward, x_adv: Tensor, x: Tensor, target: Tensor) -> Tensor:
+        for step in range(self.num_steps):
+            x_adv, _ = self._step(logits_of, step, x_adv, x, target)
+        return x_adv
+
+    def _run_until_fooled(
         self, logits_of: _Forward, x_adv: Tensor, x: Tensor, y: Tensor, target: Tensor
     ) -> Tensor:
         rows = torch.arange(len(x), device=x.device)
         for step in range(self.num_steps):
-            here = x_adv[rows].requires_grad_()
-            logits = logits_of(here)
-            direction = self._direction(_LOSSES[self.loss](logits, target[rows]), here)
-            there = self._project(here.detach() + self._length(step) * direction, x[rows])
-            if self.stop_early:
-                standing = ~fooled(logits, y[rows])
-                rows, there = rows[standing], there[standing]
-                if len(rows) == 0:
-                    break
-            x_adv[rows] = there
+            there, logits = self._step(logits_of, step, x_adv[rows], x[rows], target[rows])
+            standing = ~fooled(logits, y[rows])
+            rows = rows[standing]
+            if len(rows) == 0:
+                break
+            x_adv[rows] = there[standing]
         return x_adv
+
+    def _step(
+        self, logits_of: _Forward, step: int, x_adv: Tensor, x: Tensor, target: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        here = x_adv.detach().requires_grad_()
+        logits = logits_of(here)
+        direction = self._direction(_LOSSES[self.loss](logits, target), here)
+        return self._project(here.detach() + self._length(step) * direction, x), logits
+
+    def _mean_loss(self, logits_of: _Forward, target: Tensor, x_adv: Tensor) -> Tensor:
+        return _LOSSES[self.loss](logits_of(x_adv), target).mean()
 
     def _length(self, step: int) -> float:
         if not self.decay:

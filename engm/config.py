@@ -94,6 +94,7 @@ class RunConfig:
     precision: Literal["float32", "bfloat16"] = _option("float32", "arithmetic of model passes")
     channels_last: bool = _option(False, "memory layout that GPUs prefer for convolutions")
     compile: bool = _option(False, "compile the model for the attack steps (torch.compile)")
+    capture: bool = _option(False, "record the attack steps as a CUDA graph, and replay it")
 
     def __post_init__(self) -> None:
         """Checks every field, so that a config that exists is a config that can run."""

@@ -45,7 +45,7 @@ def train_one_epoch(
         examples: Pairs of images `[n, c, h, w]` in [0, 1] and labels `[n]`. Processes of
             `torch.distributed` are each given all of them, and share each batch.
         scheduler: Stepped after each step of the optimizer.
-        attacked: The model as the attack sees it, where it was compiled; it shares its weights.
+        attacked: The model as the attack sees it, with the same weights, see `AttackedModel`.
         precision: float32 where left out.
         awp: Takes the gradients at perturbed weights.
 
@@ -79,21 +79,25 @@ def train_one_epoch(
                 losses.append(optimizer.accumulate(closure, inputs=x_adv))
             optimizer.step()
         except NonFiniteLossError as error:
-            raise NonFiniteLossError(f"step {step}: {error}") from None
+            raise NonFiniteLossError(f"step {step - error.steps_ago}: {error}") from None
         if isinstance(optimizer, optim.ENGM) and optimizer.last:
             norms.append(optimizer.last.norms)
         if scheduler is not None:
             scheduler.step()
     if not losses:
         raise InputError("there is no batch to train on")
+    try:
+        optimizer.settle()
+    except NonFiniteLossError as error:
+        raise NonFiniteLossError(f"step {step + 1 - error.steps_ago}: {error}") from None
     every = torch.cat(losses)
     finite = every.isfinite()
-    metrics = {"train_loss": processes.mean(every[finite])}
+    metrics = {"train_loss": float(processes.mean(every, finite))}
     if norms:
         lengths = torch.cat(norms)
         good = finite & lengths.isfinite()
         excluded = processes.total(int((~good).sum()), every.device)
-        metrics |= {"example_norm": processes.mean(lengths[good]), "excluded": excluded}
+        metrics |= {"example_norm": float(processes.mean(lengths, good)), "excluded": excluded}
     return metrics
 
 

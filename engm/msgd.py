@@ -1,14 +1,15 @@
 """Momentum SGD with the call that ENGM has: the baseline, with or without clipping."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from engm import processes
-from engm.errors import InputError, NonFiniteLossError
+from engm.errors import InputError
 from engm.example_norms.measures import NO_STEP, Closure, run_closure
+from engm.step_guard import StepGuard
 
 
 class MSGD(torch.optim.SGD):
@@ -35,6 +36,7 @@ class MSGD(torch.optim.SGD):
             raise InputError(f"max_norm must be above 0, or None for no clipping; got {max_norm}")
         super().__init__(params, lr=lr, **sgd)
         self.max_norm = max_norm
+        self._guard = StepGuard("{bad} of {count} losses are inf or nan; " + NO_STEP)
         self._count = 0  # examples of the batch so far, and their mean gradient
         self._means: dict[Tensor, Tensor] = {}
 
@@ -53,19 +55,15 @@ class MSGD(torch.optim.SGD):
 
         Raises:
             InputError: If the closure returns something else than one loss per example.
-            NonFiniteLossError: If a loss is inf or nan; the parameters are then as before.
+            NonFiniteLossError: If a loss is inf or nan; the parameters are then as before. On a GPU
+                it may come with a later step, see `settle`.
         """
         losses = None
         if closure is not None or not self._count:
             losses = self.accumulate(closure, inputs)
         processes.average(list(self._means.values()), self._count)
-        for parameter, gradient in self._means.items():
-            before = parameter.grad
-            parameter.grad = gradient if before is None else before + gradient
+        update(self, self._means, self._guard, super().step, self.max_norm)
         self._count, self._means = 0, {}
-        if self.max_norm is not None:
-            nn.utils.clip_grad_norm_(_parameters(self), self.max_norm)
-        super().step()
         return losses
 
     def accumulate(self, closure: Closure | None, inputs: Tensor | None = None) -> Tensor:
@@ -80,10 +78,8 @@ class MSGD(torch.optim.SGD):
         """
         losses = run_closure(closure)
         bad = ~losses.detach().isfinite()
-        if processes.mean(bad.float()):  # wherever the losses are, so that no process waits
-            raise NonFiniteLossError(
-                f"{int(bad.sum())} of {len(losses)} losses are inf or nan; {NO_STEP}"
-            )
+        # wherever the losses are, so that no process waits
+        self._guard.check(processes.mean(bad) > 0, bad)
         parameters = [p for p in _parameters(self) if p.requires_grad]
         gradients = torch.autograd.grad(losses.mean(), parameters, allow_unused=True)
         share = len(losses) / (self._count + len(losses))
@@ -101,6 +97,55 @@ class MSGD(torch.optim.SGD):
         """Forgets the gradients, and the parts of a batch that no step was taken along."""
         super().zero_grad(set_to_none)
         self._count, self._means = 0, {}
+
+    def settle(self) -> None:
+        """Waits for the device, and raises what steps on a GPU had no answer to yet.
+
+        There a step whose losses are not finite is skipped, with all that follow, and the error
+        comes with one of the next steps, or here. Call it before the weights are used or kept.
+
+        Raises:
+            NonFiniteLossError: If a step was skipped.
+        """
+        self._guard.settle()
+
+
+def update(
+    optimizer: torch.optim.SGD,
+    gradients: dict[Tensor, Tensor],
+    guard: StepGuard,
+    step: Callable[[], Any],
+    max_norm: float | None = None,
+) -> None:
+    """Gives each parameter its gradient and calls `step` of `torch.optim.SGD`.
+
+    Args:
+        optimizer: Whose parameters they are.
+        gradients: What is added to each parameter's `grad`.
+        guard: On a GPU the update is skipped there where this says so.
+        step: The update.
+        max_norm: Longest gradient, all parameters together.
+    """
+    deferred = guard.skip is not None
+    for parameter, gradient in gradients.items():
+        if deferred and gradient.stride() != parameter.stride():
+            gradient = torch.empty_like(parameter).copy_(gradient)  # as fused kernels want it
+        before = parameter.grad
+        parameter.grad = gradient if before is None else before + gradient
+    if max_norm is not None:
+        nn.utils.clip_grad_norm_(_parameters(optimizer), max_norm)
+    if deferred:
+        optimizer.found_inf = guard.skip  # type: ignore[attr-defined]
+        for group in optimizer.param_groups:
+            group["fused"], group["foreach"] = True, False
+            if group["momentum"] and not group["dampening"]:
+                # torch would leave them unset after a first step that is skipped
+                for parameter in group["params"]:
+                    state = optimizer.state[parameter]
+                    if state.get("momentum_buffer") is None:
+                        state["momentum_buffer"] = torch.zeros_like(parameter)
+    step()
+    guard.stepped()
 
 
 def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:

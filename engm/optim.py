@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from engm import processes
 from engm.config import RunConfig
-from engm.errors import InputError, NonFiniteLossError
+from engm.errors import InputError
 from engm.example_norms.measures import (
     NO_STEP,
     Closure,
@@ -22,7 +22,8 @@ from engm.example_norms.measures import (
     InputMeasure,
     LoopMeasure,
 )
-from engm.msgd import MSGD
+from engm.msgd import MSGD, update
+from engm.step_guard import StepGuard, defers
 
 __all__ = ["ENGM", "MSGD", "ExampleWeights", "build", "example_weights"]
 
@@ -37,14 +38,24 @@ class ExampleWeights:
     Attributes:
         norms: |g_i| before weighing, or their estimates, `[n]`.
         weights: w_i, `[n]`; the step followed the mean of the w_i g_i.
-        scale: c, the longest that a w_i g_i may be.
-        excluded: How many examples had an inf or nan loss or gradient, and got weight 0.
+        good: Which examples had a finite loss and gradient, `[n]` booleans; others got weight 0.
     """
 
     norms: Tensor
     weights: Tensor
-    scale: float
-    excluded: int
+    good: Tensor
+    _scale: Tensor
+
+    # read when they are asked for, so that a step on a GPU need not wait for them
+    @property
+    def scale(self) -> float:
+        """c, the longest that a w_i g_i may be."""
+        return float(self._scale)
+
+    @property
+    def excluded(self) -> int:
+        """How many examples had an inf or nan loss or gradient, and got weight 0."""
+        return int((~self.good).sum())
 
 
 class ENGM(torch.optim.SGD):
@@ -61,9 +72,10 @@ class ENGM(torch.optim.SGD):
         optimizer.zero_grad()
         optimizer.step(lambda: F.cross_entropy(model(x_adv), y, reduction="none"))
 
-    An example whose loss or gradient is inf or nan gets weight 0. Under `torch.distributed` each
-    process gives its own examples and the mean runs over all; the model is the bare one, not
-    wrapped for data parallelism.
+    An example whose loss or gradient is inf or nan gets weight 0. On a GPU a step does not wait for
+    the device (with "input", only where the estimate is fitted anew); see `settle`. Under
+    `torch.distributed` each process gives its own examples and the mean runs over all; the model is
+    the bare one, not wrapped for data parallelism.
 
     Args:
         model: The model whose trainable parameters are optimised.
@@ -119,7 +131,8 @@ class ENGM(torch.optim.SGD):
             self.measure = InputMeasure(model, refresh_every)
         else:
             self.measure = LoopMeasure(model)
-        self._mean_norm = 0.0
+        self._guard = StepGuard(f"all losses or their gradients are inf or nan; {NO_STEP}")
+        self._mean_norm: Tensor | None = None  # of the steps so far, float64
         self._pending: list[Tensor] = []  # the norms of each part of the batch so far
         self._sums: dict[Tensor, Tensor] = {}  # sum_i w_i g_i so far
 
@@ -139,24 +152,20 @@ class ENGM(torch.optim.SGD):
         Raises:
             InputError: If the closure returns something else than one loss per example.
             NonFiniteLossError: If no example has a finite loss and gradient; the parameters are
-                then as before.
+                then as before. On a GPU it may come with a later step, see `settle`.
         """
         losses = None
         if closure is not None or not self._pending:
             losses = self.accumulate(closure, inputs)
-        count = sum(len(norms) for norms in self._pending)
+        norms = torch.cat(self._pending)
         for total in self._sums.values():
-            total.div_(count)
-        processes.average(list(self._sums.values()), count)
-        for parameter, gradient in self._sums.items():
-            before = parameter.grad
-            parameter.grad = gradient if before is None else before + gradient
-        finite = torch.cat(self._pending)
-        finite = finite[finite.isfinite()]
-        super().step()
-        mean = processes.mean(finite)
-        decay = _SCALE_DECAY if self._mean_norm else 0.0
-        self._mean_norm = decay * self._mean_norm + (1 - decay) * mean
+            total.div_(len(norms))
+        processes.average(list(self._sums.values()), len(norms))
+        update(self, self._sums, self._guard, super().step)
+        mean = processes.mean(norms, norms.isfinite())
+        before = torch.zeros_like(mean) if self._mean_norm is None else self._mean_norm
+        decay = _SCALE_DECAY * (before > 0).double()
+        self._mean_norm = decay * before + (1 - decay) * mean
         self._pending, self._sums = [], {}
         return losses
 
@@ -176,18 +185,18 @@ class ENGM(torch.optim.SGD):
         """
         losses, norms, weighted = self.measure(closure, inputs)
         good = norms.isfinite() & losses.isfinite()
-        if processes.mean(good.float()) == 0:
-            raise NonFiniteLossError(f"all losses or their gradients are inf or nan; {NO_STEP}")
-        scale = self._current_scale(norms[good])
+        self._guard.check(processes.mean(good) == 0, ~good)
+        scale = self._current_scale(norms, good)
         weights = torch.where(good, example_weights(norms, scale, self.floor), 0.0)
-        excluded = len(losses) - int(good.sum())
-        gradients = weighted(weights, good.nonzero()[:, 0] if excluded else None)
+        # on a GPU nobody waits to hear that all of them are good, as they nearly always are
+        all_good = not defers(good.device) and bool(good.all())
+        gradients = weighted(weights, None if all_good else good)
         for parameter, gradient in gradients.items():
             gradient = gradient.to(parameter.dtype)
             before = self._sums.get(parameter)
             self._sums[parameter] = gradient if before is None else before + gradient
         self._pending.append(norms.masked_fill(~good, math.nan))
-        self.last = ExampleWeights(norms, weights, scale, excluded)
+        self.last = ExampleWeights(norms, weights, good, scale)
         return losses
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -195,38 +204,55 @@ class ENGM(torch.optim.SGD):
         super().zero_grad(set_to_none)
         self._pending, self._sums = [], {}
 
+    def settle(self) -> None:
+        """Waits for the device, and raises what steps on a GPU had no answer to yet.
+
+        There a step whose losses are not finite is skipped, with all that follow, and the error
+        comes with one of the next steps, or here. Call it before the weights are used or kept.
+
+        Raises:
+            NonFiniteLossError: If a step was skipped.
+        """
+        self._guard.settle()
+
     def state_dict(self) -> dict[str, Any]:
         """Returns the state of `torch.optim.SGD`, the running mean and the estimate's line."""
-        own = {"mean_norm": self._mean_norm, "measure": self.measure.state()}
+        mean_norm = 0.0 if self._mean_norm is None else float(self._mean_norm)
+        own = {"mean_norm": mean_norm, "measure": self.measure.state()}
         return {**super().state_dict(), "engm": own}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restores what `state_dict` returned; after that of an MSGD, ENGM's part starts anew."""
         super().load_state_dict({k: v for k, v in state_dict.items() if k != "engm"})
         own = state_dict.get("engm", {})
-        self._mean_norm = own.get("mean_norm", 0.0)
+        device = self.param_groups[0]["params"][0].device
+        mean_norm = own.get("mean_norm", 0.0)
+        self._mean_norm = torch.tensor(mean_norm, dtype=torch.float64, device=device)
         self.measure.load(own.get("measure", {}))
 
-    def _current_scale(self, norms: Tensor) -> float:
+    def _current_scale(self, norms: Tensor, good: Tensor) -> Tensor:
         if self.scale != "mean":
-            return float(self.scale)
-        if self._mean_norm:
-            return self._mean_norm
-        # the first step: its first part speaks for all
-        return self.last.scale if self._pending and self.last else processes.mean(norms)
+            return torch.full((), self.scale, dtype=torch.float64, device=norms.device)
+        if self._pending and self.last:
+            return self.last._scale  # the first part speaks for all
+        mean = processes.mean(norms, good)
+        if self._mean_norm is None:
+            return mean
+        return torch.where(self._mean_norm > 0, self._mean_norm, mean)
 
 
-def example_weights(norms: Tensor, scale: float, floor: float) -> Tensor:
+def example_weights(norms: Tensor, scale: float | Tensor, floor: float) -> Tensor:
     """Returns w_i = c / max(|g_i|, f c), so that |w_i g_i| <= c.
 
     Args:
         norms: |g_i|, `[n]`.
-        scale: c. Where it is 0, all gradients are, and the weights are 1.
+        scale: c, a number or a tensor of one. Where it is 0, all gradients are, and the weights
+            are 1.
         floor: f in (0, 1].
     """
-    if scale == 0:
-        return torch.ones_like(norms)
-    return scale / norms.clamp(min=floor * scale)
+    scale = torch.as_tensor(scale, dtype=torch.float64, device=norms.device)
+    weights = norms.clamp(min=floor * scale).reciprocal() * scale
+    return torch.where(scale == 0, 1.0, weights).to(norms.dtype)
 
 
 def build(config: RunConfig, model: nn.Module) -> MSGD | ENGM:

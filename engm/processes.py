@@ -14,7 +14,7 @@ from torch import Tensor, distributed, nn
 @contextmanager
 def joined() -> Iterator[None]:
     """Joins the processes that `torchrun` started, for the block; without it, does nothing."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or _several():
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or several():
         yield
         return
     if torch.cuda.is_available():
@@ -29,12 +29,12 @@ def joined() -> Iterator[None]:
 
 def first() -> bool:
     """Returns whether this process is the one that writes."""
-    return not _several() or distributed.get_rank() == 0
+    return not several() or distributed.get_rank() == 0
 
 
 def wait() -> None:
     """Waits until all processes are here."""
-    if _several():
+    if several():
         distributed.barrier()
 
 
@@ -44,7 +44,7 @@ def share(count: int) -> slice | None:
     A batch with fewer examples than processes is taken by each of them as a whole: the mean is the
     same.
     """
-    if not _several() or count < distributed.get_world_size():
+    if not several() or count < distributed.get_world_size():
         return None
     rank, size = distributed.get_rank(), distributed.get_world_size()
     return slice(count * rank // size, count * (rank + 1) // size)
@@ -53,21 +53,21 @@ def share(count: int) -> slice | None:
 @torch.no_grad()
 def share_buffers(model: nn.Module) -> None:
     """Gives all processes the buffers of the first one, such as BatchNorm's statistics."""
-    if _several():
+    if several():
         for buffer in model.buffers():
             distributed.broadcast(buffer, 0)
 
 
 def total(value: int, device: torch.device) -> int:
     """Returns the sum of the values of all processes."""
-    if not _several():
+    if not several():
         return value
     summed = torch.tensor(value, device=device)
     distributed.all_reduce(summed)
     return int(summed)
 
 
-def average(gradients: Sequence[Tensor], count: int) -> None:
+def average(gradients: Sequence[Tensor], count: int | Tensor) -> None:
     """Replaces each process's mean gradient over `count` examples by the mean over all examples.
 
     Args:
@@ -75,7 +75,7 @@ def average(gradients: Sequence[Tensor], count: int) -> None:
             ones, in the same order.
         count: How many examples this process had.
     """
-    if not _several() or not gradients:
+    if not several() or not gradients:
         return
     # one message: the sums, and the number of examples behind them
     flat = torch.cat([g.flatten() for g in gradients] + [gradients[0].new_ones(1)]) * count
@@ -85,13 +85,21 @@ def average(gradients: Sequence[Tensor], count: int) -> None:
         gradient.copy_(total.view_as(gradient))
 
 
-def mean(values: Tensor) -> float:
-    """Returns the mean of the values of all processes; 0 where there are none."""
-    total = torch.stack([values.double().sum(), values.new_tensor(len(values)).double()])
-    if _several():
+def mean(values: Tensor, keep: Tensor | None = None) -> Tensor:
+    """Returns the mean of the values of all processes, one float64 on their device.
+
+    Args:
+        values: `[n]`, of any length, on each process its own.
+        keep: Which of them count, `[n]` booleans; all where left out. 0 where none do.
+    """
+    if keep is None:
+        keep = torch.ones_like(values, dtype=torch.bool)
+    total = torch.stack([torch.where(keep, values, 0).double().sum(), keep.sum().double()])
+    if several():
         distributed.all_reduce(total)
-    return float(total[0] / total[1].clamp(min=1))
+    return total[0] / total[1].clamp(min=1)
 
 
-def _several() -> bool:
+def several() -> bool:
+    """Returns whether there is more than this one process in the run."""
     return distributed.is_available() and distributed.is_initialized()

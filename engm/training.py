@@ -1,7 +1,8 @@
 """A whole run: it survives being killed, and several processes can share it."""
 
 import os
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
@@ -12,6 +13,7 @@ import torch
 from tqdm.auto import tqdm
 
 from engm import data, methods, optim, processes
+from engm.attacked import AttackedModel
 from engm.config import RunConfig
 from engm.epochs import Precision, build_scheduler, train_one_epoch
 from engm.errors import InputError, NonFiniteLossError
@@ -114,7 +116,7 @@ def _fit(
     cuda = [target] if target.type == "cuda" else []
     with torch.random.fork_rng(devices=cuda):
         run = _Run(config, dataset, target, folder)  # what cannot start leaves no folder
-        with locked(folder) if processes.first() else nullcontext():
+        with locked(folder) if processes.first() else nullcontext(), _kernels_compared():
             run.go_on(progress and processes.first())
             result = run.evaluate(save_adversarial, progress and processes.first())
             if processes.first():
@@ -136,7 +138,7 @@ class _Run:
         self.precision = Precision(getattr(torch, config.precision), layout)
         _seed(config.seed, 0)
         self.model = build_model(config, dataset).to(device, memory_format=layout)  # type: ignore[call-overload]
-        self.attacked: Any = torch.compile(self.model) if config.compile else self.model
+        self.attacked = self._attacked()
         self.method = methods.build(config)
         self.optimizer = optim.build(config, self.model)
         assert config.batch_size is not None
@@ -145,6 +147,13 @@ class _Run:
         self.scheduler = build_scheduler(config, self.optimizer, steps)
         self.epoch = 0
         self.best = {"epoch": 0, "validation_robust_accuracy": -1.0}
+
+    def _attacked(self) -> AttackedModel | None:
+        config = self.config
+        if self.device.type == "cpu" and not (config.compile or config.capture):
+            return None
+        fast = dict(compile=config.compile, capture=config.capture)
+        return AttackedModel(self.model, self.precision.dtype, **fast)
 
     def go_on(self, progress: bool) -> None:
         if processes.first():
@@ -273,6 +282,17 @@ def pick_device(name: str) -> torch.device:
         reason = str(error).split("\n")[0]
         raise InputError(f"cannot use device {name!r}: {reason}; use 'cpu' or 'auto'") from None
     return device
+
+
+@contextmanager
+def _kernels_compared() -> Iterator[None]:
+    # cuDNN tries its kernels once for each shape, and keeps the fastest
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = True
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
 
 
 def _seed(seed: int, epoch: int) -> None:

@@ -76,20 +76,21 @@ class AWP:
         try:
             with torch.enable_grad():
                 losses = run_closure(closure)
-                finite = losses[losses.isfinite()]
-                # the empty sum keeps the graph
-                mean = finite.sum() / max(len(finite), 1)
+                finite = losses.isfinite()
+                count = finite.sum().clamp(min=1)
+                mean = torch.where(finite, losses, 0).sum() / count
                 found = torch.autograd.grad(mean, weights, allow_unused=True)
         finally:
             _put_back(buffers, kept)
         gradients = [
             torch.zeros_like(w) if g is None else g for w, g in zip(weights, found, strict=True)
         ]
-        processes.average(gradients, len(finite))
+        processes.average(gradients, finite.sum())
         steps = []
         for weight, gradient in zip(weights, gradients, strict=True):
             length = gradient.norm()
-            unit = gradient / length if 0 < length < math.inf else torch.zeros_like(gradient)
+            # no steps from gradients without a direction
+            unit = torch.where((length > 0) & length.isfinite(), gradient / length, 0)
             steps.append(self.gamma * weight.detach().norm() * unit)
         return steps
 

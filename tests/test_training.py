@@ -349,9 +349,9 @@ def test_a_single_step_is_taken_at_about_the_full_rate(schedule):
 def test_the_options_for_gpus_run_on_the_cpu_too(finished, tmp_path, monkeypatch):
     compiled = []
 
-    def compile_without_a_compiler(model):
+    def compile_without_a_compiler(model, **options):
         compiled.append(model)
-        return real_compile(model, backend="eager")
+        return real_compile(model, backend="eager", **options)
 
     real_compile = torch.compile
     monkeypatch.setattr(torch, "compile", compile_without_a_compiler)

@@ -176,14 +176,14 @@ class Watch:
         """Returns |g_i|^2 of each parameter that had a part in the losses, `[n]`."""
         return dict(self._squares)
 
-    def weighted(self, weights: Tensor, rows: Tensor | None = None) -> dict[Tensor, Tensor]:
+    def weighted(self, weights: Tensor, keep: Tensor | None = None) -> dict[Tensor, Tensor]:
         """Returns sum_i w_i g_i for each parameter that had a part in the losses.
 
         Args:
-            weights: w_i, `[n]`.
-            rows: Indices of the examples that count; all where left out.
+            weights: w_i, `[n]`; 0 where `keep` is false.
+            keep: Which examples count, `[n]` booleans; all where left out. The others may be nan.
         """
-        return {parameter: share.weighted(weights, rows) for parameter, share in self._shares}
+        return {parameter: share.weighted(weights, keep) for parameter, share in self._shares}
 
     def _take(self, layer: nn.Module, calls: list[tuple[Tensor, Tensor]]) -> None:
         for name, share in shares_of(layer, calls, self._measure).items():

@@ -35,8 +35,8 @@ class Share(Protocol):
     def squares(self) -> Tensor:
         """Returns the square of each share's length, `[n]`."""
 
-    def weighted(self, weights: Tensor, rows: Tensor | None) -> Tensor:
-        """Returns sum_i w_i share_i, over `rows` alone where given, in the parameter's shape."""
+    def weighted(self, weights: Tensor, keep: Tensor | None) -> Tensor:
+        """Returns sum_i w_i share_i in the parameter's shape, of the rows to `keep` where given."""
 
 
 @dataclass(frozen=True)
@@ -51,10 +51,9 @@ class Stored:
         flat = self.shares.flatten(1)
         return torch.linalg.vector_norm(flat, dim=1, dtype=_precise(flat.dtype)).square()
 
-    def weighted(self, weights: Tensor, rows: Tensor | None) -> Tensor:
+    def weighted(self, weights: Tensor, keep: Tensor | None) -> Tensor:
         """As for `Share`."""
-        shares = self.shares if rows is None else self.shares[rows]
-        weights = weights if rows is None else weights[rows]
+        shares = _kept(self.shares, keep)
         return self.arrange((weights.to(shares.dtype) @ shares.flatten(1)).view(shares.shape[1:]))
 
 
@@ -79,14 +78,20 @@ class Factors:
         total = _total(self.inner(*one, *other) for one in calls for other in calls)
         return total.clamp(min=0)
 
-    def weighted(self, weights: Tensor, rows: Tensor | None) -> Tensor:
+    def weighted(self, weights: Tensor, keep: Tensor | None) -> Tensor:
         """As for `Share`."""
         total: Any = 0
         for a, b in self.calls:
-            kept, w = (b, weights) if rows is None else (b[rows], weights[rows])
-            w = w.to(b.dtype).view(-1, *[1] * (b.dim() - 1))
-            total = total + self.product(a if rows is None else a[rows], kept * w)
+            w = weights.to(b.dtype).view(-1, *[1] * (b.dim() - 1))
+            total = total + self.product(_kept(a, keep), _kept(b, keep) * w)
         return total
+
+
+def _kept(values: Tensor, keep: Tensor | None) -> Tensor:
+    # zeros for the other rows: 0 times nan is nan, and to pick rows would wait for a GPU
+    if keep is None:
+        return values
+    return torch.where(keep.view(-1, *[1] * (values.dim() - 1)), values, 0)
 
 
 def shares_of(module: nn.Module, calls: Calls, measure: bool) -> dict[str, Share]:

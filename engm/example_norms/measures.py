@@ -107,7 +107,7 @@ class LoopMeasure:
         parameters: list[Tensor] = [p for p in self._model.parameters() if p.requires_grad]
         norms = loop_norms(losses, parameters)
 
-        def weighted(weights: Tensor, rows: Tensor | None) -> dict[Tensor, Tensor]:
+        def weighted(weights: Tensor, keep: Tensor | None) -> dict[Tensor, Tensor]:
             # sum_i w_i g_i is the gradient of sum_i w_i l_i, the weights held constant
             total = (weights.to(losses.dtype) * losses).sum()
             found = torch.autograd.grad(total, parameters, allow_unused=True)

@@ -1,0 +1,191 @@
+"""The model as the steps of an attack see it: frozen, and as fast as the device allows."""
+
+import copy
+import warnings
+from collections.abc import Callable, Hashable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from engm.errors import InputError
+
+# layers whose weights autocast turns into the lower precision, in each pass anew
+_CAST = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_WARM_UP = 3
+# How far the loss that a replay reaches may lie from that of the recorded steps, as a part of their
+# climb. Pixels cannot be compared: sums in another order turn signs, and the steps multiply that.
+_TOLERANCE = 0.1
+
+
+class AttackedModel(nn.Module):
+    """A frozen view of a model in eval mode, to be given to an attack in its place.
+
+        attacked = AttackedModel(model, torch.bfloat16, compile=True, capture=True)
+        x_adv = attack(attacked, x, y)  # the model as it is now
+
+    It answers as the model does in eval mode. What is spared: gradients of weights, which a
+    compiled backward pass would compute whether or not they are asked for; turning weights into
+    bfloat16 in each step; starting thousands of kernels one by one; and, after the first batch of
+    a shape, the look at the values of x and y, which waits for the device.
+
+    The view shares the memory of the model's tensors; those that are cast it copies when an attack
+    begins. So the model is to stay on its device, and to keep its tensors, as training does.
+
+    Args:
+        model: The model, left as it is.
+        dtype: What the passes compute in, bfloat16 by way of `torch.autocast`.
+        compile: Compile the passes (`torch.compile`), for batches of the first one's shape.
+        capture: Record the steps of an attack as a CUDA graph, and replay it. If a graph cannot be
+            made, or does not do what the steps do, there is a warning and the steps run as always.
+
+    Raises:
+        InputError: If `capture` is asked for and the model is not on a CUDA device.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        dtype: torch.dtype = torch.float32,
+        compile: bool = False,
+        capture: bool = False,
+    ) -> None:
+        super().__init__()
+        self._device = next((p.device for p in model.parameters()), torch.device("cpu"))
+        if capture and self._device.type != "cuda":
+            raise InputError(
+                f"capture records CUDA graphs, but the model is on {self._device}; leave it out"
+            )
+        self._dtype = dtype
+        self._frozen, self._casts = _frozen(model, dtype)
+        self._compiled = torch.compile(self._frozen, dynamic=False) if compile else None
+        self._record: _Recorder | None = _cuda_graph if capture else None
+        self._replays: dict[Hashable, Callable[..., Tensor]] = {}
+        self._known: set[torch.Size] = set()
+        self._first: torch.Size | None = None
+        self.eval()
+
+    def train(self, mode: bool = True) -> "AttackedModel":
+        """Stays in eval mode."""
+        return super().train(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Returns the model's logits.
+
+        Raises:
+            InputError: If the passes cannot be compiled here.
+        """
+        with self._autocast():
+            if self._compiled is None or x.shape != self._first:
+                return self._frozen(x)
+            try:
+                return self._compiled(x)
+            except torch._dynamo.exc.TorchDynamoException as error:
+                reason = str(error).strip().split("\n")[0]
+                raise InputError(f"torch.compile failed: {reason}; leave compile out") from error
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        kind = self._device.type
+        if not torch.amp.is_autocast_available(kind):  # as for "meta"
+            return nullcontext()
+        return torch.autocast(kind, self._dtype, enabled=self._dtype != torch.float32)
+
+    @torch.no_grad()
+    def begin(self, x: Tensor) -> bool:
+        """Takes over the model's weights, for an attack on `x`.
+
+        Returns:
+            Whether nothing of the shape of `x` was attacked before, so that its values, and those
+            of its labels, are to be looked at.
+        """
+        for cast, original in self._casts:
+            cast.copy_(original)
+        self._first = self._first or x.shape
+        return x.shape not in self._known
+
+    def run(
+        self,
+        key: Hashable,
+        work: Callable[..., Tensor],
+        loss: Callable[[Tensor], Tensor],
+        *inputs: Tensor,
+    ) -> Tensor:
+        """Returns `work(*inputs)`, by a replay where it was recorded.
+
+        Args:
+            key: What the work is; work with the same key and inputs of the same shapes is the same.
+            work: Calls this model, and reads nothing else that changes but the inputs.
+            loss: What the work climbs, a single number for images such as the first input.
+            inputs: Tensors.
+        """
+        self._known.add(inputs[0].shape)
+        if self._record is None:
+            return work(*inputs)
+        key = key, *((value.shape, value.dtype) for value in inputs)
+        if key not in self._replays:
+            self._replays[key] = self._recorded(work, loss, inputs)
+        return self._replays[key](*inputs)
+
+    def _recorded(
+        self, work: Callable[..., Tensor], loss: Callable[[Tensor], Tensor], inputs: Any
+    ) -> Callable[..., Tensor]:
+        assert self._record is not None
+        try:
+            expected, replay = self._record(work, inputs)
+            images = inputs[0], expected, replay(*inputs)
+            start, wanted, found = (float(loss(x_adv).detach()) for x_adv in images)
+            # equal where nothing climbs
+            if abs(found - wanted) <= _TOLERANCE * abs(wanted - start) + 1e-6 * abs(wanted):
+                return replay
+            reason = f"it takes the loss from {start:.4g} to {found:.4g}, the steps to {wanted:.4g}"
+        except RuntimeError as failure:
+            reason = str(failure).split("\n")[0]
+        warnings.warn(
+            f"capture: the attack runs step by step, since its CUDA graph failed: {reason}",
+            stacklevel=2,
+        )
+        return work
+
+
+# Takes the work and its first inputs; returns what they give, and the replay.
+_Work = Callable[..., Tensor]
+_Recorder = Callable[[_Work, tuple[Tensor, ...]], tuple[Tensor, _Work]]
+
+
+def _frozen(model: nn.Module, dtype: torch.dtype) -> tuple[nn.Module, list[tuple[Tensor, Tensor]]]:
+    casts: list[tuple[Tensor, Tensor]] = []
+    shared: dict[int, Tensor] = {id(buffer): buffer for buffer in model.buffers()}
+    for module in model.modules():
+        for p in module.parameters(recurse=False):
+            wanted = dtype if isinstance(module, _CAST) and dtype != torch.float32 else p.dtype
+            value = p.detach().to(wanted)
+            shared[id(p)] = nn.Parameter(value, requires_grad=False)
+            if value.dtype != p.dtype:
+                casts.append((shared[id(p)], p))
+    return copy.deepcopy(model, shared).eval(), casts
+
+
+def _cuda_graph(
+    work: Callable[..., Tensor], inputs: tuple[Tensor, ...]
+) -> tuple[Tensor, Callable[..., Tensor]]:
+    held = [value.clone() for value in inputs]
+    with torch.cuda.device(inputs[0].device):
+        # apart from the main stream, as recording wants it; kernels are chosen and compiled here
+        apart, main = torch.cuda.Stream(), torch.cuda.current_stream()
+        apart.wait_stream(main)
+        with torch.cuda.stream(apart):
+            for _ in range(_WARM_UP):
+                expected = work(*held).clone()
+        main.wait_stream(apart)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            output = work(*held)
+
+    def replay(*values: Tensor) -> Tensor:
+        for place, value in zip(held, values, strict=True):
+            place.copy_(value)
+        graph.replay()
+        return output.clone()
+
+    return expected, replay
