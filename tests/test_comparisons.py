@@ -122,6 +122,110 @@ def test_what_a_baseline_does_not_read_makes_no_other_baseline(tmp_path):
     assert {c.baseline for c in found} == {"msgd"}
 
 
+def test_runs_are_compared_by_any_setting_where_all_else_is_the_same(tmp_path):
+    for seed in (0, 1, 2):
+        for optimizer, ahead in (("msgd", 0.01), ("engm", -0.02)):
+            own = dict(optimizer=optimizer, seed=seed)
+            robust = 0.5 + 0.03 * seed
+            write_run(tmp_path, robust, **own)
+            write_run(tmp_path, robust + ahead, last=robust, **own, precision="bfloat16")
+    write_run(tmp_path, 0.9, precision="bfloat16", channels_last=True)  # no partner
+    records = collect(tmp_path)[0]
+    found, alone = compare(records, "precision=float32")
+    assert [(c.settings["optimizer"], c.quantity) for c in found] == [
+        *(("engm", "robust (best)"), ("engm", "robust (last)")),
+        *(("msgd", "robust (best)"), ("msgd", "robust (last)")),
+    ]
+    assert {c.baseline for c in found} == {"precision float32"}
+    assert {c.settings["precision"] for c in found} == {"bfloat16"}
+    for comparison, by in zip(found, (-0.02, 0, 0.01, 0), strict=True):
+        assert comparison.paired.differences == pytest.approx([by] * 3)
+        assert comparison.paired.seeds == (0, 1, 2)
+    assert alone == [
+        "Digits, pgd_at, msgd, precision bfloat16, channels_last True: no run of precision float32 "
+        "to pair with"
+    ]
+    backwards, _ = compare(records, "precision=bfloat16")
+    assert backwards[0].paired.differences == pytest.approx([0.02] * 3)
+    figure = run_report.build(records, compare="precision=float32").figures()["differences"]
+    assert figure[0].startswith("Robust accuracy minus that of precision float32")
+    assert figure[1].axes[0].get_xlabel() == "points above precision float32"
+    # an optimizer is a setting like others
+    for_short = compare(records, "msgd")
+    assert compare(records, "optimizer=msgd") == for_short
+    assert for_short[0][0].paired.differences == pytest.approx([-0.03] * 3)
+    paired, alone = compare(records, "channels-last=TRUE")
+    assert paired[0].paired.differences == pytest.approx([0.51 - 0.9])
+    assert len(alone) == 3
+
+
+def test_values_are_named_as_on_the_command_line_and_take_along_what_belongs_to_them(tmp_path):
+    settings = [
+        *(dict(lr=0.1), dict(lr=0.1, subset=50), dict(lr=0.1, awp=0.01, awp_warmup=10)),
+        *(dict(lr=0.2), dict(method="trades"), dict(num_steps=10), dict(scale=2.0)),
+        dict(model="preact_resnet18"),
+    ]
+    for number, one in enumerate(settings):
+        write_run(tmp_path, 0.5 + 0.01 * number, **one)
+    records = collect(tmp_path)[0]
+    for baseline, differences in {
+        "lr=0.1": [0.03],
+        "lr = 1/10": [0.03],
+        "subset=none": [0.01],
+        "awp=0": [0.02],
+        "method=pgd_at": [0.04],
+        "num-steps=5": [0.05],
+        "scale=mean": [0.06],
+        "model=small_cnn": [0.07],
+    }.items():
+        found, _ = compare(records, baseline)
+        best = [c.paired.differences[0] for c in found if c.quantity == "robust (best)"]
+        assert best == pytest.approx(differences), baseline
+    write_run(tmp_path, 0.5, num_steps=5, step_size=0.01)
+    with pytest.raises(InputError, match=r"num_steps 5 was run with step_size 0.075, 0.01; which"):
+        compare(collect(tmp_path)[0], "num_steps=5")
+
+
+def test_each_value_of_the_compared_setting_has_its_own_choice(tmp_path):
+    for seed in (0, 1, 2):
+        for precision, good in (("float32", 0.1), ("bfloat16", 0.2)):
+            for lr in (0.1, 0.2):
+                own = dict(precision=precision, lr=lr, seed=seed)
+                robust = 0.5 + 0.02 * seed - 0.1 * (lr == good) + 0.01 * (precision == "bfloat16")
+                add_run(tmp_path, robust, 0.6 + 0.1 * (lr == good), **own)
+        add_run(tmp_path, 0.1, 0.1, precision="float32", lr=0.3, seed=seed)
+    done = run_report.build(collect(tmp_path)[0], compare="precision=float32", choose=["lr"])
+    assert len(done.records) == 6
+    assert [c.baseline for c in done.compared] == ["precision float32, lr 0.1"] * 2
+    assert done.compared[0].paired.differences == pytest.approx([0.01] * 3)
+    assert done.compared[0].settings["lr"] == 0.2
+    assert (
+        "unequal search: settings were chosen for msgd, precision bfloat16 from 2, msgd, "
+        "precision float32 from 3"
+    ) in done.remarks
+    with pytest.raises(InputError, match="cannot choose precision; choose of subset"):
+        choose(collect(tmp_path)[0], ["precision"], compared="precision")
+
+
+@pytest.mark.parametrize(
+    ("baseline", "message"),
+    [
+        ("size=3", "cannot compare by 'size'; compare by subset, model, .*optimizer, lr"),
+        ("eps=0.15", "cannot compare by 'eps'"),
+        ("seed=0", "cannot compare by 'seed'"),
+        ("lr=0.3", "no run has lr '0.3' to compare with; there is 0.1, 0.2$"),
+        ("lr=low", "no run has lr 'low' to compare with"),
+        ("lr=", "no run has lr '' to compare with"),
+        ("channels_last=1", "no run has channels_last '1' to compare with; there is False"),
+        ("precision=float32", "all runs have precision float32; there is none to compare with"),
+        ("adam", "no run has optimizer 'adam' to compare with; there is engm, msgd$"),
+    ],
+)
+def test_what_cannot_be_compared_by_is_refused_with_what_can(sweep, baseline, message):
+    with pytest.raises(InputError, match=message):
+        run_report.build(collect(sweep)[0], compare=baseline, choose=["floor"])
+
+
 def test_what_has_no_partner_is_said(sweep):
     write_run(sweep, 0.5, optimizer="engm", epochs=7)
     found, alone = compare(collect(sweep)[0], "msgd")

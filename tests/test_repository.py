@@ -1,6 +1,7 @@
 """What the files around the package promise."""
 
 import re
+import shlex
 import tomllib
 from collections import defaultdict
 from pathlib import Path
@@ -20,6 +21,8 @@ from engm.sweep.plan import read_plan
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 README = (ROOT / "README.md").read_text()
+RESULTS = (ROOT / "results" / "README.md").read_text()
+COMMANDS = [shlex.split(c) for c in re.findall(r"`(engm report\s+results/[^`]+)`", RESULTS)]
 
 
 def name_of(requirement):
@@ -128,18 +131,49 @@ def test_the_claims_stand_as_the_notebooks_left_them():
         assert re.search(rf"^\| {claim} \|.*\| \*\*{short}\*\*", README, re.M), (claim, short)
 
 
-def test_the_tables_are_what_the_logs_give():
-    records, unfinished = collect(ROOT / "results" / "digits")
-    assert not unfinished
-    assert to_markdown(summarise(records)) in (ROOT / "results" / "README.md").read_text()
+# a folder of runs with the commands of results/README.md that are about it
+LOGS = {
+    folder: [c for c in COMMANDS if Path(c[2]).parts[:2] == ("results", folder.name)]
+    for folder in sorted((ROOT / "results").iterdir())
+    if folder.is_dir() and next(folder.rglob("config.json"), None)
+}
+
+
+@pytest.mark.parametrize("folder", LOGS, ids=lambda folder: folder.name)
+def test_the_tables_of_the_results_are_what_the_logs_give(folder, monkeypatch, capsys):
+    from engm.cli import main
+
+    monkeypatch.chdir(ROOT)
+    shown = [ROOT / command[2] for command in LOGS[folder]]
+    for config in folder.rglob("config.json"):
+        assert any(config.is_relative_to(root) for root in shown), f"{config} is in no table"
+    for command in LOGS[folder]:
+        assert not {"--out", "--figures", "--logs"} & set(command), "a test writes nothing"
+        main.main(command[1:], standalone_mode=False)
+        printed = capsys.readouterr()
+        assert "not finished" not in printed.err
+        assert f"\n\n{printed.out.strip()}\n\n" in RESULTS + "\n", shlex.join(command)
+
+
+def test_the_results_name_runs_that_are_there():
+    assert LOGS
+    assert sum(map(len, LOGS.values())) == len(COMMANDS)
+
+
+def test_the_tables_of_the_readme_are_what_the_logs_give():
     shown = [
         record
-        for record in records
+        for record in collect(ROOT / "results" / "digits")[0]
         if record.config.optimizer in ("msgd", "engm")
         and (record.config.scale, record.config.floor) == ("mean", 0.05)
         and record.config.lr >= 0.1
     ]
     assert to_markdown(summarise(shown)) in README
+    methods = collect(ROOT / "results" / "methods")[0]
+    found = build(methods, compare="msgd", choose=("lr",))
+    assert not any("unequal" in remark for remark in found.remarks)
+    assert to_markdown(found.summary) in README
+    assert {row["outcome"] for row in found.differences} == {"not settled"}
 
 
 def test_the_learning_rates_of_the_text_are_those_that_the_validation_images_choose():
@@ -158,19 +192,6 @@ def test_the_learning_rates_of_the_text_are_those_that_the_validation_images_cho
     }
     assert chosen == {"msgd": 0.2, "msgd-clip": 0.3, "engm": 0.3, "engm-input": 0.3}
     assert "(0.2 for MSGD, 0.3 for ENGM)" in README
-
-
-def test_the_tables_of_the_methods_are_what_the_logs_give():
-    written = (ROOT / "results" / "README.md").read_text()
-    records, unfinished = collect(ROOT / "results" / "methods")
-    cold, more = collect(ROOT / "results" / "awp-without-warmup")
-    assert not unfinished and not more
-    found = build(records, compare="msgd", choose=("lr",))
-    assert not any("unequal" in remark for remark in found.remarks)
-    for table in (found.text("markdown"), *(to_markdown(summarise(r)) for r in (records, cold))):
-        assert table.strip() in written
-    assert to_markdown(found.summary) in README
-    assert {row["outcome"] for row in found.differences} == {"not settled"}
 
 
 def test_the_plans_are_ready_to_run():

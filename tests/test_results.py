@@ -1,21 +1,31 @@
+import csv
+import json
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
 from engm.attacks import PGD
+from engm.cli import main
 from engm.config import RunConfig
 from engm.errors import InputError
+from engm.evaluation.checks import Check
+from engm.evaluation.robustness_report import Accuracy, AttackResult, RobustnessReport
 from engm.files import read_json, write_json
 from engm.results import (
     Quantity,
     check_protocol,
     collect,
+    costs,
+    evaluations,
     one_line_a_run,
     provenance,
     summarise,
     to_markdown,
 )
+from engm.results.logs import copy_logs
+from engm.results.run_report import build
 
 
 def write_run(root, robust, last=None, clean=0.9, data="Digits", **settings):
@@ -214,3 +224,273 @@ def test_all_committed_runs_were_evaluated_alike():
     logs = Path(__file__).parents[1] / "results"
     folders = [logs / name for name in ("digits", "methods", "awp-without-warmup")]
     check_protocol([record for folder in folders for record in collect(folder)[0]])
+
+
+def evaluated(folder, margin, worst=None, which="best", autoattack=None, **other):
+    """Writes what `engm evaluate` would; accuracies as counts of images."""
+    config, n = RunConfig.from_dict(read_json(folder / "config.json")), other.get("images", 40)
+    what = {"steps": 20, "eps": config.eps, "settings": "20 steps", "flags": ()} | other
+    attacks = [("FGSM", n, "one step"), (f"PGD-{what['steps']} margin", margin, what["settings"])]
+    attacks.append((f"PGD-{what['steps']} margin, 5 starts", margin, "5 starts"))
+    attacks += [("AutoAttack", autoattack, "standard: apgd-ce")] * (autoattack is not None)
+    report = RobustnessReport(
+        eps=what["eps"],
+        norm=config.norm,
+        clean=Accuracy(n, n),
+        attacks=tuple(AttackResult(a, Accuracy(k, n), how, 0.1, None) for a, k, how in attacks),
+        worst=Accuracy(min(margin, autoattack or n) if worst is None else worst, n),
+        curve={},
+        checks=tuple(Check(c, c not in what["flags"], "") for c in ("large eps", "loss")),
+        skipped={},
+        autoattack=autoattack if autoattack is None else {"warnings": what.get("warnings", [])},
+        seed=config.seed,
+        environment={},
+    )
+    write_json(folder / f"evaluation-{which}.json", {"checkpoint": which} | report.to_dict())
+    return folder
+
+
+def test_what_stronger_attacks_left_gets_columns_of_its_own(tmp_path):
+    for seed, (margin, strong) in enumerate(((20, 16), (24, 18), (28, 20))):
+        folder = evaluated(
+            write_run(tmp_path, 0.6, seed=seed), margin, strong - 1, autoattack=strong
+        )
+        evaluated(folder, margin - 8, which="last")
+    write_run(tmp_path, 0.7, optimizer="engm")
+    records = records_of(tmp_path)
+    done = build(records)
+    engm, msgd = done.summary
+    new = [name for name in msgd if name not in summarise(records)[0]]
+    assert new == [
+        "PGD-20 margin (best, 40 images)",
+        "AutoAttack (best, 40 images)",
+        "worst case with AutoAttack (best, 40 images)",
+        "PGD-20 margin (last, 40 images)",
+        "worst case (last, 40 images)",
+        "seeds",
+    ]
+    assert list(msgd)[-7] == "gap"
+    means = [0.6, 0.45, 0.425, 0.4, 0.4]
+    assert [msgd[name].mean for name in new[:-1]] == pytest.approx(means)
+    assert [msgd[name].deviation for name in new[:2]] == pytest.approx([0.1, 0.05])
+    assert [engm[name] for name in new[:-1]] == ["-"] * 5
+    assert not any("seeds evaluated" in r or "flag" in r for r in done.remarks)
+    lines = done.text("markdown").splitlines()
+    assert "| gap | PGD-20 margin (best, 40 images) | AutoAttack" in lines[0]
+    assert "| - | - | - | - | - | 1 |" in lines[2]
+    assert "| 60.0 ± 10.0 | 45.0 ± 5.0 |" in lines[3]
+    (first, second) = csv.DictReader(done.text("csv").splitlines())
+    assert first["AutoAttack (best, 40 images) mean"] == ""
+    assert float(second["AutoAttack (best, 40 images) sd"]) == pytest.approx(0.05)
+    done.write(tmp_path / "out")
+    runs = list(csv.DictReader((tmp_path / "out" / "runs.csv").read_text().splitlines()))
+    assert [run["AutoAttack (best, 40 images)"] for run in runs] == ["", "0.4", "0.45", "0.5"]
+
+
+def test_a_report_of_runs_without_evaluations_is_as_it_was(tmp_path):
+    for seed in (0, 1):
+        write_run(tmp_path, 0.6, seed=seed)
+    done = build(records_of(tmp_path))
+    assert done.text("markdown") == to_markdown(summarise(records_of(tmp_path)))
+    assert done.remarks == []
+
+
+@pytest.mark.parametrize(
+    ("other", "head"),
+    [
+        ({"images": 80}, "PGD-20 margin (best, 80 images)"),
+        ({"eps": 0.1}, "PGD-20 margin (best, 40 images, linf eps 0.1)"),
+        ({"steps": 50}, "PGD-50 margin (best, 40 images)"),
+        ({"steps": 50}, "worst case (best, 40 images, PGD-50)"),
+        ({"autoattack": 20}, "worst case with AutoAttack (best, 40 images)"),
+    ],
+)
+def test_accuracies_of_different_things_are_in_no_mean_together(tmp_path, other, head):
+    for seed in (0, 1):
+        evaluated(write_run(tmp_path, 0.6, seed=seed), 20 + 4 * seed)
+    evaluated(write_run(tmp_path, 0.6, seed=2), 40, **other)
+    rows, remarks = evaluations.columns(records_of(tmp_path))
+    (row,) = rows
+    kind = "worst case" if "worst" in head else "PGD-20 margin"
+    assert row[head].n == 1
+    assert row[f"{kind} (best, 40 images)"] == Quantity.of([0.5, 0.6])
+    assert any("1 of 3 seeds evaluated for" in r and head in r for r in remarks)
+
+
+def test_settings_that_a_head_does_not_tell_are_refused(tmp_path):
+    evaluated(write_run(tmp_path, 0.6), 20)
+    evaluated(write_run(tmp_path, 0.6, optimizer="engm"), 20, settings="20 constant steps")
+    records = records_of(tmp_path)
+    with pytest.raises(
+        InputError, match="not attacked alike for PGD-20 margin .*20 constant steps"
+    ):
+        build(records)
+    # rows of their own are no mean
+    assert len(build(records, mixed=True).summary) == 2
+    evaluated(write_run(tmp_path, 0.6, seed=1), 20, settings="20 constant steps")
+    with pytest.raises(InputError, match=r"linf eps 0.15; PGD-20 margin: 20 steps against"):
+        build(records_of(tmp_path), mixed=True)
+
+
+def test_seeds_that_were_not_evaluated_and_flags_are_said(tmp_path):
+    for seed in range(3):
+        folder = write_run(tmp_path, 0.6, seed=seed)
+        if seed:
+            evaluated(folder, 20, autoattack=12 if seed == 2 else None, flags=("large eps",),
+                      warnings=["w"])  # fmt: skip
+    _, remarks = evaluations.columns(records_of(tmp_path))
+    assert remarks[1:] == [
+        "Digits, pgd_at, msgd: 2 of 3 seeds evaluated for PGD-20 margin (best, 40 images)",
+        "Digits, pgd_at, msgd: 1 of 3 seeds evaluated for AutoAttack (best, 40 images), worst case "
+        "(best, 40 images), worst case with AutoAttack (best, 40 images)",
+        "evaluations in which a check raised a flag: large eps (2), warnings of AutoAttack (1)",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("part", "value"),
+    [
+        ("worst", {"count": 10, "accuracy": 0.5}),
+        ("worst", {"count": 80, "accuracy": 2.0}),
+        ("worst", 0.5),
+        ("num_examples", 0),
+        ("num_examples", "40"),
+        ("attacks", {"FGSM": {"settings": ""}}),
+        ("attacks", []),
+        ("checks", None),
+        ("eps", None),
+    ],
+)
+def test_a_file_that_is_no_evaluation_is_named(tmp_path, part, value):
+    path = evaluated(write_run(tmp_path, 0.6), 20) / "evaluation-best.json"
+    write_json(path, read_json(path) | {part: value})
+    with pytest.raises(
+        InputError, match=r"evaluation-best.json is not what .engm evaluate. writes"
+    ):
+        build(records_of(tmp_path))
+    path.write_text("[]")
+    with pytest.raises(InputError, match="delete it, and evaluate the run again"):
+        build(records_of(tmp_path))
+
+
+def test_what_engm_evaluate_writes_is_read(tmp_path):
+    from engm import data
+    from engm.evaluation.robustness import evaluate_checkpoint
+    from engm.training import fit
+
+    found = []
+    for seed in (0, 1):
+        small = dict(subset=40, width=4, epochs=1, eval_steps=2, seed=seed)
+        run = fit(RunConfig(**small), tmp_path, device="cpu", progress=False)
+        found.append(evaluate_checkpoint(run.folder, "last", data.load("digits"), images=30))
+    done = build(records_of(tmp_path))
+    (row,) = done.summary
+    for head, of in (
+        ("worst case (last, 30 images)", lambda report: report.worst),
+        ("PGD-2 margin (last, 30 images)", lambda report: report.attacks[2].accuracy),
+    ):
+        assert row[head] == Quantity.of([of(report).fraction for report in found])
+    flagged = {check.name for report in found for check in report.flags}
+    assert all(name in done.remarks[-1] for name in flagged)
+
+
+def test_costs_are_medians_over_epochs_and_seeds_with_where_it_ran(tmp_path):
+    times = {("msgd", 0): [9.0, 2.0, 4.0], ("msgd", 1): [3.0, 1.0, 8.0], ("engm", 0): None}
+    for (optimizer, seed), seconds in times.items():
+        commit = "a" * 40 if seed == 0 else "b" * 40 + "-dirty"
+        machine = {"commit": commit, "packages": {"torch": "2.13"}, "device": "GPU"}
+        folder = write_run(tmp_path, 0.5, optimizer=optimizer, precision="bfloat16", seed=seed)
+        add(folder, environment=machine)
+        lines = [{"epoch": i, "seconds": s} for i, s in enumerate(seconds or [])]
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
+    assert costs(records_of(tmp_path)) == [
+        {
+            **{"dataset": "Digits", "method": "pgd_at", "optimizer": "engm"},
+            **{"seconds an epoch": "", "epochs an hour": "", "device": "GPU", "torch": "2.13"},
+            **{"commit": "a" * 12, "seeds": 1},
+        },
+        {
+            **{"dataset": "Digits", "method": "pgd_at", "optimizer": "msgd"},
+            **{"seconds an epoch": 3.5, "epochs an hour": 3600 / 3.5, "device": "GPU"},
+            **{"torch": "2.13", "commit": "a" * 12 + ", " + "b" * 12 + "-dirty", "seeds": 2},
+        },
+    ]
+    write_run(tmp_path, 0.5, optimizer="msgd")
+    assert [row["precision"] for row in costs(records_of(tmp_path))] == [
+        *("bfloat16", "bfloat16", "float32")
+    ]
+    done = build(records_of(tmp_path), compare="precision=float32", costs=True)
+    text = done.text("markdown")
+    assert text.count("\n\n| dataset |") == 2
+    assert text.index("| outcome |") < text.index("| seconds an epoch |")
+    assert "| 3.5 | 1029 | GPU |" in text
+    for kind in ("latex", "html", "csv"):
+        assert "seconds an epoch" in done.text(kind)
+    names = [path.name for path in done.write(tmp_path / "table.csv")]
+    assert names == ["table.csv", "table-differences.csv", "table-costs.csv"]
+    written = list(csv.DictReader((tmp_path / "table-costs.csv").read_text().splitlines()))
+    assert float(written[1]["epochs an hour"]) == 3600 / 3.5
+    assert "What the runs took" in done.text("html")
+    assert any(remark.startswith("seconds an epoch") for remark in done.remarks)
+    assert "seconds" not in build(records_of(tmp_path)).text("markdown")
+
+
+def test_logs_are_copied_without_what_is_large_and_give_the_same_report(tmp_path):
+    for seed in (0, 1):
+        folder = evaluated(write_run(tmp_path / "runs", 0.5, seed=seed), 20)
+        (folder / "metrics.jsonl").write_text('{"epoch": 1, "seconds": 1.0}\n')
+        (folder / "checkpoint-best.pt").write_bytes(b"weights")
+        (folder / "evaluation-best").mkdir()
+        (folder / "robustness-best.png").write_bytes(b"picture")
+    write_run(tmp_path / "runs", None, seed=2)
+    command = ["report", str(tmp_path / "runs"), "--costs", "--logs", str(tmp_path / "logs")]
+    result = CliRunner().invoke(main, command)
+    assert result.exit_code == 0, result.output
+    folders = sorted((tmp_path / "logs").iterdir())
+    assert len(folders) == 2
+    for folder in folders:
+        assert sorted(path.name for path in folder.iterdir()) == [
+            *("config.json", "evaluation-best.json", "metrics.jsonl", "result.json")
+        ]
+        assert f"written to {folder}" in result.output
+        for path in folder.iterdir():
+            own = tmp_path / "runs" / folder.name / path.name
+            assert path.read_bytes() == own.read_bytes()
+    texts = [build(records_of(tmp_path / name), costs=True).text("markdown")
+             for name in ("runs", "logs")]  # fmt: skip
+    assert texts[0] == texts[1]
+
+
+def test_logs_go_over_no_other_run(tmp_path):
+    runs, logs = tmp_path / "runs", tmp_path / "logs"
+    first, second = (write_run(runs, 0.5, seed=seed) for seed in (0, 1))
+    (first / "metrics.jsonl").write_text("{}\n")
+    copy_logs(records_of(runs)[:1], logs)
+    # the same run again: what is new comes along, and the copy of a copy is the copy
+    evaluated(first, 20)
+    copy_logs(records_of(runs)[:1], logs)
+    evaluated(first, 24)
+    copy_logs(records_of(runs)[:1], logs)
+    there = logs / first.name
+    copy_logs(records_of(logs), logs)
+    assert (there / "evaluation-best.json").read_bytes() == (
+        (first / "evaluation-best.json").read_bytes()
+    )
+    before = {path.name: path.read_bytes() for path in there.iterdir()}
+    for name in ("config.json", "metrics.jsonl", "result.json"):
+        own = first / name
+        kept = own.read_bytes()
+        own.write_bytes(kept + b" \n" if name != "metrics.jsonl" else b'{"epoch": 1}\n')
+        with pytest.raises(InputError, match=f"{first.name} is, or would be, the place of another"):
+            copy_logs(records_of(runs), logs)
+        assert {path.name: path.read_bytes() for path in there.iterdir()} == before
+        assert not (logs / second.name).exists()
+        own.write_bytes(kept)
+    (first / "metrics.jsonl").unlink()
+    with pytest.raises(InputError, match="choose another folder for the logs"):
+        copy_logs(records_of(runs), logs)
+    # other data under the same config would share the folder
+    write_run(tmp_path / "jpeg", 0.5, data="Digits (JPEG)")
+    with pytest.raises(InputError, match="place of another"):
+        copy_logs([*records_of(runs)[:1], *records_of(tmp_path / "jpeg")], tmp_path / "new")
+    assert not (tmp_path / "new").exists()

@@ -15,7 +15,7 @@ from engm.cli.options import (
     device_option,
     settings_options,
 )
-from engm.config import TYPES, RunConfig, choices
+from engm.config import RunConfig
 
 
 @click.command(cls=Command)
@@ -100,10 +100,13 @@ def evaluate(
 
 @click.command(cls=Command)
 @click.argument("runs", type=PathType(), nargs=-1, required=True)
-@click.option("--compare", type=click.Choice(choices(TYPES["optimizer"])),
-              help="compare the other optimizers with this one, seed by seed")  # fmt: skip
+@click.option("--compare", metavar="OPTIMIZER|SETTING=VALUE",
+              help="compare the other optimizers, or values of the setting, with this one, seed by "
+              "seed")  # fmt: skip
 @click.option("--choose", metavar="SETTING,...", default="",
-              help="keep for each optimizer what does best on the validation images")  # fmt: skip
+              help="keep for each optimizer, or value of the compared setting, what does best on "
+              "the validation images")  # fmt: skip
+@click.option("--costs", is_flag=True, help="add a table of times, hardware and versions")
 @click.option("--mixed", is_flag=True, help="allow runs that were not evaluated alike")
 @click.option("--format", "kind", type=click.Choice(["markdown", "csv", "latex", "html"]),
               help="default: markdown, or what the file is called")  # fmt: skip
@@ -111,31 +114,37 @@ def evaluate(
     "--out", type=PathType(), help="also write a file (.md, .csv, .tex, .html) or a folder"
 )
 @click.option("--figures", type=PathType(), help="also write figures into this folder")
+@click.option("--logs", type=PathType(), help="also copy what this report reads, without weights "
+              "and images, to this folder")  # fmt: skip
 def report(
     runs: tuple[Path, ...],
     compare: str | None,
     choose: str,
+    costs: bool,
     mixed: bool,
     kind: str | None,
     out: Path | None,
     figures: Path | None,
+    logs: Path | None,
 ) -> None:
     """Put the run directories at or below RUNS into one table.
 
     Runs that differ in their seed alone share a row: mean ± standard deviation, in percent; CSV
-    has fractions, unrounded.
+    has fractions, unrounded. What `engm evaluate` found has columns of its own.
 
     \b
     engm report runs --choose lr --compare msgd --out report.html
+    engm report runs --compare precision=float32 --costs --logs results/precision
     """
     from engm.results import collect, run_report
+    from engm.results.logs import copy_logs
 
     if out is not None and out.suffix and not out.is_dir():
         run_report.format_of(out, kind)  # before anything is read
     found = [collect(root) for root in runs]
     names = [name.strip().replace("-", "_") for name in choose.split(",") if name.strip()]
     records = [record for records, _ in found for record in records]
-    done = run_report.build(records, compare=compare, choose=names, mixed=mixed)
+    done = run_report.build(records, compare=compare, choose=names, mixed=mixed, costs=costs)
     click.echo(done.text("markdown" if out is not None or kind is None else kind))
     unfinished = [folder for _, folders in found for folder in folders]
     remarks = [f"left out, not finished: {', '.join(map(str, unfinished))}"] * bool(unfinished)
@@ -143,5 +152,7 @@ def report(
         click.echo(remark, err=True)
     files = [] if out is None else done.write(out, kind)
     files += [] if figures is None else done.write_figures(figures)
+    # all of them: which ones --choose takes is a part of what the logs show
+    files += [] if logs is None else copy_logs(records, logs)
     for path in files:
         click.echo(f"written to {click.format_filename(path)}", err=True)

@@ -5,14 +5,14 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean, median, stdev
 from typing import Any
 
 from engm.attacks import FGSM, PGD
 from engm.config import RunConfig
 from engm.errors import InputError
 from engm.results import tables
-from engm.run_directory import CONFIG, RESULT, read_config, read_result
+from engm.run_directory import CONFIG, RESULT, read_config, read_metrics, read_result
 
 # columns that say what a run is, shown even where all runs agree
 ALWAYS = ("dataset", "method", "optimizer")
@@ -99,19 +99,36 @@ def check_protocol(records: Iterable[Record]) -> None:
 
 def provenance(records: Iterable[Record]) -> list[str]:
     """Returns a sentence for each of commit, versions and hardware in which the runs differ."""
-    origins = []
-    for record in records:
-        environment = record.result.get("environment", {})
-        packages = environment.get("packages", {})
-        origins.append(
-            {
-                "commit": (environment.get("commit") or "unknown")[:12],
-                "engm": packages.get("engm", "unknown"),
-                "torch": packages.get("torch", "unknown"),
-                "device": environment.get("device", "unknown"),
-            }
-        )
+    origins = [_origin(record) for record in records]
     return [f"the runs differ in {difference}" for difference in _differences(origins)]
+
+
+def costs(records: Sequence[Record]) -> list[dict[str, Any]]:
+    """Says of each row of `summarise`, in their order, what its runs took and on what they ran.
+
+    Args:
+        records: Finished runs.
+
+    Returns:
+        A row for each config: the settings in which the runs differ; the median seconds of an epoch
+        over all epochs and seeds, training with validation, and how many an hour has; hardware,
+        versions and commits, as they were when the runs ended.
+    """
+    rows = []
+    for settings, members in groups_of(records):
+        lines = [line for member in members for line in read_metrics(member.folder)]
+        times = [line["seconds"] for line in lines if type(line.get("seconds")) in (int, float)]
+        seconds = float(median(times)) if times else 0.0
+        row = {
+            **settings,
+            "seconds an epoch": seconds or "",
+            "epochs an hour": 3600 / seconds if seconds else "",
+        }
+        origins = [_origin(member) for member in members]
+        for name in ("device", "torch", "commit"):
+            row[name] = listed(dict.fromkeys(origin[name] for origin in origins))
+        rows.append({**row, "seeds": len(members)})
+    return rows
 
 
 def summarise(records: Sequence[Record]) -> list[dict[str, Any]]:
@@ -161,6 +178,17 @@ def one_line_a_run(records: Sequence[Record]) -> list[dict[str, Any]]:
                 row[f"{kind} ({which})"] = record.result[which][f"{kind}_accuracy"]
         rows.append({**row, "gap": record.result["robust_overfitting_gap"]})
     return rows
+
+
+def _origin(record: Record) -> dict[str, str]:
+    environment = record.result.get("environment", {})
+    packages, commit = environment.get("packages", {}), environment.get("commit") or "unknown"
+    return {
+        "commit": commit[:12] + "-dirty" * commit.endswith("-dirty"),
+        "engm": packages.get("engm", "unknown"),
+        "torch": packages.get("torch", "unknown"),
+        "device": environment.get("device", "unknown"),
+    }
 
 
 def _protocol(record: Record) -> dict[str, Any]:

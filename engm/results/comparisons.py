@@ -1,4 +1,7 @@
-"""One optimizer against another: settings chosen on validation images, differences seed by seed."""
+"""One optimizer against another: settings chosen on validation images, differences seed by seed.
+
+Or one value of any setting against its others, such as bfloat16 against float32.
+"""
 
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Sequence
@@ -6,7 +9,7 @@ from dataclasses import dataclass
 from statistics import mean
 from typing import Any
 
-from engm.config import TYPES
+from engm.config import TYPES, parse_number
 from engm.errors import InputError
 from engm.results import (
     ALWAYS,
@@ -31,6 +34,14 @@ READ_BY = {
     "engm": ("scale", "floor"),
     "engm-input": ("scale", "floor"),
 }
+# what has no value of its own, or another default, under another value of the setting named first
+_BELONGING = {
+    "optimizer": OF_OPTIMIZERS[1:],
+    "method": ("beta",),
+    "awp": ("awp_warmup",),
+    "model": ("width", "model_norm"),
+    "num_steps": ("step_size",),
+}
 
 
 class Difference(Quantity):
@@ -43,11 +54,11 @@ class Difference(Quantity):
 
 @dataclass(frozen=True)
 class Comparison:
-    """One optimizer against another over the seeds that both have.
+    """One optimizer, or value of a setting, against another over the seeds that both have.
 
     Attributes:
         settings: What the first one's runs are, where runs differ.
-        baseline: The other optimizer, and its values of what was chosen.
+        baseline: The other optimizer or value, and its values of what was chosen.
         quantity: What was compared, such as "robust (best)".
         paired: The differences, and what they say.
     """
@@ -58,7 +69,29 @@ class Comparison:
     paired: Paired
 
 
-def choose(records: Sequence[Record], names: Collection[str]) -> tuple[list[Record], list[str]]:
+def setting_of(baseline: str) -> tuple[str, str]:
+    """Reads what runs are compared by, such as `precision=float32`; `msgd` is an optimizer.
+
+    Returns:
+        The setting, and the value of the baseline as text.
+
+    Raises:
+        InputError: If runs cannot be compared by it; the message lists the settings.
+    """
+    name, equals, value = baseline.partition("=")
+    if not equals:
+        return "optimizer", baseline
+    name = name.strip().replace("-", "_")
+    # of other test images or another attack a difference means nothing, and seeds are the pairs
+    known = [known for known in TYPES if known not in {"dataset", "seed", *PROTOCOL}]
+    if name not in known:
+        raise InputError(f"cannot compare by {name!r}; compare by {', '.join(known)}")
+    return name, value.strip()
+
+
+def choose(
+    records: Sequence[Record], names: Collection[str], *, compared: str = "optimizer"
+) -> tuple[list[Record], list[str]]:
     """Keeps of each optimizer the runs at the settings that the validation images prefer.
 
     Among runs that differ in `names` and their seed alone, one setting stays: the one with the
@@ -67,7 +100,8 @@ def choose(records: Sequence[Record], names: Collection[str]) -> tuple[list[Reco
 
     Args:
         records: Finished runs with their metrics.
-        names: Settings to choose, such as `["lr"]`.
+        names: Settings to choose, such as `["lr"]`; each value of all others has its own.
+        compared: The setting that the runs are to be compared by.
 
     Returns:
         The runs that stay, and remarks: what lacks a seed that others have (it cannot be chosen),
@@ -77,7 +111,7 @@ def choose(records: Sequence[Record], names: Collection[str]) -> tuple[list[Reco
         InputError: If a name cannot be chosen, nothing has all seeds, or a run has no metrics.
     """
     refuse_copies(records)
-    fixed = {*ALWAYS, *PROTOCOL, "seed"}
+    fixed = {*ALWAYS, *PROTOCOL, "seed", compared}
     known = [name for name in TYPES if name not in fixed]
     if wrong := [name for name in names if name not in known]:
         raise InputError(f"cannot choose {', '.join(wrong)}; choose of {', '.join(known)}")
@@ -97,7 +131,9 @@ def choose(records: Sequence[Record], names: Collection[str]) -> tuple[list[Reco
                 "finish the runs"
             )
         kept += scores[max(scores)]
-        budgets[f"{members[0].config.optimizer} from {len(scores)}"] += 1
+        config = members[0].config.to_dict()
+        whose = in_words({name: config[name] for name in ("optimizer", compared)})
+        budgets[f"{whose} from {len(scores)}"] += 1
     if len({budget.split()[-1] for budget in budgets}) > 1:
         remarks.append(f"unequal search: settings were chosen for {listed(sorted(budgets))}")
     return kept, remarks
@@ -106,31 +142,41 @@ def choose(records: Sequence[Record], names: Collection[str]) -> tuple[list[Reco
 def compare(
     records: Sequence[Record], baseline: str, *, chosen: Collection[str] = ()
 ) -> tuple[list[Comparison], list[str]]:
-    """Compares every optimizer with one of them, seed by seed, where all else is the same.
+    """Compares the values of a setting with one of them, seed by seed, where all else is the same.
 
     Args:
         records: Finished runs.
-        baseline: The optimizer to compare with.
-        chosen: Settings that each optimizer has its own value of, from `choose`.
+        baseline: The optimizer to compare with, or a setting and its value as in
+            `precision=float32`.
+        chosen: Settings that each optimizer or value has its own value of, from `choose`.
 
     Returns:
         Robust accuracy (best, then last) of each optimizer and setting minus the baseline's; and
         what has no run of the baseline to be compared with, in words.
 
     Raises:
-        InputError: If there is no run of the baseline, or two that differ where they should not.
+        InputError: If runs cannot be compared by that setting, there is no run of the baseline or
+            no other, or two that differ where they should not.
     """
     refuse_copies(records)
-    if baseline not in (there := sorted({r.config.optimizer for r in records})):
+    setting, text = setting_of(baseline)
+    there = {repr(v): v for v in (getattr(r.config, setting) for r in records)}
+    named = [v for v in there.values() if _is_named(v, text)]
+    if not named:
         raise InputError(
-            f"no run has optimizer {baseline!r} to compare with; there is {listed(there)}"
+            f"no run has {setting} {text!r} to compare with; there is "
+            f"{', '.join(sorted(map(str, there.values())))}"
         )
-    apart = {*OF_OPTIMIZERS, *chosen}
-    own = [name for name in chosen if name not in OF_OPTIMIZERS]
-    matters = (*own, *READ_BY[baseline])
+    value, baseline = named[0], in_words({setting: named[0]})
+    if len(there) == 1:
+        raise InputError(f"all runs have {setting} {text}; there is none to compare with them")
+    belonging = _BELONGING.get(setting, ())
+    apart = {setting, *belonging, *chosen}
+    own = [name for name in chosen if name not in belonging]
+    matters = (*own, *(READ_BY[value] if setting == "optimizer" else belonging))
     shown = [name for name in own if len({repr(getattr(r.config, name)) for r in records}) > 1]
     bases: dict[str, list[Record]] = defaultdict(list)
-    for record in (r for r in records if r.config.optimizer == baseline):
+    for record in (r for r in records if getattr(r.config, setting) == value):
         bases[key_of(record, apart)].append(record)
     for base in bases.values():
         for name in matters:
@@ -141,7 +187,7 @@ def compare(
                 )
     found, alone = [], []
     for settings, members in groups_of(records):
-        if members[0].config.optimizer == baseline:
+        if getattr(members[0].config, setting) == value:
             continue
         base = bases.get(key_of(members[0], apart), [])
         if not {r.config.seed for r in base} & {r.config.seed for r in members}:
@@ -174,6 +220,15 @@ def difference_rows(comparisons: Iterable[Comparison]) -> list[dict[str, Any]]:
         }
         for comparison in comparisons
     ]
+
+
+def _is_named(value: Any, text: str) -> bool:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return str(value).lower() == text.lower()
+    try:
+        return value == parse_number(text)
+    except InputError:
+        return False
 
 
 def _validation(record: Record) -> float:

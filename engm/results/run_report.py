@@ -10,7 +10,7 @@ from engm import results
 from engm.config import TYPES
 from engm.errors import InputError
 from engm.files import atomic_path, write_text
-from engm.results import comparisons, tables
+from engm.results import comparisons, evaluations, tables
 from engm.results.comparisons import OF_OPTIMIZERS, READ_BY
 from engm.results.statistics import Paired
 from engm.run_directory import read_metrics
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 _MOST_CURVES = 6  # as many as there are colours
 _SUMMARY = "Accuracies on the test images"
 _DIFFERENCES = "Differences, seed by seed"
+_COSTS = "What the runs took"
 
 
 @dataclass(frozen=True)
@@ -32,34 +33,42 @@ class RunReport:
         summary: A row for each config, with the `Quantity` of each accuracy.
         compared: Each optimizer with the baseline; empty without one.
         remarks: What a reader of the tables has to know.
+        costs: For each config time and hardware; empty where they were not asked for.
     """
 
     records: Sequence[results.Record]
     summary: list[dict[str, Any]]
     compared: list[comparisons.Comparison]
     remarks: list[str]
+    costs: Sequence[dict[str, Any]] = ()
 
     @property
     def differences(self) -> list[dict[str, Any]]:
         """The rows of the table of comparisons."""
         return comparisons.difference_rows(self.compared)
 
+    @property
+    def further(self) -> dict[str, tuple[str, Sequence[dict[str, Any]]]]:
+        """The tables beside the summary, where there are any: under short names title and rows."""
+        parts = {"differences": (_DIFFERENCES, self.differences), "costs": (_COSTS, self.costs)}
+        return {name: (title, rows) for name, (title, rows) in parts.items() if rows}
+
     def text(self, kind: str) -> str:
         """Returns the tables as "markdown", "csv", "latex" or "html" (a page with figures).
 
-        With a baseline the differences follow after an empty line.
+        With a baseline the differences follow after an empty line, and likewise the costs.
         """
         if kind == "html":
             return self._page()
         write = tables.FORMATS[kind][1]
         parts = [write(self.summary) or "no finished run\n" * (kind == "markdown")]
-        parts += [write(self.differences)] * bool(self.differences)
+        parts += [write(rows) for _, rows in self.further.values()]
         return "\n".join(parts)
 
     def write(self, out: Path, kind: str | None = None) -> list[Path]:
         """Writes the report to a file, in the format of its extension, or into a folder.
 
-        A CSV file holds one table: the differences go beside it, as `NAME-differences.csv`. In a
+        A CSV file holds one table: the others go beside it, as `NAME-differences.csv`. In a
         folder the files are called `report.md`, `report.csv` and so on, every format unless one is
         asked for, and `runs.csv` has one line a run.
 
@@ -81,7 +90,7 @@ class RunReport:
                 for path in self._write_file(out / f"report{suffix}", name)
             ]
             if kind in (None, "csv"):
-                write_text(out / "runs.csv", tables.to_csv(results.one_line_a_run(self.records)))
+                write_text(out / "runs.csv", tables.to_csv(self._lines()))
                 files.append(out / "runs.csv")
             return files
         return self._write_file(out, format_of(out, kind))
@@ -125,25 +134,34 @@ class RunReport:
             drawn["learning_curves"] = caption, plots.learning_curves(curves)
         return drawn
 
+    def _lines(self) -> list[dict[str, Any]]:
+        lines = results.one_line_a_run(self.records)
+        for line, record in zip(lines, self.records, strict=True):
+            found, _ = evaluations.measured(record)
+            line |= {str(column): found[column].accuracy for column in sorted(found)}
+        return lines
+
     def _pictures(self) -> dict[str, tuple[str, bytes]]:
         from engm import plots
 
         return {name: (text, plots.to_png(f)) for name, (text, f) in self.figures().items()}
 
     def _write_file(self, path: Path, kind: str) -> list[Path]:
-        if kind != "csv" or not self.differences:
+        if kind != "csv" or not self.further:
             signs = {"markdown": "\n- ", "latex": "\n% "}.get(kind)
             remarks = "".join(signs + remark for remark in self.remarks) if signs else ""
             write_text(path, self.text(kind) + remarks + "\n" * bool(remarks))
             return [path]
-        beside = path.with_name(f"{path.stem}-differences.csv")
-        write_text(path, tables.to_csv(self.summary))
-        write_text(beside, tables.to_csv(self.differences))
-        return [path, beside]
+        files = {path: self.summary}
+        for name, (_, rows) in self.further.items():
+            files[path.with_name(f"{path.stem}-{name}.csv")] = list(rows)
+        for file, rows in files.items():
+            write_text(file, tables.to_csv(rows))
+        return list(files)
 
     def _page(self) -> str:
         parts = [(_SUMMARY, tables.to_html(self.summary) or "<p>no finished run</p>")]
-        parts += [(_DIFFERENCES, tables.to_html(self.differences))] * bool(self.differences)
+        parts += [(title, tables.to_html(rows)) for title, rows in self.further.values()]
         remarks = "".join(f"<li>{escape(remark)}</li>" for remark in self.remarks)
         parts += [("Remarks", f"<ul>{remarks}</ul>")] * bool(remarks)
         return tables.page("Runs", parts, dict(self._pictures().values()))
@@ -155,14 +173,18 @@ def build(
     compare: str | None = None,
     choose: Collection[str] = (),
     mixed: bool = False,
+    costs: bool = False,
 ) -> RunReport:
     """Puts runs side by side.
 
     Args:
         records: Finished runs.
-        compare: The optimizer that the others are compared with, seed by seed.
-        choose: Settings of which each optimizer keeps the value that the validation images prefer.
+        compare: The optimizer that the others are compared with, seed by seed; or a setting and
+            its value, as in `precision=float32`.
+        choose: Settings of which each optimizer (or value of the compared setting) keeps the value
+            that the validation images prefer.
         mixed: Allow runs that were not evaluated alike.
+        costs: Add what the runs took, and on what hardware.
 
     Raises:
         InputError: If runs were not evaluated alike, are there twice, or cannot be compared.
@@ -171,14 +193,24 @@ def build(
         results.check_protocol(records)
     remarks = results.provenance(records)
     if choose:
-        records, more = comparisons.choose(records, choose)
+        by = "optimizer" if compare is None else comparisons.setting_of(compare)[0]
+        records, more = comparisons.choose(records, choose, compared=by)
         remarks += [f"{results.listed(choose)} chosen on the validation images", *more]
     found: list[comparisons.Comparison] = []
     if compare is not None:
         found, alone = comparisons.compare(records, compare, chosen=choose)
         remarks += [*alone, *_reading(len(found))]
-    summary = results.with_seeds(results.summarise(records))
-    return RunReport(records, summary, found, remarks)
+    stronger, more = evaluations.columns(records, mixed=mixed)
+    rows = [a | b for a, b in zip(results.summarise(records), stronger, strict=True)]
+    took = results.costs(records) if costs else []
+    remarks += [*more, *[_TIMES] * bool(took)]
+    return RunReport(records, results.with_seeds(rows), found, remarks, took)
+
+
+_TIMES = (
+    "seconds an epoch: the median over epochs and seeds, validation included; times of runs that "
+    "shared a machine with others are no measure of it"
+)
 
 
 def format_of(path: Path, kind: str | None) -> str:
@@ -206,7 +238,8 @@ def _reading(n: int) -> list[str]:
     text = (
         "differences: percentage points, mean ± standard deviation over the pairs. The outcome is "
         "that of Student's 95% interval; the bootstrap's stays within the range of the pairs, and "
-        "covers less than 95% below six of them. p: sign-flip test, and the least it could be"
+        "covers less than 95% below six of them. p: sign-flip test, and the least it could be. "
+        "Not settled does not mean alike: every difference that Student's interval holds is open"
     )
     if n == 1:
         return [text]
