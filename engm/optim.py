@@ -66,7 +66,9 @@ class ENGM(torch.optim.SGD):
     The abstract fixes the idea; scale, floor and their defaults are decisions of this kit.
 
     Momentum, weight decay, schedulers, parameter groups and `state_dict` are those of
-    `torch.optim.SGD`; weight decay stays outside the weights.
+    `torch.optim.SGD`; weight decay stays outside the weights. With BatchNorm in train mode, which
+    couples the examples, "exact" and "input" weigh the losses by the norms of shares and take a
+    second backward pass, see `Watch`.
 
         optimizer = ENGM(model, lr=0.1, momentum=0.9, weight_decay=5e-4)
         optimizer.zero_grad()

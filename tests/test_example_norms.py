@@ -1,7 +1,7 @@
 """Exact example norms against the loop, in float64, and what the exact path must not leave behind.
 
-Three oracles: `loop_norms` with autograd's own weighted gradient; for BatchNorm in train mode the
-definition of a share, one layer and one row at a time; and `torch.func`.
+Three oracles: `loop_norms` with autograd's own weighted gradient; for the norms under BatchNorm in
+train mode the definition of a share, one layer and one row at a time; and `torch.func`.
 """
 
 import copy
@@ -540,7 +540,7 @@ BATCH_NORMS = {
 
 @pytest.mark.parametrize("forwards", [1, 2])
 @pytest.mark.parametrize("case", BATCH_NORMS)
-def test_shares_with_batch_norm_in_train_mode_are_those_of_the_definition(case, forwards):
+def test_norms_with_batch_norm_in_train_mode_are_those_of_the_shares(case, forwards):
     build, shape = BATCH_NORMS[case]
     model = made(build)
     images = [random(N, *shape, seed=seed) for seed in range(forwards)]
@@ -555,12 +555,50 @@ def test_shares_with_batch_norm_in_train_mode_are_those_of_the_definition(case, 
     watch.backward(losses)
     torch.testing.assert_close(watch.norms(), expected, rtol=1e-9, atol=0)
     assert_same(watch.weighted(torch.ones(N, dtype=torch.float64)), batch)
-    weights = random(N, seed=1)
-    weighted = {p: torch.einsum("n,n...->...", weights, s) for p, s in shares.items()}
-    assert_same(watch.weighted(weights), weighted)
     # not the gradients of the single losses
     parameters = list(model.parameters())
     assert (loop_norms(closure(), parameters) / expected - 1).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("measure", [True, False])
+@pytest.mark.parametrize("forwards", [1, 2])
+@pytest.mark.parametrize("case", BATCH_NORMS)
+def test_with_batch_norm_in_train_mode_the_weighted_gradient_is_that_of_the_losses(
+    case, forwards, measure
+):
+    build, shape = BATCH_NORMS[case]
+    model = made(build)
+    images = [random(N, *shape, seed=seed) for seed in range(forwards)]
+    parameters, weights = list(model.parameters()), random(N, seed=1)
+
+    def closure():
+        return sum(classify(model, x) for x in images)
+
+    shares, _ = shares_by_definition(model, closure)
+    weighted = autograd_of((weights * closure()).sum(), parameters)
+    with Watch(model, measure) as watch:
+        losses = closure()
+    watch.backward(losses)
+    assert_same(watch.weighted(weights), weighted)
+    keep = weights > 0
+    kept = autograd_of((weights * closure())[keep].sum(), parameters)
+    assert_same(watch.weighted(weights * keep, keep), kept)
+    # which the weighted sum of the shares is not
+    sums = torch.cat([torch.einsum("n,n...->...", weights, s).flatten() for s in shares.values()])
+    right = torch.cat([weighted[p].flatten() for p in shares])
+    assert (sums - right).norm() > 0.05 * right.norm()
+
+
+def test_with_batch_norm_the_step_has_no_part_along_the_weights():
+    # what BatchNorm follows may be scaled, so the gradient of any function is at right angles to it
+    model = made(lambda: nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5, eps=1e-30), nn.Linear(5, 3)))
+    with Watch(model) as watch:
+        losses = classify(model, random(N, 6))
+    watch.backward(losses)
+    weight = model[0].weight
+    gradient = watch.weighted(1 / watch.norms())[weight]
+    along = (gradient * weight).sum(1) / (gradient.norm(dim=1) * weight.norm(dim=1))
+    assert along.abs().max() < 1e-9
 
 
 # What has no formula, or is used in a way that the layers do not see

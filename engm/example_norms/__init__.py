@@ -74,10 +74,17 @@ class Watch:
     For each layer the input a of the forward pass and the gradient b of its output are a batch of
     rows, and the gradient of the layer's parameters is a sum over the rows. g_i is row i's *share*
     of it. Where layers treat examples apart (Linear, Conv2d, GroupNorm, LayerNorm, InstanceNorm,
-    BatchNorm in eval mode) that is the gradient of `losses[i]`. BatchNorm in train mode couples the
-    examples: b of row i then holds what all losses say about row i, so row i's share counts it as a
-    carrier of all losses, while `loop_norms` counts loss i as it reaches through all rows. Both add
-    up to the gradient of `losses.sum()`. Source: this kit; for the formulas see `layer_shares`.
+    BatchNorm in eval mode) that is the gradient of `losses[i]`.
+
+    BatchNorm in train mode couples the examples: b of row i then holds what all losses say about
+    row i, so row i's share counts it as a carrier of all losses, while `loop_norms` counts loss i as
+    it reaches through all rows. Both add up to the gradient of `losses.sum()`. `norms` are still
+    those of the shares, but `weighted` takes a second backward pass, of the weighted losses: their
+    gradient is that of a function, which a weighted sum of shares is not. Shares hold what BatchNorm
+    takes off the gradient of the whole batch (its mean, its part along the weights), and weights
+    that differ bring it back; a network trained with them may not learn at all.
+
+    Source: this kit; for the formulas see `layer_shares`.
 
     The model may be called several times in the block, as in TRADES.
 
@@ -93,10 +100,11 @@ class Watch:
 
     def __init__(self, model: nn.Module, measure: bool = True) -> None:
         self._layers, self._owners = _trainable_layers(model)
-        self._measure = measure
+        self._model, self._measure = model, measure
         self._hooks: list[Any] = []
         self._calls: dict[Node, _Call] = {}
-        self._shares: list[tuple[Tensor, Share]] = []
+        self._coupled: Tensor | None = None  # the losses, where their examples are
+        self._shares: dict[Tensor, Share | None] = {}
         self._squares: dict[Tensor, Tensor] = {}
 
     def __enter__(self) -> "Watch":
@@ -131,6 +139,7 @@ class Watch:
         self._check(losses)
         if not self._calls:
             raise InputError(_NOTHING)
+        self._coupled = losses if any(map(_couples, self._model.modules())) else None
         waiting = Counter(call.layer for call in self._calls.values())
         seen: dict[nn.Module, list[tuple[Tensor, Tensor]]] = defaultdict(list)
 
@@ -157,7 +166,10 @@ class Watch:
         try:
             with torch.no_grad():
                 ones = torch.ones_like(losses)
-                found = torch.autograd.grad(losses, ends, ones, allow_unused=True)
+                again = self._coupled is not None
+                found = torch.autograd.grad(
+                    losses, ends, ones, retain_graph=again, allow_unused=True
+                )
                 for edge, b in zip(roots, found, strict=False):
                     arrive(edge.node, b)
         finally:
@@ -183,12 +195,22 @@ class Watch:
             weights: w_i, `[n]`; 0 where `keep` is false.
             keep: Which examples count, `[n]` booleans; all where left out. The others may be nan.
         """
-        return {parameter: share.weighted(weights, keep) for parameter, share in self._shares}
+        if self._coupled is None:
+            return {p: s.weighted(weights, keep) for p, s in self._shares.items() if s is not None}
+        with torch.enable_grad():
+            losses = self._coupled if keep is None else torch.where(keep, self._coupled, 0)
+            total = (weights.to(losses.dtype) * losses).sum()
+        found = torch.autograd.grad(total, list(self._shares), retain_graph=True, allow_unused=True)
+        return {p: g for p, g in zip(self._shares, found, strict=True) if g is not None}
 
     def _take(self, layer: nn.Module, calls: list[tuple[Tensor, Tensor]]) -> None:
+        if self._coupled is not None and not self._measure:
+            own = {p: None for p in layer.parameters(recurse=False) if p.requires_grad}
+            self._shares |= own
+            return
         for name, share in shares_of(layer, calls, self._measure).items():
             parameter = getattr(layer, name)
-            self._shares.append((parameter, share))
+            self._shares[parameter] = share if self._coupled is None else None
             if self._measure:
                 self._squares[parameter] = share.squares()
 
@@ -239,6 +261,12 @@ class Watch:
                     f"{self._owners[parameter]} was used, but not by calling its layer; if the "
                     f"model is compiled, give the uncompiled one; otherwise {_WAY_OUT}"
                 )
+
+
+def _couples(module: nn.Module) -> bool:
+    # its statistics are those of the batch
+    batch_norm = isinstance(module, nn.modules.batchnorm._BatchNorm)
+    return batch_norm and (module.training or module.running_mean is None)
 
 
 def _trainable_layers(model: nn.Module) -> tuple[dict[nn.Module, str], dict[Tensor, str]]:
