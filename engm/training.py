@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 from tqdm.auto import tqdm
 
 from engm import data, methods, optim, processes
@@ -116,7 +117,7 @@ def _fit(
     cuda = [target] if target.type == "cuda" else []
     with torch.random.fork_rng(devices=cuda):
         run = _Run(config, dataset, target, folder)  # what cannot start leaves no folder
-        with locked(folder) if processes.first() else nullcontext(), _kernels_compared():
+        with locked(folder) if processes.first() else nullcontext(), kernels_compared():
             run.go_on(progress and processes.first())
             result = run.evaluate(save_adversarial, progress and processes.first())
             if processes.first():
@@ -138,7 +139,7 @@ class _Run:
         self.precision = Precision(getattr(torch, config.precision), layout)
         _seed(config.seed, 0)
         self.model = build_model(config, dataset).to(device, memory_format=layout)  # type: ignore[call-overload]
-        self.attacked = self._attacked()
+        self.attacked = attacked_model(config, self.model)
         self.method = methods.build(config)
         self.optimizer = optim.build(config, self.model)
         assert config.batch_size is not None
@@ -147,13 +148,6 @@ class _Run:
         self.scheduler = build_scheduler(config, self.optimizer, steps)
         self.epoch = 0
         self.best = {"epoch": 0, "validation_robust_accuracy": -1.0}
-
-    def _attacked(self) -> AttackedModel | None:
-        config = self.config
-        if self.device.type == "cpu" and not (config.compile or config.capture):
-            return None
-        fast = dict(compile=config.compile, capture=config.capture)
-        return AttackedModel(self.model, self.precision.dtype, **fast)
 
     def go_on(self, progress: bool) -> None:
         if processes.first():
@@ -284,9 +278,18 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
+def attacked_model(config: RunConfig, model: nn.Module) -> AttackedModel | None:
+    """Returns the model as the attacks of a run see it; `None` where that is the model itself."""
+    on_cpu = next(model.parameters()).device.type == "cpu"
+    if on_cpu and not (config.compile or config.capture):
+        return None
+    dtype = getattr(torch, config.precision)
+    return AttackedModel(model, dtype, compile=config.compile, capture=config.capture)
+
+
 @contextmanager
-def _kernels_compared() -> Iterator[None]:
-    # cuDNN tries its kernels once for each shape, and keeps the fastest
+def kernels_compared() -> Iterator[None]:
+    """Lets cuDNN try its kernels once for each shape, and keep the fastest."""
     before = torch.backends.cudnn.benchmark
     torch.backends.cudnn.benchmark = True
     try:

@@ -162,12 +162,13 @@ def test_a_wrong_gradient_is_flagged(monkeypatch, kind):
     assert found["methods"]["exact"]["agrees"]
 
 
-def test_with_batch_norm_the_loop_has_the_same_sum_and_vmap_is_not_able():
+def test_with_batch_norm_the_loop_takes_the_same_step_and_vmap_is_not_able():
     config = RunConfig(**{**TINY.to_dict(), "model_norm": "batch", "batch_size": 8})
     found = measure(config, names=(*KITS, "vmap"))
     assert all(found[name]["agrees"] for name in KITS)
-    assert list(found["loop"]["errors"]) == ["sum"]
-    assert list(found["exact"]["errors"]) == ["sum", "weighted"]
+    assert all(
+        list(found[name]["errors"]) == ["sum", "weighted"] for name in KITS if name != "msgd"
+    )
     assert found["vmap"]["reason"].startswith("BatchNorm in train mode")
 
 

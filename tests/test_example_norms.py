@@ -591,7 +591,9 @@ def test_with_batch_norm_in_train_mode_the_weighted_gradient_is_that_of_the_loss
 
 def test_with_batch_norm_the_step_has_no_part_along_the_weights():
     # what BatchNorm follows may be scaled, so the gradient of any function is at right angles to it
-    model = made(lambda: nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5, eps=1e-30), nn.Linear(5, 3)))
+    model = made(
+        lambda: nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5, eps=1e-30), nn.Linear(5, 3))
+    )
     with Watch(model) as watch:
         losses = classify(model, random(N, 6))
     watch.backward(losses)

@@ -122,6 +122,18 @@ def test_a_plan_is_read_from_a_file(tmp_path):
     assert tasks == plan(TRAIN, grid, settings=dict(epochs=4), seeds=2)
 
 
+def test_a_plan_may_have_several_grids(tmp_path):
+    path = tmp_path / "plan.yaml"
+    path.write_text(
+        "run: train\nseeds: 2\ngrid:\n- {optimizer: [msgd, engm], lr: 0.1}\n"
+        "- {optimizer: engm, lr: [0.1, 0.3]}\n"
+    )
+    tasks, _ = read_plan(path)
+    found = [tuple(task.settings[k] for k in ("optimizer", "lr", "seed")) for task in tasks]
+    wanted = [("msgd", 0.1), ("engm", 0.1), ("engm", 0.3)]  # each of them once
+    assert found == [(*pair, seed) for pair in wanted for seed in (0, 1)]
+
+
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
@@ -129,7 +141,7 @@ def test_a_plan_is_read_from_a_file(tmp_path):
         ("run: 3", "must say `run: train`"),
         ("run: train\nseed: 3", "a plan has run, out, seeds, settings, grid"),
         ("run: train\nseeds: many", "seeds in .* must be a number, got 'many'"),
-        ("run: train\ngrid: [1]", "grid in .* must be names and values"),
+        ("run: train\ngrid: [{lr: 0.1}, 1]", "grid in .* must be names and values"),
         ("run: train\nout: [1]", "out in .* must be text"),
         ("run: [", "is not YAML"),
         ("run: !!python/object/apply:os.system [ls]", "is not YAML"),

@@ -18,7 +18,6 @@ images. Before anything is timed each method's gradient is compared with that of
 
 import copy
 import math
-import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -31,7 +30,7 @@ from torch.nn.functional import cross_entropy
 from tqdm.auto import tqdm
 
 from engm import methods, models
-from engm.bench.costs import peak_bytes, seconds, summarise
+from engm.bench.costs import peak_bytes, reason, seconds, summarise
 from engm.bench.peers import PEERS
 from engm.config import RunConfig
 from engm.errors import InputError
@@ -133,7 +132,7 @@ def run(
                 except Exception as error:
                     if name == "msgd":
                         raise  # nothing to compare with
-                    found[name] = {"reason": _reason(error)}
+                    found[name] = {"reason": reason(error)}
             del reference
             for step in STEPS:
                 chosen = {n: able[n] for n in able if step == "outer" or n in WHOLE}
@@ -223,16 +222,16 @@ def _errors(
     _, norms, weighted = optimizer.measure(closure, task.x_adv)
     gradients = weighted(torch.ones_like(norms), None)
     errors = {"sum": _distance([gradients[p] for p in parameters], reference.total)}
-    if name == "loop" and any(isinstance(m, nn.BatchNorm2d) for m in model.modules()):
-        return errors  # its gradients of examples are others, only their sum is the same
     if name == "input":
         # On random images the line may explain too little; what a step costs that trusts it does
         # not depend on whether it should.
         optimizer.measure.estimate.fits.append(Fit(1, 1.0, 1.0, 1.0, 1.0))  # type: ignore[union-attr]
     _, norms, weighted = optimizer.measure(closure, task.x_adv)
     weights = example_weights(norms, reference.scale, task.config.floor)
-    # estimates are not meant to be equal
-    gradients = weighted(reference.weights if name == "input" else weights, None)
+    # estimates are not meant to be equal, nor are shares and gradients of single losses
+    batch_norm = any(isinstance(m, nn.BatchNorm2d) for m in model.modules())
+    given = name == "input" or (name == "loop" and batch_norm)
+    gradients = weighted(reference.weights if given else weights, None)
     errors["weighted"] = _distance([gradients[p] for p in parameters], reference.weighted)
     return errors
 
@@ -303,15 +302,6 @@ def _flat(gradients: Sequence[Tensor]) -> Tensor:
 
 def _distance(gradients: Sequence[Tensor], expected: Tensor) -> float:
     return float((_flat(gradients) - expected).norm() / expected.norm())
-
-
-def _reason(error: Exception) -> str:
-    if isinstance(error, ModuleNotFoundError):
-        return f"{error.name} is not installed; pip install 'engm[peers]'"
-    first = (str(error).splitlines() or [""])[0].split(". ")[0]
-    without_paths = re.sub(r"(?<![\w.])/(?:[^\s/]+/)+", "", first)
-    kind = "" if isinstance(error, InputError) else f"{type(error).__name__}: "
-    return f"{kind}{without_paths}"[:240]
 
 
 def _versions() -> dict[str, str]:

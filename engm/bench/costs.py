@@ -1,7 +1,9 @@
 """Time and memory of a piece of work, what several cost beside one another, and how to show it."""
 
+import gc
 import json
 import os
+import re
 import statistics
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -11,19 +13,21 @@ from typing import Any
 
 import torch
 
+from engm.bench import speeds
+from engm.errors import InputError
 from engm.files import atomic_path, write_json
 
 
-def seconds(work: Callable[[], None], device: torch.device) -> float:
+def seconds(work: Callable[[], object], device: torch.device, *, wall: bool = False) -> float:
     """Returns how long `work` takes, until the device has done all of it.
 
     With one thread on the CPU it is the time that the processor spent on it, so that programs
-    which run beside it count little; else it is the time on the clock.
+    which run beside it count little; else, or where `wall` is set, it is the time on the clock.
     """
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     one_thread = device.type == "cpu" and torch.get_num_threads() == 1
-    clock = process_time if one_thread else perf_counter
+    clock = process_time if one_thread and not wall else perf_counter
     started = clock()
     work()
     if device.type == "cuda":
@@ -75,7 +79,7 @@ def summarise(
     found = {}
     for name, times in seconds.items():
         ratios = [t / base for t, base in zip(times, seconds["msgd"], strict=True)]
-        low, middle, high = _quartiles(ratios)
+        low, middle, high = quartiles(ratios)
         found[name] = {
             "median_seconds": statistics.median(times),
             "ratio": middle,
@@ -87,8 +91,74 @@ def summarise(
     return found
 
 
+def held(work: Callable[[], None], device: torch.device) -> dict[str, Any]:
+    """Runs `work`, and returns the most bytes that it held above what there was before.
+
+    Returns:
+        `peak_bytes`, of tensors, and `reserved_bytes`, with what the allocator and CUDA graphs
+        keep; None on the CPU.
+    """
+    if device.type != "cuda":
+        work()
+        return {"peak_bytes": None, "reserved_bytes": None}
+    gc.collect()
+    torch.cuda.synchronize(device)
+    torch.cuda.empty_cache()  # so that nothing is taken from what others gave back
+    torch.cuda.reset_peak_memory_stats(device)
+    held, reserved = torch.cuda.memory_allocated(device), torch.cuda.memory_reserved(device)
+    work()
+    torch.cuda.synchronize(device)
+    return {
+        "peak_bytes": torch.cuda.max_memory_allocated(device) - held,
+        "reserved_bytes": torch.cuda.max_memory_reserved(device) - reserved,
+    }
+
+
+def speed_up(times: Sequence[float], base: Sequence[float], each: int) -> dict[str, Any]:
+    """Returns how long rounds took, and their speed beside that of others.
+
+    Args:
+        times: Of each round.
+        base: Of the rounds that they are compared with.
+        each: How many steps a round has.
+
+    Returns:
+        All `seconds`; of a step `median_seconds`, `low_seconds` and `high_seconds`, the median and
+        the quartiles; `ratio`, `low` and `high`, those of the ratios of `base` to `times`.
+    """
+    low_time, _, high_time = quartiles([time / each for time in times])
+    low, ratio, high = quartiles([other / time for time, other in zip(times, base, strict=True)])
+    return {
+        "seconds": list(times),
+        "median_seconds": statistics.median(times) / each,
+        "low_seconds": low_time,
+        "high_seconds": high_time,
+        "ratio": ratio,
+        "low": low,
+        "high": high,
+    }
+
+
+def reason(error: Exception) -> str:
+    """Returns in a line why something could not be measured, without paths of this machine."""
+    if isinstance(error, ModuleNotFoundError):
+        peer = str(error.name).split(".")[0] in ("opacus", "backpack")
+        remedy = "; pip install 'engm[peers]'" if peer else ""
+        return f"{error.name} is not installed{remedy}"
+    first = (str(error).splitlines() or [""])[0].split(". ")[0]
+    without_paths = re.sub(r"(?<![\w.])/(?:[^\s/]+/)+", "", first)
+    kind = "" if isinstance(error, InputError) else f"{type(error).__name__}: "
+    return f"{kind}{without_paths}"[:240]
+
+
 def table(result: Mapping[str, Any]) -> str:
-    """Returns what `engm.bench.run` found as a markdown table, and below it what it could not."""
+    """Returns what a bench found as a markdown table, and below it what it could not.
+
+    Args:
+        result: Of `engm.bench.run`, or of `engm.bench.training.run`, which says so under "what".
+    """
+    if result.get("what") == "training":
+        return speeds.table(result)
     titles = _titles(result)
     steps = " | time | memory | ".join(titles.values())
     lines = [f"| method | {steps} | time | memory | gradient |", "|" + 8 * "---|"]
@@ -112,6 +182,12 @@ def write(result: Mapping[str, Any], out: Path) -> None:
     from engm.plots import cost_ratios, to_png
 
     write_json(out / "bench.json", result)
+    panels = speeds.panels(result) if result.get("what") == "training" else _panels(result)
+    with atomic_path(out / "bench.png") as temporary:
+        temporary.write_bytes(to_png(cost_ratios(panels)))
+
+
+def _panels(result: Mapping[str, Any]) -> dict[str, dict[str, tuple[float, float, float]]]:
     able = {k: entry for k, entry in result["methods"].items() if "reason" not in entry}
     panels = {}
     for step, title in _titles(result).items():
@@ -122,8 +198,7 @@ def write(result: Mapping[str, Any], out: Path) -> None:
         panels[f"peak memory, {title}"] = {
             name: (entry["peak_ratio"],) * 3 for name, entry in entries.items()
         }
-    with atomic_path(out / "bench.png") as temporary:
-        temporary.write_bytes(to_png(cost_ratios(panels)))
+    return panels
 
 
 def _titles(result: Mapping[str, Any]) -> dict[str, str]:
@@ -137,7 +212,8 @@ def _cells(entry: Mapping[str, Any] | None) -> list[str]:
     return [f"{1000 * entry['median_seconds']:.1f} ms", time, f"{entry['peak_ratio']:.2f}"]
 
 
-def _quartiles(values: Sequence[float]) -> tuple[float, float, float]:
+def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
+    """Returns the lower quartile, the median and the upper quartile."""
     if len(values) == 1:
         return (values[0],) * 3
     low, middle, high = statistics.quantiles(values, n=4, method="inclusive")

@@ -91,6 +91,8 @@ def backpack_measure(model: nn.Module, y: Tensor, autocast: Autocast) -> Measure
     from backpack import backpack, extend
     from backpack.extensions import BatchGrad
 
+    if _has_batch_norm(model):
+        raise InputError("with BatchNorm in train mode it weighs shares, which is another gradient")
     extend(model)
 
     def measure(closure: Closure | None, inputs: Tensor | None) -> Measured:

@@ -5,45 +5,101 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
-from engm.cli.options import Command, PathType, device_option, settings_options
+from engm.cli.options import (
+    Command,
+    PathType,
+    data_root_option,
+    device_option,
+    settings_options,
+)
 from engm.config import RunConfig
 
 _BENCH = (
     *("model", "width", "model_norm", "batch_size", "num_steps", "precision", "channels_last"),
-    "seed",
+    *("seed", "subset"),
 )
+# What only one kind of bench has, and why the other one has not.
+_OWN = {
+    "step": {
+        "precision": "its --methods name the precision, such as bfloat16",
+        "channels_last": "its --methods name it, such as 'bfloat16 channels_last'",
+        "image_size": "its images are of 32x32",
+    },
+    "training": {
+        "subset": "its images are random",
+        "dataset": "its images are random",
+        "data_root": "its images are random",
+        "steps": "a round is one step",
+    },
+}
 
 
 @click.command(cls=Command)
+@click.option("--what", type=click.Choice(["step", "training"]), default="step", show_default=True,
+              help="the cost of a step of ENGM beside other ways to it, or the speed of training "
+              "beside that of a public reference")  # fmt: skip
 @partial(settings_options, names=_BENCH)
 @click.option("--image-size", type=click.IntRange(min=1), default=32, show_default=True,
-              help="height and width of the images")  # fmt: skip
+              help="step: height and width of the images")  # fmt: skip
+@click.option("--dataset", type=click.Choice(["cifar10", "random"]),
+              help="training: images; default: cifar10 where it is prepared")  # fmt: skip
+@click.option("--steps", type=click.IntRange(min=1),
+              help="training: steps of a round; default: 20 on CUDA, 2 on the CPU")  # fmt: skip
 @click.option("--repeats", type=click.IntRange(min=1), default=15, show_default=True,
               help="rounds; each measures every method once")  # fmt: skip
 @click.option("--methods", metavar="NAME,NAME,...",
               help="what to measure; default: all, an unknown name lists them")  # fmt: skip
 @click.option("--out", type=PathType(), default=Path("outputs/bench"), show_default=True,
               help="folder of bench.json and bench.png")  # fmt: skip
+@data_root_option
 @device_option
+@click.pass_context
 def bench(
-    image_size: int, repeats: int, methods: str | None, out: Path, device: str, **settings: Any
+    context: click.Context,
+    what: str,
+    repeats: int,
+    methods: str | None,
+    out: Path,
+    device: str,
+    **rest: Any,
 ) -> None:
     """Measure time and peak memory of a step of ENGM, as ratios to MSGD.
 
     In the same rounds it measures other libraries' ways to the same step, where they are installed:
     pip install 'engm[peers]'.
 
+    With --what training: how many images a second adversarial training takes by the protocol of a
+    public reference (github.com/locuslab/robust_overfitting) and by this kit, how near the attack
+    is to the device's rate of bfloat16 matrix products, and where the rest of the time goes.
+
     \b
     engm bench --model preact_resnet18 --model-norm group --width 32 --batch-size 16
+    engm bench --what training --batch-size 128 --device cuda
+    engm bench --what training --methods "float32,bfloat16 channels_last" --width 16 --batch-size 32
     """
-    config = RunConfig(**{"dataset": "cifar10"} | settings)
+    other = "training" if what == "step" else "step"
+    for name, instead in _OWN[other].items():
+        if context.get_parameter_source(name) is not ParameterSource.DEFAULT:
+            flag = f"--{name.replace('_', '-')}"
+            raise click.UsageError(f"{flag} is not for --what {what}: {instead}", context)
+    own = {name: rest.pop(name) for name in ("image_size", "dataset", "steps", "data_root")}
+    config = RunConfig(**{"dataset": "cifar10"} | rest)
     from engm import bench as measurement
     from engm.bench import costs
 
-    names = methods.split(",") if methods is not None else measurement.METHODS
-    what: dict[str, Any] = dict(image_size=image_size, repeats=repeats, device=device)
-    result = measurement.run(config, names=names, **what)
+    shared: dict[str, Any] = dict(repeats=repeats, device=device)
+    if methods is not None:
+        shared["names"] = methods.split(",")
+    if what == "step":
+        result = measurement.run(config, image_size=own["image_size"], **shared)
+    else:
+        from engm.bench import training
+
+        where = {name: own[name] for name in ("dataset", "steps", "data_root")}
+        save = partial(costs.write, out=out)
+        result = training.run(config, **where, **shared, save=save)
     costs.write(result, out)
     click.echo(costs.table(result))
     click.echo(f"written to {click.format_filename(out)}")

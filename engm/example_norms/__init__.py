@@ -77,12 +77,12 @@ class Watch:
     BatchNorm in eval mode) that is the gradient of `losses[i]`.
 
     BatchNorm in train mode couples the examples: b of row i then holds what all losses say about
-    row i, so row i's share counts it as a carrier of all losses, while `loop_norms` counts loss i as
-    it reaches through all rows. Both add up to the gradient of `losses.sum()`. `norms` are still
+    row i, so row i's share counts it as a carrier of all losses, while `loop_norms` counts loss i
+    as it reaches through all rows. Both add up to the gradient of `losses.sum()`. `norms` are still
     those of the shares, but `weighted` takes a second backward pass, of the weighted losses: their
-    gradient is that of a function, which a weighted sum of shares is not. Shares hold what BatchNorm
-    takes off the gradient of the whole batch (its mean, its part along the weights), and weights
-    that differ bring it back; a network trained with them may not learn at all.
+    gradient is that of a function, which a weighted sum of shares is not. Shares hold what
+    BatchNorm takes off the gradient of the whole batch (its mean, its part along the weights), and
+    weights that differ bring it back; a network trained with them may hardly learn.
 
     Source: this kit; for the formulas see `layer_shares`.
 
@@ -205,8 +205,8 @@ class Watch:
 
     def _take(self, layer: nn.Module, calls: list[tuple[Tensor, Tensor]]) -> None:
         if self._coupled is not None and not self._measure:
-            own = {p: None for p in layer.parameters(recurse=False) if p.requires_grad}
-            self._shares |= own
+            own = [p for p in layer.parameters(recurse=False) if p.requires_grad]
+            self._shares.update(dict.fromkeys(own))
             return
         for name, share in shares_of(layer, calls, self._measure).items():
             parameter = getattr(layer, name)

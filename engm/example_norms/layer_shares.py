@@ -10,8 +10,7 @@ in one of two forms, whichever is cheaper: itself, or as the a and b it is made 
 
 Sources: Goodfellow 2015 (arXiv 1510.01799) for the norm of a linear layer's share; Li et al.
 (arXiv 2110.05679) and Bu et al. (arXiv 2205.10683, 2210.00038) for Gram matrices where the share is
-large; that convolutions are done without unfolding, and the norms under BatchNorm in train mode, are
-this kit's.
+large; that convolutions are done without unfolding, and BatchNorm in train mode, is this kit's.
 """
 
 from collections.abc import Callable, Sequence

@@ -14,7 +14,9 @@ def cost_ratios(panels: Mapping[str, Mapping[str, tuple[float, float, float]]]) 
     Args:
         panels: Under the title of each panel, for each method the middle, low and high ratio.
     """
-    figure, row = plt.subplots(1, len(panels), figsize=(3.4 * len(panels), 3.4), squeeze=False)
+    longest = max(len(name) for ratios in panels.values() for name in ratios)
+    width = max(3.4, 2 + 0.09 * longest)  # long names leave the bars their place
+    figure, row = plt.subplots(1, len(panels), figsize=(width * len(panels), 3.4), squeeze=False)
     for axes, (title, ratios) in zip(row[0], panels.items(), strict=True):
         middles = [middle for middle, _, _ in ratios.values()]
         below = [middle - low for middle, low, _ in ratios.values()]

@@ -94,6 +94,8 @@ def read_plan(path: Path) -> tuple[list[Task], Path | None]:
         settings: {subset: 300, epochs: 80}
         grid: {optimizer: [msgd, engm], lr: [0.1, 0.2]}
 
+    `grid` may be a list of grids, whose tasks follow one another.
+
     Raises:
         InputError: If the file is no such plan; as for `plan`.
     """
@@ -111,16 +113,18 @@ def read_plan(path: Path) -> tuple[list[Task], Path | None]:
     for name, value in values.items():
         if name not in known:
             raise InputError(f"{path} has {name!r}; a plan has {', '.join(known)}")
-        if not isinstance(value, known[name]):
+        parts = value if name == "grid" and isinstance(value, list) else [value]
+        if not all(isinstance(part, known[name]) for part in parts):
             kind = {str: "text", int: "a number", dict: "names and values"}[known[name]]
             raise InputError(f"{name} in {path} must be {kind}, got {value!r}")
-    grid = {
-        name: several if isinstance(several, list) else [several]
-        for name, several in values.get("grid", {}).items()
-    }
     what = dict(settings=values.get("settings"), seeds=values.get("seeds"))
-    out = values.get("out")
-    return plan(values["run"], grid, **what), Path(out) if out else None
+    grids = values.get("grid", {})
+    tasks: dict[str, Task] = {}
+    for grid in grids if isinstance(grids, list) else [grids]:
+        lists = {k: v if isinstance(v, list) else [v] for k, v in grid.items()}
+        for task in plan(values["run"], lists, **what):
+            tasks.setdefault(task.name, task)
+    return list(tasks.values()), Path(values["out"]) if values.get("out") else None
 
 
 def parse_grid(texts: Sequence[str]) -> dict[str, list[str]]:

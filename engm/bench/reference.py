@@ -1,0 +1,206 @@
+"""Adversarial training as the public reference trains, to measure the kit against.
+
+Source: Rice, Wong and Kolter 2020 (arXiv 2002.11569), `train_cifar.py` and `utils.py` of
+github.com/locuslab/robust_overfitting, with the settings they have by default. The code is ours,
+written to do the same work in the same order.
+
+As published:
+- images are a list of pairs of a float64 array, reflect-padded by 4 pixels, and a label; each item
+  is cropped and mirrored as it is asked for, by choices drawn once an epoch;
+- a shuffling `DataLoader` with 2 worker processes and pinned memory; float64 batches go to the
+  device, and become float32 there;
+- float32, on CUDA inside `nn.DataParallel`, whatever torch's defaults make of it: convolutions may
+  use TF32, products of matrices may not. `engm bench` records both flags and leaves them alone;
+- PGD-10 on the model in train mode, so that running statistics move; every attack step's backward
+  pass takes the gradients of the weights too; one more forward pass compares the losses with the
+  best so far, and the better examples are assigned by a boolean mask;
+- an outer step of `torch.optim.SGD`, momentum 0.9 and weight decay 5e-4, its rate set every step;
+- one more forward pass, on the clean images, in train mode and with its graph;
+- two losses and two counts of right answers are read back to the host every step.
+
+Different here: the model is the kit's, whose normalisation of pixels is inside; `DataParallel` is
+given the one device; the random choices come from a generator of their own. Every step is one of a
+whole batch, and what an epoch's start costs (the choices, the start of the workers) is left out,
+as is the making of the few batches that the workers have ready when a round begins. Both favour the
+reference.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.utils.data import DataLoader, Dataset
+
+from engm.data import Split
+from engm.errors import InputError
+
+BORDER = 4
+WORKERS = 2
+
+
+class Crops(Dataset[tuple[np.ndarray, int]]):
+    """Padded images, each cropped and mirrored when it is asked for.
+
+    Args:
+        split: Where the images come from.
+        seed: Draws the crops and the mirroring.
+    """
+
+    def __init__(self, split: Split, seed: int) -> None:
+        images = split.images.permute(0, 2, 3, 1).cpu().numpy()
+        border = (BORDER, BORDER)
+        padded = np.pad(images, [(0, 0), border, border, (0, 0)], mode="reflect") / 255.0
+        # a view with the channels first, whose memory has them last
+        channels_first = padded.transpose(0, 3, 1, 2)
+        self.pairs = list(zip(channels_first, split.labels.tolist(), strict=True))
+        self.size = images.shape[1:3]
+        self.generator = np.random.default_rng(seed)
+        self.draw()
+
+    def draw(self) -> None:
+        """Draws the choices of an epoch."""
+        count, places = len(self.pairs), 2 * BORDER + 1
+        self.left = self.generator.choice(places, size=count)
+        self.top = self.generator.choice(places, size=count)
+        self.mirror = self.generator.choice([True, False], size=count)
+
+    def __len__(self) -> int:
+        """How many images there are."""
+        return len(self.pairs)
+
+    def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
+        """The image at `index`, float64 [c, h, w], and its label."""
+        image, label = self.pairs[index]
+        height, width = self.size
+        top, left = self.top[index], self.left[index]
+        image = image[:, top : top + height, left : left + width]
+        if self.mirror[index]:
+            image = image[:, :, ::-1].copy()  # torch takes no negative strides
+        return image, label
+
+
+def attack(
+    model: nn.Module, x: Tensor, y: Tensor, *, eps: float, step_size: float, num_steps: int
+) -> Tensor:
+    """Runs the reference's linf PGD and returns its perturbation, of the shape of x.
+
+    The model stays in the mode that it is in, and its parameters gather gradients.
+    """
+    best_loss = torch.zeros(len(y)).to(x.device)
+    best = torch.zeros_like(x)
+    delta = torch.zeros_like(x).uniform_(-eps, eps)
+    delta = torch.maximum(torch.minimum(delta, 1 - x), 0 - x)
+    delta.requires_grad_()
+    for _ in range(num_steps):
+        cross_entropy(model(x + delta), y).backward()
+        assert delta.grad is not None
+        moved = (delta + step_size * delta.grad.detach().sign()).clamp(-eps, eps)
+        delta.data.copy_(torch.maximum(torch.minimum(moved, 1 - x), 0 - x))
+        delta.grad.zero_()
+    losses = cross_entropy(model(x + delta), y, reduction="none")
+    # the mask is formed twice, and each time the host waits for how many it selects
+    best[losses >= best_loss] = delta.detach()[losses >= best_loss]
+    best_loss = torch.maximum(best_loss, losses)
+    return best
+
+
+class Reference:
+    """The reference's training loop, held between steps, so that its workers stay warm.
+
+    Args:
+        model: The model, on its device. It is trained in float32.
+        split: Training images, anywhere.
+        batch_size: Images a step.
+        lr: Learning rate of the first half.
+        epochs: Over how many epochs the rate is scheduled.
+        seed: Draws the choices of augmentation; the order comes from torch's global generator.
+        attack: `eps`, `step_size` and `num_steps`, in pixels in [0, 1].
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        split: Split,
+        *,
+        batch_size: int,
+        lr: float,
+        epochs: int,
+        seed: int,
+        attack: dict[str, Any],
+    ) -> None:
+        self.device = next(model.parameters()).device
+        on_cuda = self.device.type == "cuda"
+        self.model = nn.DataParallel(model, [self.device.index or 0]) if on_cuda else model
+        self.model.train()
+        self.optimizer = torch.optim.SGD(model.parameters(), lr, momentum=0.9, weight_decay=5e-4)
+        self.crops = Crops(split, seed)
+        self.loader: DataLoader[Any] = DataLoader(
+            self.crops, batch_size, shuffle=True, num_workers=WORKERS, pin_memory=on_cuda
+        )
+        self.whole = len(split) // batch_size  # batches of an epoch
+        self.lr, self.epochs, self.settings = lr, epochs, attack
+        self.epoch = self.done = 0
+        self.sums = [0.0, 0.0, 0.0, 0.0]
+        self._batches: Iterator[Any] | None = None
+        self._batch: tuple[Tensor, Tensor] | None = None
+
+    def prepare(self, steps: int) -> None:
+        """Sees to it that `steps` whole batches of one epoch are left, its workers running."""
+        if steps >= self.whole:  # the first batch of an epoch is not trained on
+            raise InputError(
+                f"an epoch has {self.whole} whole batches, one to start the workers with, and "
+                f"{steps} are wanted at a time; lower steps or batch_size, or take more images"
+            )
+        if self._batches is None or self.done + steps > self.whole:
+            self.close()
+            self.crops.draw()  # before the workers get their copies
+            self._batches = iter(self.loader)
+            self.epoch, self.done = self.epoch + 1, 0
+            self._next()
+
+    def train(self, steps: int) -> None:
+        """Takes `steps` steps."""
+        self.prepare(steps)
+        for _ in range(steps):
+            self.step(*self._next())
+
+    def step(self, x: Tensor, y: Tensor) -> None:
+        """Takes one step, on a batch that is on the device."""
+        lr = self._rate(self.epoch - 1 + self.done / self.whole)
+        self.optimizer.param_groups[0].update(lr=lr)
+        delta = attack(self.model, x, y, **self.settings).detach()
+        robust_logits = self.model((x + delta).clamp(0, 1))
+        robust_loss = cross_entropy(robust_logits, y)
+        self.optimizer.zero_grad()
+        robust_loss.backward()
+        self.optimizer.step()
+        logits = self.model(x)
+        loss = cross_entropy(logits, y)
+        self.sums[0] += robust_loss.item() * len(y)
+        self.sums[1] += (robust_logits.max(1)[1] == y).sum().item()
+        self.sums[2] += loss.item() * len(y)
+        self.sums[3] += (logits.max(1)[1] == y).sum().item()
+
+    def attack(self) -> None:
+        """Attacks one batch, always the same, and throws the result away."""
+        if self._batch is None:
+            self.prepare(1)
+            self._batch = self._next()
+        attack(self.model, *self._batch, **self.settings)
+
+    def close(self) -> None:
+        """Ends the workers."""
+        self._batches = None
+
+    def _next(self) -> tuple[Tensor, Tensor]:
+        assert self._batches is not None
+        x, y = next(self._batches)
+        self.done += 1
+        return x.to(self.device).float(), y.to(self.device).long()
+
+    def _rate(self, epoch: float) -> float:
+        part = epoch / self.epochs
+        return self.lr if part < 0.5 else self.lr / 10 if part < 0.75 else self.lr / 100
