@@ -62,8 +62,9 @@ class AttackedModel(nn.Module):
         self._compiled = torch.compile(self._frozen, dynamic=False) if compile else None
         self._record: _Recorder | None = _cuda_graph if capture else None
         self._replays: dict[Hashable, Callable[..., Tensor]] = {}
-        self._known: set[torch.Size] = set()
-        self._first: torch.Size | None = None
+        self._known: set[torch.Size] = set()  # shapes of batches that were looked at
+        self._begun = torch.Size()
+        self._first: torch.Size | None = None  # what is compiled for
         self.eval()
 
     def train(self, mode: bool = True) -> "AttackedModel":
@@ -101,7 +102,7 @@ class AttackedModel(nn.Module):
         """
         for cast, original in self._casts:
             cast.copy_(original)
-        self._first = self._first or x.shape
+        self._begun = x.shape
         return x.shape not in self._known
 
     def run(
@@ -119,7 +120,8 @@ class AttackedModel(nn.Module):
             loss: What the work climbs, a single number for images such as the first input.
             inputs: Tensors.
         """
-        self._known.add(inputs[0].shape)
+        self._known.add(self._begun)
+        self._first = self._first or inputs[0].shape
         if self._record is None:
             return work(*inputs)
         key = key, *((value.shape, value.dtype) for value in inputs)

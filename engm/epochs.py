@@ -20,6 +20,12 @@ class Precision:
     dtype: torch.dtype = torch.float32
     memory_format: torch.memory_format = torch.contiguous_format
 
+    @classmethod
+    def of(cls, config: RunConfig) -> "Precision":
+        """Returns the precision of a run."""
+        layout = torch.channels_last if config.channels_last else torch.contiguous_format
+        return cls(getattr(torch, config.precision), layout)
+
     def autocast(self, device: torch.device) -> torch.autocast:
         """Returns the context to run the model in."""
         return torch.autocast(device.type, self.dtype, enabled=self.dtype != torch.float32)

@@ -135,8 +135,8 @@ class _Run:
         self, config: RunConfig, dataset: data.Dataset, device: torch.device, folder: Path
     ) -> None:
         self.config, self.dataset, self.device, self.folder = config, dataset, device, folder
-        layout = torch.channels_last if config.channels_last else torch.contiguous_format
-        self.precision = Precision(getattr(torch, config.precision), layout)
+        self.precision = Precision.of(config)
+        layout = self.precision.memory_format
         _seed(config.seed, 0)
         self.model = build_model(config, dataset).to(device, memory_format=layout)  # type: ignore[call-overload]
         self.attacked = attacked_model(config, self.model)
@@ -283,7 +283,7 @@ def attacked_model(config: RunConfig, model: nn.Module) -> AttackedModel | None:
     on_cpu = next(model.parameters()).device.type == "cpu"
     if on_cpu and not (config.compile or config.capture):
         return None
-    dtype = getattr(torch, config.precision)
+    dtype = Precision.of(config).dtype
     return AttackedModel(model, dtype, compile=config.compile, capture=config.capture)
 
 

@@ -143,6 +143,8 @@ def test_values_are_looked_at_in_the_first_batch_of_a_shape():
     SHORT(attacked, x + 1, y)
     with pytest.raises(InputError, match="pixels are in"):
         SHORT(attacked, x[:2] + 1, y[:2])
+    SHORT(attacked, *batch(4), rows=slice(0, 2))  # as processes do that share a batch
+    SHORT(attacked, batch(4)[0] + 1, y[:4], rows=slice(0, 2))
     with pytest.raises(InputError, match="int64"):  # costs no wait
         SHORT(attacked, x, y.float())
 

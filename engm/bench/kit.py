@@ -97,8 +97,8 @@ class Kit:
         self, model: nn.Module, split: data.Split, config: RunConfig, variant: Variant
     ) -> None:
         config = RunConfig(**config.to_dict() | asdict(variant)).resolved()
-        layout = torch.channels_last if variant.channels_last else torch.contiguous_format
-        self.precision = Precision(getattr(torch, variant.precision), layout)
+        self.precision = Precision.of(config)
+        layout = self.precision.memory_format
         device = split.images.device
         self.model = model.to(device, memory_format=layout).train()  # type: ignore[call-overload]
         self.attacked = attacked_model(config, self.model)
