@@ -167,7 +167,9 @@ class ENGM(torch.optim.SGD):
         mean = processes.mean(norms, norms.isfinite())
         before = torch.zeros_like(mean) if self._mean_norm is None else self._mean_norm
         decay = _SCALE_DECAY * (before > 0).double()
-        self._mean_norm = decay * before + (1 - decay) * mean
+        after = decay * before + (1 - decay) * mean
+        skip = self._guard.skip
+        self._mean_norm = after if skip is None else torch.where(skip[0] > 0, before, after)
         self._pending, self._sums = [], {}
         return losses
 

@@ -87,6 +87,7 @@ def test_a_failed_step_and_those_after_it_change_nothing(name, first, like_a_gpu
     for seed in range(taken):
         step(model, optimizer, *batch(seed))
     before, momenta = weights(model), buffers(optimizer)
+    own = optimizer.state_dict().get("engm")
     monkeypatch.setattr(StepGuard, "_poll", lambda guard: None)  # the host knows nothing yet
     everything = tuple(range(8))
     step(model, optimizer, *batch(7, bad=everything))
@@ -96,6 +97,8 @@ def test_a_failed_step_and_those_after_it_change_nothing(name, first, like_a_gpu
         assert torch.equal(one, other)
     for k, momentum in enumerate(buffers(optimizer)):
         assert torch.equal(momentum, momenta[k] if momenta else torch.zeros_like(momentum))
+    if own is not None:
+        assert optimizer.state_dict()["engm"]["mean_norm"] == own["mean_norm"]
     said = "8 of 8 losses are" if name in ("msgd", "clip") else "all losses or their gradients are"
     with pytest.raises(NonFiniteLossError, match=f"{said} inf or nan; no step was taken") as error:
         optimizer.settle()
@@ -199,6 +202,7 @@ def update_without_values(optimizer, gradients, guard, step, max_norm=None):
 real = msgd.update
 
 
+@pytest.mark.parametrize("norm", ["batch", "group"])
 @pytest.mark.parametrize("gamma", [0.0, 0.01])
 @pytest.mark.parametrize("method", [
     PGDAT(PGD(eps=0.1, step_size=0.05, num_steps=3)),
@@ -207,8 +211,10 @@ real = msgd.update
     TRADES(PGD(eps=0.1, step_size=0.05, num_steps=2, loss="kl", start_noise=0.001)),
 ], ids=["pgd", "l2 restarts", "fgsm", "trades"])  # fmt: skip
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_a_step_of_training_reads_nothing_from_the_device(name, method, gamma, without_values):
-    model = network(torch.float32).to("meta").train()
+def test_a_step_of_training_reads_nothing_from_the_device(
+    name, method, gamma, norm, without_values
+):
+    model = network(torch.float32, norm).to("meta").train()
     optimizer = OPTIMIZERS[name](model)
     if name == "input":
         optimizer.measure.load({"calls": 1, "fit": [FIT]})  # between two fits

@@ -7,7 +7,6 @@ from dataclasses import asdict, dataclass
 from itertools import count, islice
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from engm import data, methods, optim
