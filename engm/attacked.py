@@ -1,7 +1,6 @@
 """The model as the steps of an attack see it: frozen, and as fast as the device allows."""
 
 import copy
-import warnings
 from collections.abc import Callable, Hashable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -37,11 +36,11 @@ class AttackedModel(nn.Module):
         model: The model, left as it is.
         dtype: What the passes compute in, bfloat16 by way of `torch.autocast`.
         compile: Compile the passes (`torch.compile`), for batches of the first one's shape.
-        capture: Record the steps of an attack as a CUDA graph, and replay it. If a graph cannot be
-            made, or does not do what the steps do, there is a warning and the steps run as always.
+        capture: Record the steps of an attack as a CUDA graph, and replay it.
 
     Raises:
-        InputError: If `capture` is asked for and the model is not on a CUDA device.
+        InputError: If `capture` is asked for and the model is not on a CUDA device; in the first
+            attack, if its graph cannot be made, or does not do what the steps do.
     """
 
     def __init__(
@@ -135,19 +134,21 @@ class AttackedModel(nn.Module):
         assert self._record is not None
         try:
             expected, replay = self._record(work, inputs)
-            images = inputs[0], expected, replay(*inputs)
-            start, wanted, found = (float(loss(x_adv).detach()) for x_adv in images)
-            # equal where nothing climbs
-            if abs(found - wanted) <= _TOLERANCE * abs(wanted - start) + 1e-6 * abs(wanted):
-                return replay
-            reason = f"it takes the loss from {start:.4g} to {found:.4g}, the steps to {wanted:.4g}"
-        except RuntimeError as failure:
-            reason = str(failure).split("\n")[0]
-        warnings.warn(
-            f"capture: the attack runs step by step, since its CUDA graph failed: {reason}",
-            stacklevel=2,
-        )
-        return work
+        except RuntimeError as error:
+            # no way back: torch's generator and allocator still take a recording as under way
+            reason = str(error).split("\n")[0]
+            raise InputError(
+                f"the attack cannot be recorded: {reason}; leave capture out"
+            ) from error
+        images = inputs[0], expected, replay(*inputs)
+        start, wanted, found = (float(loss(x_adv).detach()) for x_adv in images)
+        # equal where nothing climbs
+        if not abs(found - wanted) <= _TOLERANCE * abs(wanted - start) + 1e-6 * abs(wanted):
+            raise InputError(
+                f"the recorded attack does not do what its steps do: they take the loss from "
+                f"{start:.4g} to {wanted:.4g}, a replay to {found:.4g}; leave capture out"
+            )
+        return replay
 
 
 # Takes the work and its first inputs; returns what they give, and the replay.
@@ -173,7 +174,7 @@ def _cuda_graph(
 ) -> tuple[Tensor, Callable[..., Tensor]]:
     held = [value.clone() for value in inputs]
     with torch.cuda.device(inputs[0].device):
-        # apart from the main stream, as recording wants it; kernels are chosen and compiled here
+        # apart from the main stream, as recording wants it; kernels are chosen and compiled first
         apart, main = torch.cuda.Stream(), torch.cuda.current_stream()
         apart.wait_stream(main)
         with torch.cuda.stream(apart):
@@ -181,7 +182,8 @@ def _cuda_graph(
                 expected = work(*held).clone()
         main.wait_stream(apart)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        # other threads, such as those that pin a loader's memory, may do as they like
+        with torch.cuda.graph(graph, stream=apart, capture_error_mode="thread_local"):
             output = work(*held)
 
     def replay(*values: Tensor) -> Tensor:

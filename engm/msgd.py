@@ -127,25 +127,35 @@ def update(
         max_norm: Longest gradient, all parameters together.
     """
     deferred = guard.skip is not None
+    fused = deferred or any(group["fused"] for group in optimizer.param_groups)
     for parameter, gradient in gradients.items():
-        if deferred and gradient.stride() != parameter.stride():
-            gradient = torch.empty_like(parameter).copy_(gradient)  # as fused kernels want it
+        gradient = _laid_out(gradient, parameter) if fused else gradient
         before = parameter.grad
         parameter.grad = gradient if before is None else before + gradient
     if max_norm is not None:
         nn.utils.clip_grad_norm_(_parameters(optimizer), max_norm)
     if deferred:
         optimizer.found_inf = guard.skip  # type: ignore[attr-defined]
-        for group in optimizer.param_groups:
-            group["fused"], group["foreach"] = True, False
-            if group["momentum"] and not group["dampening"]:
-                # torch would leave them unset after a first step that is skipped
-                for parameter in group["params"]:
-                    state = optimizer.state[parameter]
-                    if state.get("momentum_buffer") is None:
-                        state["momentum_buffer"] = torch.zeros_like(parameter)
+    for group in optimizer.param_groups if fused else ():
+        group["fused"], group["foreach"] = True, False
+        for parameter in group["params"] if group["momentum"] else ():
+            buffer = optimizer.state[parameter].get("momentum_buffer")
+            if buffer is not None:
+                buffer = _laid_out(buffer, parameter)
+            elif group["dampening"]:
+                guard.settle()  # a first step that is skipped would leave it unset
+                continue
+            else:
+                buffer = torch.zeros_like(parameter)
+            optimizer.state[parameter]["momentum_buffer"] = buffer
     step()
     guard.stepped()
+
+
+def _laid_out(values: Tensor, parameter: Tensor) -> Tensor:
+    # fused kernels run through the memory of both, whatever their strides
+    same = values.stride() == parameter.stride()
+    return values if same else torch.empty_like(parameter).copy_(values)
 
 
 def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:

@@ -117,7 +117,7 @@ def _fit(
     cuda = [target] if target.type == "cuda" else []
     with torch.random.fork_rng(devices=cuda):
         run = _Run(config, dataset, target, folder)  # what cannot start leaves no folder
-        with locked(folder) if processes.first() else nullcontext(), kernels_compared():
+        with locked(folder) if processes.first() else nullcontext():
             run.go_on(progress and processes.first())
             result = run.evaluate(save_adversarial, progress and processes.first())
             if processes.first():
@@ -186,16 +186,17 @@ class _Run:
             augment=data.SPECS[self.dataset.name].augment,
         )
         try:
-            metrics = train_one_epoch(
-                self.model,
-                self.method,
-                self.optimizer,
-                examples,
-                scheduler=self.scheduler,
-                attacked=self.attacked,
-                precision=self.precision,
-                awp=AWP(self.config.awp if epoch > self.config.awp_warmup else 0),
-            )
+            with kernels_compared():
+                metrics = train_one_epoch(
+                    self.model,
+                    self.method,
+                    self.optimizer,
+                    examples,
+                    scheduler=self.scheduler,
+                    attacked=self.attacked,
+                    precision=self.precision,
+                    awp=AWP(self.config.awp if epoch > self.config.awp_warmup else 0),
+                )
         except NonFiniteLossError as error:
             failed = self.folder / "checkpoint-failed.pt"
             if processes.first():
@@ -289,7 +290,10 @@ def attacked_model(config: RunConfig, model: nn.Module) -> AttackedModel | None:
 
 @contextmanager
 def kernels_compared() -> Iterator[None]:
-    """Lets cuDNN try its kernels once for each shape, and keep the fastest."""
+    """Lets cuDNN try its kernels once for each shape, and keep the fastest.
+
+    Not for an evaluation whose batches shrink as examples are fooled: each size would be tried.
+    """
     before = torch.backends.cudnn.benchmark
     torch.backends.cudnn.benchmark = True
     try:

@@ -1,7 +1,6 @@
 import itertools
 import json
 import shlex
-import warnings
 from types import SimpleNamespace
 
 import numpy as np
@@ -246,20 +245,19 @@ def test_what_was_measured_is_kept_where_a_profile_ends_the_process(monkeypatch,
     assert "| float32 | " in costs.table(result)
 
 
-def test_a_capture_that_falls_back_is_not_shown_as_one(monkeypatch):
+def test_a_capture_that_fails_ends_the_bench(monkeypatch):
     def build(self, name):
         if "capture" in name:
-            warnings.warn("capture: the attack runs step by step, since ...", stacklevel=1)
+            raise InputError("the attack cannot be recorded: not permitted; leave capture out")
         return kit.Kit(self.model, self.split, self.config, kit.Variant())
 
     monkeypatch.setattr(training._Bench, "build", build)
     images_of = training._images("random", None, 8, 0)
     bench = training._Bench(TINY.resolved(), images_of, CPU, steps=1, repeats=1)
-    with kit.as_named(["reference"]):
-        for name in ("float32", "float32 capture"):
-            bench.warm_up(name)
+    bench.warm_up("float32")
+    with pytest.raises(InputError, match="name --methods without capture"):
+        bench.warm_up("float32 capture")
     assert list(bench.runners) == ["float32"]
-    assert bench.found["float32 capture"]["reason"].startswith("UserWarning: capture: the attack")
 
 
 def test_with_compiled_rows_torch_fails_where_it_would_stop_compiling():

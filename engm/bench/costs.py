@@ -114,6 +114,14 @@ def held(work: Callable[[], None], device: torch.device) -> dict[str, Any]:
     }
 
 
+def forget_peak(device: torch.device) -> None:
+    """Lets the peak of `held` begin anew, where something passing was in it."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+
+
 def speed_up(times: Sequence[float], base: Sequence[float], each: int) -> dict[str, Any]:
     """Returns how long rounds took, and their speed beside that of others.
 

@@ -10,6 +10,7 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity
 
 from engm.bench.costs import seconds
+from engm.errors import InputError
 
 KINDS = ("convolution, matrix", "normalisation", "elementwise, rest", "copies", "optimizer")
 _CONVOLUTION, _NORMALISATION, _REST, _COPIES, _OPTIMIZER = KINDS
@@ -92,6 +93,8 @@ def profile(
     host = [event for event in events if event.device_type == DeviceType.CPU]
     if on_cuda:
         kernels = [event for event in events if _is_kernel(event)]
+        if not kernels:
+            raise InputError("the profiler saw no kernel")
         times = [(kind_of(e.name), e.time_range.elapsed_us()) for e in kernels]
         busy = _union((e.time_range.start, e.time_range.end) for e in kernels)
     else:

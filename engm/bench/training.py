@@ -33,7 +33,7 @@ import torch
 from tqdm.auto import tqdm
 
 from engm import data, models
-from engm.bench.costs import held, reason, seconds, speed_up
+from engm.bench.costs import forget_peak, held, reason, seconds, speed_up
 from engm.bench.kit import Kit, Variant, as_named
 from engm.bench.profile import profile
 from engm.bench.rates import flops, matrix_rates
@@ -202,6 +202,9 @@ class _Bench:
 
         def work() -> None:
             runner.append(self.build(name))
+            runner[0].train(1)
+            runner[0].attack()
+            forget_peak(self.device)  # that of cuDNN's search for kernels
             runner[0].train(WARM_UP)
             runner[0].attack()
 
@@ -211,6 +214,11 @@ class _Bench:
         except Exception as error:
             if name == REFERENCE:
                 raise  # nothing to compare with
+            if "cannot be recorded" in str(error):
+                raise InputError(
+                    f"{name}: {reason(error)}. Torch cannot go on after that; name --methods "
+                    "without capture"
+                ) from error
             self.found[name] = {"reason": reason(error)}
 
     def build(self, name: str) -> _Runner:
