@@ -2,6 +2,7 @@ import json
 import os
 import sys
 import time
+from importlib import metadata
 from pathlib import Path
 
 import nbformat
@@ -285,7 +286,13 @@ def test_the_last_result_is_handed_out_and_written(executed):
     run = executed["good"]
     written = json.loads((run.path.parent / "00_good.result.json").read_text())
 
+    origin = written.pop("run")
     assert run.result == written
+    assert origin["notebook"] == "00_good"
+    assert origin["parameters"]["lr"] == "1.0"  # given; those that follow are defaults
+    defaults = {k: v for k, v in origin["parameters"].items() if k != "lr"}
+    assert len(defaults) == len(notebooks.parameters(run.path)) - 1 > 0
+    assert origin["environment"]["packages"]["torch"].startswith(metadata.version("torch"))
     assert list(written["summary"][0].items()) == [("value", 1.0), ("quantity", "lr")]
     assert written["verdict"] == "holds"
 

@@ -21,7 +21,10 @@ PARAMETERS: dict[str, tuple[dict, dict]] = {
     "01_attacks": (dict(subset=300, epochs=6), dict(eps=0.1, epochs=5, seed=1)),
     "02_gradient_variance": (
         dict(seeds=[0], epochs=2),
-        dict(seeds=[1, 2], epochs=2, eps=0.05, batch_size=100, measured=100, lr=0.02),
+        dict(
+            **dict(seeds=[1, 2], epochs=2, eps=0.05, batch_size=100, measured=100, lr=0.02),
+            **dict(width=8, precision="bfloat16"),
+        ),
     ),
     "03_engm_step_by_step": (
         dict(subset=200, epochs=3),
@@ -41,7 +44,7 @@ PARAMETERS: dict[str, tuple[dict, dict]] = {
     ),
     "05_norms_from_inputs": (
         dict(subset=300, epochs=3, seeds=[0], refresh_every=5),
-        dict(epochs=2, seeds=[3, 1], lr=0.1, eps=0.1),
+        dict(epochs=2, seeds=[3, 1], lr=0.1, eps=0.1, width=8, precision="bfloat16"),
     ),
     "06_cifar": (
         dict(subset=100, epochs=1, seeds=[0], eval_steps=2, method="trades", optimizer="engm"),

@@ -121,8 +121,9 @@ def run(
     """Executes a notebook in a fresh kernel of this very interpreter, and says how it went.
 
     The executed notebook is `output_dir/NAME.ipynb`, written as it goes; what it published is
-    `output_dir/NAME.result.json`. The kernel works in `output_dir`, so a notebook's own files land
-    there. Done means that every code cell was executed: a cell with `sys.exit(0)` is a failure.
+    `output_dir/NAME.result.json`, with all parameters, versions and hardware under "run".
+    The kernel works in `output_dir`, so a notebook's own files land there. Done means that every
+    code cell was executed: a cell with `sys.exit(0)` is a failure.
 
     Args:
         name: As for `find`.
@@ -189,9 +190,22 @@ def run(
     executed.metadata.pop("papermill", None)
     write_text(path, nbformat.writes(executed))
     if result is not None:
-        write_json(result_path, result)
+        write_json(result_path, {**result, "run": _origin(source, values, seconds)})
     record = _record(executed, *error) if error else None
     return NotebookRun(source.stem, path, seconds, record, result)
+
+
+def _origin(source: Path, values: Mapping[str, Any], seconds: float) -> dict[str, Any]:
+    from engm.run_directory import environment
+    from engm.training import pick_device
+
+    defaults = {name: parameter.default for name, parameter in parameters(source).items()}
+    return {
+        "notebook": source.stem,
+        "parameters": {**defaults, **{name: repr(value) for name, value in values.items()}},
+        "seconds": seconds,
+        "environment": environment(pick_device("auto")),
+    }
 
 
 def publish(result: dict[str, Any]) -> None:
