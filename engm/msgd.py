@@ -101,11 +101,7 @@ class MSGD(torch.optim.SGD):
     def settle(self) -> None:
         """Waits for the device, and raises what steps on a GPU had no answer to yet.
 
-        There a step whose losses are not finite is skipped, with all that follow, and the error
-        comes with one of the next steps, or here. Call it before the weights are used or kept.
-
-        Raises:
-            NonFiniteLossError: If a step was skipped.
+        See `ENGM.settle`.
         """
         self._guard.settle()
 

@@ -194,6 +194,13 @@ def test_the_learning_rates_of_the_text_are_those_that_the_validation_images_cho
     assert "(0.2 for MSGD, 0.3 for ENGM)" in README
 
 
+def test_verdicts_of_other_runs_of_notebooks_are_as_published():
+    studies = sorted((ROOT / "results" / "studies").glob("*.result.json"))
+    assert studies
+    for path in studies:
+        assert f'"{read_json(path)["verdict"]}"' in RESULTS, path
+
+
 def test_the_plans_are_ready_to_run():
     counts = {}
     for path in (ROOT / "results" / "plans").glob("*.yaml"):
