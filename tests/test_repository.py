@@ -209,7 +209,7 @@ def test_the_plans_are_ready_to_run():
         counts[path.stem] = len(tasks)
         assert all(task.settings["step_size"] == pytest.approx(2 / 255) for task in tasks)
     assert counts == {
-        "cifar10-search": 15, "cifar10": 15, "cifar10-long": 4, "cifar10-methods": 12,
+        "cifar10-search": 20, "cifar10": 15, "cifar10-long": 4, "cifar10-methods": 12,
         "cifar10-precision": 12, "cifar100": 6, "tiny-imagenet": 4,
     }  # fmt: skip
 
