@@ -13,8 +13,8 @@ class NonFiniteLossError(FloatingPointError):
     """A loss is inf or nan; the step that would have followed was not taken.
 
     Attributes:
-        steps_ago: How many more steps were asked for, and not taken, before this was known: 0 on
-            the CPU, some on a GPU, which the host does not wait for.
+        steps_ago: How many steps, the failed one among them, were asked for and not taken before
+            this was known: 0 on the CPU, some on a GPU, which the host does not wait for.
     """
 
     steps_ago = 0
