@@ -276,7 +276,8 @@ def _step(task: _Task, model: nn.Module, optimizer: MSGD | ENGM, whole: bool) ->
 
 def _task(config: RunConfig, image_size: int, device: torch.device) -> _Task:
     torch.manual_seed(config.seed)
-    layout = torch.channels_last if config.channels_last else torch.contiguous_format
+    precision = Precision.of(config)
+    layout = precision.memory_format
     model = models.build(config.model or "", width=config.width, norm=config.model_norm)
     model = model.to(device, memory_format=layout).train()  # type: ignore[call-overload]
     assert config.batch_size and config.eps
@@ -284,7 +285,7 @@ def _task(config: RunConfig, image_size: int, device: torch.device) -> _Task:
     y = torch.randint(10, (config.batch_size,))
     x, y = x.to(device, memory_format=layout), y.to(device)
     x_adv = (x + config.eps * torch.randn_like(x).sign()).clamp(0, 1)
-    return _Task(config, model, x, x_adv, y, Precision(getattr(torch, config.precision), layout))
+    return _Task(config, model, x, x_adv, y, precision)
 
 
 def _check(names: Sequence[str], **counts: int) -> None:
