@@ -51,6 +51,20 @@ class RunConfig:
 
     dataset: DatasetName = _option("digits", "data to train on")
     subset: int | None = _option(None, "train on this many images only; default: all", at_least=1)
+    validation_images: int | None = _option(
+        None,
+        "images that choose the epoch, taken off the training set; default: by dataset",
+        at_least=1,
+    )
+    test_images: int | None = _option(
+        None, "test on this many images, evenly over the classes; default: all", at_least=1
+    )
+    augment: Literal["crop-and-mirror", "none"] | None = _option(
+        None, "what training does to its images; default: by dataset"
+    )
+    label_noise: float = _option(
+        0.0, "fraction of the training images whose label is made wrong", at_least=0, below=1
+    )
     model: ModelName | None = _option(None, "architecture; default: by dataset")
     width: int | None = _option(
         None, "channels of the first stage; default: by model", at_least=1, at_most=4096
@@ -124,7 +138,8 @@ class RunConfig:
     def resolved(self) -> "RunConfig":
         """Returns the config filled in for its dataset, model and method.
 
-        `subset` stays `None` for all images, and `beta` where the method has none.
+        Numbers of images stay `None` for all of them or the usual ones, `augment` for what suits
+        the dataset, and `beta` where the method has none.
         """
         values = {**_DEFAULTS[self.dataset]}
         if self.norm == "l2":

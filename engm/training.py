@@ -113,7 +113,13 @@ def _fit(
         check_config(folder, config)
         metrics = whole_metrics(folder, config.epochs)
         return RunResult(folder, config, metrics, read_result(folder))
-    dataset = data.load(config.dataset, root=data_root, subset=config.subset).to(target)
+    dataset = data.load(
+        config.dataset,
+        root=data_root,
+        subset=config.subset,
+        validation=config.validation_images,
+        test=config.test_images,
+    ).to(target)
     cuda = [target] if target.type == "cuda" else []
     with torch.random.fork_rng(devices=cuda):
         run = _Run(config, dataset, target, folder)  # what cannot start leaves no folder
@@ -135,6 +141,13 @@ class _Run:
         self, config: RunConfig, dataset: data.Dataset, device: torch.device, folder: Path
     ) -> None:
         self.config, self.dataset, self.device, self.folder = config, dataset, device, folder
+        self.examples = dataset.train
+        if config.label_noise:
+            self.examples = data.with_wrong_labels(
+                dataset.train, config.label_noise, dataset.num_classes, seed=config.seed
+            )
+        usual = data.SPECS[dataset.name].augment
+        self.augment = usual if config.augment is None else config.augment != "none"
         self.precision = Precision.of(config)
         layout = self.precision.memory_format
         _seed(config.seed, 0)
@@ -179,11 +192,11 @@ class _Run:
         _seed(self.config.seed, epoch)
         lr = self.optimizer.param_groups[0]["lr"]
         examples = data.batches(
-            self.dataset.train,
+            self.examples,
             self.batch_size,
             seed=self.config.seed,
             epoch=epoch,
-            augment=data.SPECS[self.dataset.name].augment,
+            augment=self.augment,
         )
         try:
             with kernels_compared():

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from engm.data import Split, batches, load, stratified_order, to_float
+from engm.data import Split, batches, load, stratified_order, to_float, with_wrong_labels
 from engm.data import cache as data_cache
 from engm.errors import InputError
 
@@ -69,6 +69,28 @@ def test_a_subset_is_part_of_a_larger_one_and_leaves_the_rest_alone():
     assert contents(small.validation) == contents(full.validation)
     assert contents(small.test) == contents(full.test)
     assert (small.mean, small.std) == (full.mean, full.std)
+
+
+def test_fewer_test_images_are_even_over_the_classes_and_part_of_more():
+    few, more = load("digits", test=100).test, load("digits", test=200).test
+    assert counts(few) == [10] * 10
+    assert counts(more) == [20] * 10
+    assert contents(few) <= contents(more) <= contents(load("digits").test)
+
+
+def test_the_wrong_share_of_the_labels_is_wrong_and_the_images_stay(noise):
+    tenth, fifth = (with_wrong_labels(noise, part, 7, seed=3).labels for part in (0.1, 0.2))
+    assert int((tenth != noise.labels).sum()) == 30
+    assert int((fifth != noise.labels).sum()) == 60
+    assert torch.equal(fifth[tenth != noise.labels], tenth[tenth != noise.labels])
+    assert int(fifth.min()) >= 0 and int(fifth.max()) < 7
+    shifts = (with_wrong_labels(noise, 1.0, 7, seed=3).labels - noise.labels) % 7
+    assert counts(Split(noise.images, shifts))[0] == 0
+    assert min(counts(Split(noise.images, shifts))[1:]) > 25  # of 50: every other class alike
+    other = with_wrong_labels(noise, 0.2, 7, seed=4)
+    assert not torch.equal(other.labels, fifth)
+    assert torch.equal(other.images, noise.images)
+    assert torch.equal(with_wrong_labels(noise, 0.0, 7, seed=3).labels, noise.labels)
 
 
 def test_the_split_seed_moves_the_validation_images_but_never_the_test_images():

@@ -211,6 +211,28 @@ def test_each_epoch_has_its_own_batches_and_is_validated_on_the_validation_split
     assert run.result["robust_overfitting_gap"] == gap
 
 
+@pytest.mark.parametrize("augment", ["none", "crop-and-mirror"])
+def test_a_run_uses_as_many_images_and_spoils_as_many_labels_as_it_says(
+    augment, tmp_path, monkeypatch
+):
+    batches, cut = [], data.batches
+    monkeypatch.setattr(data, "batches", lambda *a, **k: batches.append((a, k)) or cut(*a, **k))
+    images = {"validation_images": 30, "test_images": 50}
+    config = replace(TINY, epochs=1, label_noise=0.25, augment=augment, seed=5, **images)
+    run = fit_quietly(config, tmp_path)
+    clean = data.load("digits", subset=40, validation=30)
+    ((split, _), how), *_ = batches
+    assert how["augment"] == (augment == "crop-and-mirror")
+    assert torch.equal(split.images, clean.train.images)
+    assert int((split.labels != clean.train.labels).sum()) == 10
+    spoiled = data.with_wrong_labels(clean.train, 0.25, 10, seed=5)
+    assert torch.equal(split.labels, spoiled.labels)
+    saved = load_tensors(run.folder / "adversarial-last.pt")
+    assert {len(tensor) for tensor in saved.values()} == {50}
+    validated = 30 * run.metrics[0]["validation_clean_accuracy"]
+    assert validated == pytest.approx(round(validated))
+
+
 def test_of_equal_epochs_the_first_is_best(tmp_path, monkeypatch):
     accuracies = iter([0.2, 0.5, 0.5])
     found = lambda *_: SimpleNamespace(clean_accuracy=1.0, robust_accuracy=next(accuracies))  # noqa: E731

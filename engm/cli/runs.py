@@ -88,7 +88,8 @@ def evaluate(
     from engm.training import pick_device
 
     config = read_config(run)
-    dataset = data.load(config.dataset, root=data_root).to(pick_device(device))
+    dataset = data.load(config.dataset, root=data_root, test=config.test_images)
+    dataset = dataset.to(pick_device(device))
     options: dict[str, Any] = dict(num_steps=num_steps, eps=eps, images=images)
     for which in [checkpoint] if checkpoint else ["best", "last"]:
         report = evaluate_checkpoint(

@@ -106,6 +106,7 @@ def load(
     root: Path | str | None = None,
     subset: int | None = None,
     validation: int | None = None,
+    test: int | None = None,
     split_seed: int = 0,
 ) -> Dataset:
     """Loads a data set, on the CPU.
@@ -120,7 +121,8 @@ def load(
         subset: How many of the remaining training images to keep, evenly over the classes. A
             larger subset holds the smaller ones, and the validation images stay the same.
         validation: How many validation images.
-        split_seed: Draws the validation images and the subset.
+        test: How many of the test images to keep, evenly over the classes; by default all.
+        split_seed: Draws the validation images and the subsets.
 
     Raises:
         InputError: If the name is unknown, the cache is missing or damaged (the message names the
@@ -135,6 +137,10 @@ def load(
     held_out = _whole("validation", default if validation is None else validation, 1, pool - 1)
     kept = _whole("subset", pool - held_out if subset is None else subset, 1, pool - held_out)
     order = stratified_order(arrays["train_labels"], _whole("split_seed", split_seed, 0))
+    tested: np.ndarray | slice = slice(None)
+    if test is not None:
+        count = _whole("test", test, 1, len(arrays["test_labels"]))
+        tested = stratified_order(arrays["test_labels"], split_seed)[:count]
 
     def split(part: str, index: np.ndarray | slice) -> Split:
         images, labels = arrays[f"{part}_images"][index], arrays[f"{part}_labels"][index]
@@ -144,10 +150,31 @@ def load(
         name=name,
         train=split("train", order[held_out : held_out + kept]),
         validation=split("train", order[:held_out]),
-        test=split("test", slice(None)),
+        test=split("test", tested),
         **{key: tuple(record[key]) for key in ("class_names", "mean", "std")},
         title=record["title"],
     )
+
+
+def with_wrong_labels(split: Split, fraction: float, num_classes: int, *, seed: int) -> Split:
+    """Returns a split in which a fraction of the labels is wrong.
+
+    Which images, and which of the other classes each gets, is drawn from `seed`, uniformly. A
+    larger fraction spoils the images of a smaller one, in the same way.
+
+    Args:
+        split: What to spoil; it stays as it is.
+        fraction: Of the images, in [0, 1].
+        num_classes: K; labels are below it.
+        seed: At least 0.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    chosen = torch.randperm(len(split), generator=generator)[: round(fraction * len(split))]
+    shifts = torch.randint(1, num_classes, (len(split),), generator=generator)[: len(chosen)]
+    chosen, shifts = chosen.to(split.labels.device), shifts.to(split.labels.device)
+    labels = split.labels.clone()
+    labels[chosen] = (labels[chosen] + shifts) % num_classes
+    return Split(split.images, labels)
 
 
 def to_float(images: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from engm.run_directory import CONFIG, RESULT, read_config, read_metrics, read_r
 # columns that say what a run is, shown even where all runs agree
 ALWAYS = ("dataset", "method", "optimizer")
 # settings of the evaluation: runs that differ in one of them were not measured alike
-PROTOCOL = ("eps", "norm", "eval_steps")
+PROTOCOL = ("test_images", "eps", "norm", "eval_steps")
 
 
 @dataclass(frozen=True)
