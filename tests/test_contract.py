@@ -1,0 +1,61 @@
+"""What others rely on: public names, the command line, a run's settings, the notebooks' imports.
+
+After a change that is meant, `python tests/test_contract.py` writes contract.txt anew.
+"""
+
+import ast
+import importlib
+import json
+from pathlib import Path
+
+import click
+import pytest
+
+import engm
+from engm.cli import main
+from engm.config import RunConfig
+
+CONTRACT = Path(__file__).parent / "contract.txt"
+NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
+
+
+def helps(command: click.Command, words: tuple[str, ...]) -> list[str]:
+    context = click.Context(command, info_name=" ".join(words), max_content_width=100)
+    texts = [f"$ {' '.join(words)} --help\n{command.get_help(context)}"]
+    if isinstance(command, click.Group):
+        for name in sorted(command.commands):
+            texts += helps(command.commands[name], (*words, name))
+    return texts
+
+
+def contract() -> str:
+    names = ["public: " + " ".join(sorted(engm.__all__))]
+    settings = [f"setting: {name} = {value!r}" for name, value in RunConfig().to_dict().items()]
+    return "\n\n".join(["\n".join(names + settings), *helps(main, ("engm",))]) + "\n"
+
+
+def test_public_names_settings_and_options_are_those_that_people_use():
+    assert contract() == CONTRACT.read_text()
+    for name in engm.__all__:
+        assert getattr(engm, name).__doc__
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_every_name_that_a_notebook_imports_is_there(path):
+    cells = json.loads(path.read_text())["cells"]
+    code = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
+    wanted = [
+        (node.module, alias.name)
+        for node in ast.walk(ast.parse(code))
+        if isinstance(node, ast.ImportFrom) and node.module.split(".")[0] == "engm"
+        for alias in node.names
+    ]
+    assert wanted
+    for module, name in wanted:
+        found = importlib.import_module(module)
+        if not hasattr(found, name):
+            importlib.import_module(f"{module}.{name}")
+
+
+if __name__ == "__main__":
+    CONTRACT.write_text(contract())
