@@ -62,7 +62,7 @@ test-colab: .venv-colab/ready  ## run the notebooks under the versions that Cola
 	PYDEVD_DISABLE_FILE_VALIDATION=1 .venv-colab/bin/engm demo --out $(OUT)/colab
 
 map: demo  ## measure the times in notebooks/README.md, and renew its pictures
-	$(BIN)/python -m engm.notebooks.notebook_map $(OUT)
+	$(BIN)/python -m engm.lab.notebook_map $(OUT)
 
 lab: .venv/ready  ## open the notebooks in JupyterLab
 	$(BIN)/jupyter lab notebooks

@@ -15,7 +15,7 @@ from archives import list_files, read_files
 from PIL import Image
 from tqdm.auto import tqdm
 
-from engm.data.cache import DatasetSpec, stratified_order
+from engm.data import DatasetSpec, stratified_order
 from engm.errors import InputError
 
 _CIFAR10 = {

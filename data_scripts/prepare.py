@@ -14,9 +14,9 @@ import click
 import numpy as np
 from layouts import Contents, read_dataset
 
-from engm.data.cache import SPECS, DatasetSpec, data_root
+from engm.data import SPECS, DatasetSpec, data_root
 from engm.errors import InputError
-from engm.files import atomic_path, write_json
+from engm.runs import atomic_path, write_json
 
 NAMES = [name for name in SPECS if name != "digits"]
 
@@ -90,7 +90,7 @@ def prepare(spec: DatasetSpec, archive: Path | None, root: Path) -> Path:
 
 def downloads(spec: DatasetSpec) -> list[tuple[str, str, str]]:
     """The official files of a data set, each as address, file name and md5 checksum."""
-    from engm.data.vision import torchvision
+    from vision import torchvision
 
     datasets = torchvision.datasets
     if spec.name == "tiny-imagenet":
@@ -164,7 +164,7 @@ def channel_statistics(images: np.ndarray) -> tuple[list[float], list[float]]:
 
 
 def _download(spec: DatasetSpec, files: list[tuple[str, str, str]], folder: Path) -> None:
-    from engm.data.vision import torchvision
+    from vision import torchvision
 
     path = "FILE" if len(files) == 1 else "FOLDER"
     elsewhere = (

@@ -11,11 +11,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from engm.attacks import FGSM, PGD
     from engm.config import RunConfig
-    from engm.evaluation.robustness import evaluate
-    from engm.methods import MART, PGDAT, TRADES, Natural
+    from engm.evaluation.suite import evaluate
+    from engm.methods import AWP, MART, PGDAT, TRADES, Natural
     from engm.optim import ENGM, MSGD
     from engm.training import fit
-    from engm.weight_perturbation import AWP
 
 __all__ = [
     "AWP", "ENGM", "FGSM", "MART", "MSGD", "PGD", "PGDAT", "TRADES",
@@ -25,11 +24,10 @@ __all__ = [
 _HOMES = {
     "attacks": ("FGSM", "PGD"),
     "config": ("RunConfig",),
-    "methods": ("MART", "Natural", "PGDAT", "TRADES"),
+    "methods": ("AWP", "MART", "Natural", "PGDAT", "TRADES"),
     "optim": ("ENGM", "MSGD"),
-    "evaluation.robustness": ("evaluate",),
+    "evaluation.suite": ("evaluate",),
     "training": ("fit",),
-    "weight_perturbation": ("AWP",),
 }
 
 

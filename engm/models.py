@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from engm.config import RunConfig
+from engm.data import Dataset
 from engm.errors import InputError
 
 Floats = Sequence[float] | None
@@ -233,3 +235,18 @@ def _check(norm: str, norms: tuple[str, ...], **counts: int) -> None:
         least = 2 if name == "num_classes" else 1
         if not isinstance(value, int) or value < least:
             raise InputError(f"{name} must be a whole number, {least} or more; got {value!r}")
+
+
+def build_model(config: RunConfig, dataset: Dataset) -> nn.Module:
+    """Makes the untrained model of a run, for the classes and the channels of its dataset."""
+    config = config.resolved()
+    assert config.model is not None
+    return build(
+        config.model,
+        num_classes=dataset.num_classes,
+        width=config.width,
+        norm=config.model_norm,
+        in_channels=dataset.image_shape[0],
+        mean=dataset.mean,
+        std=dataset.std,
+    )

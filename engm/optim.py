@@ -6,24 +6,270 @@ All take their step with the same call, whose closure returns one loss per examp
 """
 
 import math
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from engm import processes
+from engm import distributed
 from engm.config import RunConfig
-from engm.errors import InputError
-from engm.example_norms.measures import (
+from engm.errors import InputError, NonFiniteLossError
+from engm.norms.measures import (
     NO_STEP,
     Closure,
     ExactMeasure,
     InputMeasure,
     LoopMeasure,
+    run_closure,
 )
-from engm.msgd import MSGD, update
-from engm.step_guard import StepGuard, defers
+
+# --- the step guard
+
+
+class StepGuard:
+    """Keeps an optimizer from updating the weights with a batch whose losses are not finite.
+
+    On the CPU `check` raises at once. On a GPU to ask would stall the device until the host has had
+    its answer. So the host goes on: the device skips the update, and all that follow, because
+    `skip` is the `found_inf` of torch's fused optimizers; the error comes with one of the next
+    steps, as soon as the host can know without waiting, or with `settle`. Either way the weights
+    are then those before the step that failed.
+
+    Args:
+        message: Of the error, with {bad} and {count} for the examples of the batch.
+
+    Attributes:
+        skip: `[1]`, above 0 once a step has failed; `None` on the CPU.
+    """
+
+    def __init__(self, message: str) -> None:
+        self.message = message
+        self.skip: Tensor | None = None
+        self._steps = 0  # updates asked for so far
+        self._record: Tensor | None = None  # of the first failure: step from 1, bad, count
+        self._answer: tuple[Tensor, Any] | None = None  # a copy for the host, under way
+
+    def check(self, failed: Tensor, bad: Tensor) -> None:
+        """Takes note of a part of a batch.
+
+        Args:
+            failed: Whether no update may be made, a single boolean, the same in all processes.
+            bad: Which examples are not finite, `[n]` booleans.
+
+        Raises:
+            NonFiniteLossError: If this part failed (on the CPU), or an earlier one did.
+        """
+        if not defers(bad.device):
+            if bool(failed):
+                raise NonFiniteLossError(self.message.format(bad=int(bad.sum()), count=len(bad)))
+            return
+        if self._record is None:
+            self._record = torch.zeros(3, dtype=torch.int64, device=bad.device)
+        if not distributed.several():  # they would not hear of it in the same step
+            self._poll()
+        now = [failed * (self._steps + 1), failed * bad.sum(), failed * len(bad)]
+        self._record = torch.where(self._record[0] > 0, self._record, torch.stack(now))
+        self.skip = (self._record[:1] > 0).float()
+
+    def stepped(self) -> None:
+        """Counts an update."""
+        self._steps += 1
+
+    def settle(self) -> None:
+        """Waits for the device, and raises what `check` could not yet.
+
+        Raises:
+            NonFiniteLossError: If an update was skipped.
+        """
+        self._answer = None
+        if self._record is not None:
+            self._raise(self._record)
+
+    def _poll(self) -> None:
+        assert self._record is not None
+        if self._answer is None:
+            self._answer = _to_host(self._record)
+        copy, done = self._answer
+        if done is None or done.query():
+            self._answer = None
+            self._raise(copy)
+
+    def _raise(self, record: Tensor) -> None:
+        step, bad, count = record.tolist()
+        if step > 0:
+            error = NonFiniteLossError(self.message.format(bad=bad, count=count))
+            error.steps_ago = self._steps - step + 1
+            self._record, self.skip = None, None
+            raise error
+
+
+def defers(device: torch.device) -> bool:
+    """Returns whether to read a number from `device` would make the host wait for it."""
+    return device.type != "cpu"
+
+
+def _to_host(values: Tensor) -> tuple[Tensor, Any]:
+    if values.device.type != "cuda":
+        return values.cpu(), None
+    copy = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+    copy.copy_(values, non_blocking=True)
+    done = torch.cuda.Event()
+    done.record(torch.cuda.current_stream(values.device))
+    return copy, done
+
+
+# --- MSGD
+
+
+class MSGD(torch.optim.SGD):
+    """Momentum SGD, `v <- mu v + mean_i g_i + lambda theta`, `theta <- theta - eta v`.
+
+    `torch.optim.SGD` whose closure returns one loss per example, with optional clipping of the
+    batch gradient. Under `torch.distributed` the mean runs over the examples of all processes.
+
+    Args:
+        params: Parameters or parameter groups, as for `torch.optim.SGD`.
+        lr: Learning rate.
+        max_norm: Longest batch gradient, all parameter groups together; longer ones are
+            shortened to it. `None`: no clipping.
+        **sgd: `momentum`, `weight_decay`, `nesterov` and what else `torch.optim.SGD` takes.
+
+    Raises:
+        InputError: If `max_norm` is not above 0.
+    """
+
+    def __init__(
+        self, params: Iterable[Any], lr: float, *, max_norm: float | None = None, **sgd: Any
+    ) -> None:
+        if max_norm is not None and not max_norm > 0:
+            raise InputError(f"max_norm must be above 0, or None for no clipping; got {max_norm}")
+        super().__init__(params, lr=lr, **sgd)
+        self.max_norm = max_norm
+        self._guard = StepGuard("{bad} of {count} losses are inf or nan; " + NO_STEP)
+        self._count = 0  # examples of the batch so far, and their mean gradient
+        self._means: dict[Tensor, Tensor] = {}
+
+    def step(  # type: ignore[override]
+        self, closure: Closure | None = None, inputs: Tensor | None = None
+    ) -> Tensor | None:
+        """Takes a step along the mean gradient of the closure's losses.
+
+        Args:
+            closure: Runs the model and returns one loss per example, `[n]`. May be left out after
+                `accumulate`.
+            inputs: Not used; here so that every optimizer takes the same call.
+
+        Returns:
+            The losses, `[n]`, detached; `None` without a closure.
+
+        Raises:
+            InputError: If the closure returns something else than one loss per example.
+            NonFiniteLossError: If a loss is inf or nan; the parameters are then as before. On a GPU
+                it may come with a later step, see `settle`.
+        """
+        losses = None
+        if closure is not None or not self._count:
+            losses = self.accumulate(closure, inputs)
+        distributed.average(list(self._means.values()), self._count)
+        update(self, self._means, self._guard, super().step, self.max_norm)
+        self._count, self._means = 0, {}
+        return losses
+
+    def accumulate(self, closure: Closure | None, inputs: Tensor | None = None) -> Tensor:
+        """Takes the gradient of a part of a batch, for a `step()` that follows.
+
+        Args:
+            closure: As for `step`, for the part.
+            inputs: Not used.
+
+        Returns:
+            The losses of the part, `[n]`, detached.
+        """
+        losses = run_closure(closure)
+        bad = ~losses.detach().isfinite()
+        # wherever the losses are, so that no process waits
+        self._guard.check(distributed.mean(bad) > 0, bad)
+        parameters = [p for p in _parameters(self) if p.requires_grad]
+        gradients = torch.autograd.grad(losses.mean(), parameters, allow_unused=True)
+        share = len(losses) / (self._count + len(losses))
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            before = self._means.get(parameter)
+            if before is not None:
+                after = torch.zeros_like(before) if gradient is None else gradient
+                self._means[parameter] = before.lerp(after, share)
+            elif gradient is not None:
+                self._means[parameter] = gradient if share == 1 else gradient * share
+        self._count += len(losses)
+        return losses.detach()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forgets the gradients, and the parts of a batch that no step was taken along."""
+        super().zero_grad(set_to_none)
+        self._count, self._means = 0, {}
+
+    def settle(self) -> None:
+        """Waits for the device, and raises what steps on a GPU had no answer to yet.
+
+        See `ENGM.settle`.
+        """
+        self._guard.settle()
+
+
+def update(
+    optimizer: torch.optim.SGD,
+    gradients: dict[Tensor, Tensor],
+    guard: StepGuard,
+    step: Callable[[], Any],
+    max_norm: float | None = None,
+) -> None:
+    """Gives each parameter its gradient and calls `step` of `torch.optim.SGD`.
+
+    Args:
+        optimizer: Whose parameters they are.
+        gradients: What is added to each parameter's `grad`.
+        guard: On a GPU the update is skipped there where this says so.
+        step: The update.
+        max_norm: Longest gradient, all parameters together.
+    """
+    deferred = guard.skip is not None
+    fused = deferred or any(group["fused"] for group in optimizer.param_groups)
+    for parameter, gradient in gradients.items():
+        gradient = _laid_out(gradient, parameter) if fused else gradient
+        before = parameter.grad
+        parameter.grad = gradient if before is None else before + gradient
+    if max_norm is not None:
+        nn.utils.clip_grad_norm_(_parameters(optimizer), max_norm)
+    if deferred:
+        optimizer.found_inf = guard.skip  # type: ignore[attr-defined]
+    for group in optimizer.param_groups if fused else ():
+        group["fused"], group["foreach"] = True, False
+        for parameter in group["params"] if group["momentum"] else ():
+            buffer = optimizer.state[parameter].get("momentum_buffer")
+            if buffer is not None:
+                buffer = _laid_out(buffer, parameter)
+            elif group["dampening"]:
+                guard.settle()  # a first step that is skipped would leave it unset
+                continue
+            else:
+                buffer = torch.zeros_like(parameter)
+            optimizer.state[parameter]["momentum_buffer"] = buffer
+    step()
+    guard.stepped()
+
+
+def _laid_out(values: Tensor, parameter: Tensor) -> Tensor:
+    # fused kernels run through the memory of both, whatever their strides
+    same = values.stride() == parameter.stride()
+    return values if same else torch.empty_like(parameter).copy_(values)
+
+
+def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+# --- ENGM
 
 __all__ = ["ENGM", "MSGD", "ExampleWeights", "build", "example_weights"]
 
@@ -162,9 +408,9 @@ class ENGM(torch.optim.SGD):
         norms = torch.cat(self._pending)
         for total in self._sums.values():
             total.div_(len(norms))
-        processes.average(list(self._sums.values()), len(norms))
+        distributed.average(list(self._sums.values()), len(norms))
         update(self, self._sums, self._guard, super().step)
-        mean = processes.mean(norms, norms.isfinite())
+        mean = distributed.mean(norms, norms.isfinite())
         before = torch.zeros_like(mean) if self._mean_norm is None else self._mean_norm
         decay = _SCALE_DECAY * (before > 0).double()
         after = decay * before + (1 - decay) * mean
@@ -189,7 +435,7 @@ class ENGM(torch.optim.SGD):
         """
         losses, norms, weighted = self.measure(closure, inputs)
         good = norms.isfinite() & losses.isfinite()
-        self._guard.check(processes.mean(good) == 0, ~good)
+        self._guard.check(distributed.mean(good) == 0, ~good)
         scale = self._current_scale(norms, good)
         weights = torch.where(good, example_weights(norms, scale, self.floor), 0.0)
         # on a GPU nobody waits to hear that all of them are good, as they nearly always are
@@ -239,7 +485,7 @@ class ENGM(torch.optim.SGD):
             return torch.full((), self.scale, dtype=torch.float64, device=norms.device)
         if self._pending and self.last:
             return self.last._scale  # the first part speaks for all
-        mean = processes.mean(norms, good)
+        mean = distributed.mean(norms, good)
         if self._mean_norm is None:
             return mean
         return torch.where(self._mean_norm > 0, self._mean_norm, mean)

@@ -1,8 +1,7 @@
 """A whole run: it survives being killed, and several processes can share it."""
 
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
@@ -10,17 +9,18 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.optim import lr_scheduler
 from tqdm.auto import tqdm
 
-from engm import data, methods, optim, processes
-from engm.attacked import AttackedModel
+from engm import data, distributed, methods, optim
 from engm.config import RunConfig
-from engm.epochs import Precision, build_scheduler, train_one_epoch
+from engm.device import Precision, attacked_model, kernels_compared, pick_device
 from engm.errors import InputError, NonFiniteLossError
-from engm.evaluation import accuracy_under, build_model, evaluate_run, validation_attack
-from engm.files import write_json
-from engm.run_directory import (
+from engm.evaluation.accuracy import accuracy_under, evaluate_run, validation_attack
+from engm.methods import AWP
+from engm.models import build_model
+from engm.runs import (
     CHECKPOINTS,
     LOCK,
     RESULT,
@@ -35,10 +35,10 @@ from engm.run_directory import (
     save_tensors,
     whole_metrics,
     write_config,
+    write_json,
 )
-from engm.weight_perturbation import AWP
 
-__all__ = ["Precision", "RunResult", "build_scheduler", "fit", "pick_device", "train_one_epoch"]
+# --- a run
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ def fit(
         NonFiniteLossError: If a loss is inf or nan. The state before that step is kept in
             `checkpoint-failed.pt`, that of the last whole epoch in `checkpoint-last.pt`.
     """
-    with processes.joined():
+    with distributed.joined():
         return _fit(
             config.resolved(), Path(out), pick_device(device), data_root, save_adversarial, progress
         )
@@ -123,14 +123,14 @@ def _fit(
     cuda = [target] if target.type == "cuda" else []
     with torch.random.fork_rng(devices=cuda):
         run = _Run(config, dataset, target, folder)  # what cannot start leaves no folder
-        with locked(folder) if processes.first() else nullcontext():
-            run.go_on(progress and processes.first())
-            result = run.evaluate(save_adversarial, progress and processes.first())
-            if processes.first():
+        with locked(folder) if distributed.first() else nullcontext():
+            run.go_on(progress and distributed.first())
+            result = run.evaluate(save_adversarial, progress and distributed.first())
+            if distributed.first():
                 write_json(folder / RESULT, result)
-    if processes.first():
+    if distributed.first():
         (folder / LOCK).unlink(missing_ok=True)  # nobody writes to a complete run
-    processes.wait()
+    distributed.wait()
     return RunResult(folder, config, whole_metrics(folder, config.epochs), result)
 
 
@@ -163,9 +163,9 @@ class _Run:
         self.best = {"epoch": 0, "validation_robust_accuracy": -1.0}
 
     def go_on(self, progress: bool) -> None:
-        if processes.first():
+        if distributed.first():
             write_config(self.folder, self.config, self.device)
-        processes.wait()
+        distributed.wait()
         self.resume()
         total, name = self.config.epochs, self.config.name
         epochs = range(self.epoch, total)
@@ -182,7 +182,7 @@ class _Run:
                 self.scheduler.load_state_dict(state["scheduler"])
                 self.epoch, self.best = state["epoch"], state["best"]
         # an epoch that was counted but not kept is run again
-        if processes.first():
+        if distributed.first():
             keep_metrics(self.folder, self.epoch)
 
     def train_epoch(self) -> None:
@@ -212,13 +212,13 @@ class _Run:
                 )
         except NonFiniteLossError as error:
             failed = self.folder / "checkpoint-failed.pt"
-            if processes.first():
+            if distributed.first():
                 save_tensors(failed, self._state())
             raise NonFiniteLossError(
                 f"epoch {epoch}, {error} A smaller lr may help. The state before that step is in "
                 f"{failed}, that of the last whole epoch (if any) in {CHECKPOINTS['last']}."
             ) from None
-        processes.share_buffers(self.model)
+        distributed.share_buffers(self.model)
         attack = validation_attack(self.config)
         validation = accuracy_under(self.model, self.dataset.validation, attack)
         self.epoch = epoch
@@ -234,14 +234,14 @@ class _Run:
         better = robust > self.best["validation_robust_accuracy"]
         if better:
             self.best = {"epoch": epoch, "validation_robust_accuracy": robust}
-        if processes.first():
+        if distributed.first():
             self._write(metrics, better)
-        processes.wait()
+        distributed.wait()
 
     def evaluate(self, save_adversarial: bool, progress: bool) -> dict[str, Any]:
         result: dict[str, Any] = {}
         for which in CHECKPOINTS:
-            keep = save_adversarial and processes.first()
+            keep = save_adversarial and distributed.first()
             path = self.folder / f"adversarial-{which}.pt" if keep else None
             found = evaluate_run(self.folder, which, self.dataset, save_to=path, progress=progress)
             result[which] = found.to_dict()
@@ -271,50 +271,110 @@ class _Run:
         }
 
 
-def pick_device(name: str) -> torch.device:
-    """Returns the device called `name`; "auto" is CUDA where there is one, else the CPU.
-
-    Each process that `torchrun` starts on a machine has a GPU of its own under "auto" and "cuda".
-
-    Raises:
-        InputError: If there is no such device on this machine.
-    """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and (local := os.environ.get("LOCAL_RANK")):
-        name = f"cuda:{local}"
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device).cpu()  # "meta" has no numbers to copy
-    except (RuntimeError, AssertionError, TypeError, ImportError) as error:
-        reason = str(error).split("\n")[0]
-        raise InputError(f"cannot use device {name!r}: {reason}; use 'cpu' or 'auto'") from None
-    return device
-
-
-def attacked_model(config: RunConfig, model: nn.Module) -> AttackedModel | None:
-    """Returns the model as the attacks of a run see it; `None` where that is the model itself."""
-    on_cpu = next(model.parameters()).device.type == "cpu"
-    if on_cpu and not (config.compile or config.capture):
-        return None
-    dtype = Precision.of(config).dtype
-    return AttackedModel(model, dtype, compile=config.compile, capture=config.capture)
-
-
-@contextmanager
-def kernels_compared() -> Iterator[None]:
-    """Lets cuDNN try its kernels once for each shape, and keep the fastest.
-
-    Not for an evaluation whose batches shrink as examples are fooled: each size would be tried.
-    """
-    before = torch.backends.cudnn.benchmark
-    torch.backends.cudnn.benchmark = True
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.benchmark = before
-
-
 def _seed(seed: int, epoch: int) -> None:
     # SeedSequence keeps neighbouring seeds and epochs apart
     torch.manual_seed(int(np.random.SeedSequence([seed, epoch]).generate_state(1)[0]))
+
+
+# --- an epoch
+
+
+def train_one_epoch(
+    model: nn.Module,
+    method: methods.Method,
+    optimizer: optim.MSGD | optim.ENGM,
+    examples: Iterable[tuple[Tensor, Tensor]],
+    *,
+    scheduler: lr_scheduler.LRScheduler | None = None,
+    attacked: nn.Module | None = None,
+    precision: Precision | None = None,
+    awp: AWP | None = None,
+) -> dict[str, float]:
+    """Takes one step an element of `examples`: attack, losses, outer step.
+
+    Args:
+        model: Left in train mode.
+        method: Attack and losses.
+        optimizer: Any whose `step` takes a closure of per-example losses.
+        examples: Pairs of images `[n, c, h, w]` in [0, 1] and labels `[n]`. Processes of
+            `torch.distributed` are each given all of them, and share each batch.
+        scheduler: Stepped after each step of the optimizer.
+        attacked: The model as the attack sees it, with the same weights, see `AttackedModel`.
+        precision: float32 where left out.
+        awp: Takes the gradients at perturbed weights.
+
+    Returns:
+        `train_loss`, the mean over the examples. Under ENGM also `example_norm`, the mean |g_i|,
+        and `excluded`, how many examples had an inf or nan loss or gradient and got weight 0.
+
+    Raises:
+        NonFiniteLossError: If a loss is inf or nan (under ENGM: if all of a batch are); the message
+            counts the steps from 1.
+    """
+    precision, awp = precision or Precision(), awp or AWP(0)
+    losses, norms = [], []
+    model.train()
+    for step, (x, y) in enumerate(examples, start=1):
+        x = x.contiguous(memory_format=precision.memory_format)
+        with precision.autocast(x.device):
+            # processes that share a batch draw the random starts of all of it
+            rows = distributed.share(len(y))
+            part = {} if rows is None else {"rows": rows}
+            x_adv = method.attack(attacked or model, x, y, **part)
+        x, y = (x, y) if rows is None else (x[rows], y[rows])
+        optimizer.zero_grad()
+
+        def closure(x: Tensor = x, x_adv: Tensor = x_adv, y: Tensor = y) -> Tensor:
+            with precision.autocast(x.device):
+                return method.losses(model, x, x_adv, y)
+
+        try:
+            with awp(model, closure):
+                losses.append(optimizer.accumulate(closure, inputs=x_adv))
+            optimizer.step()
+        except NonFiniteLossError as error:
+            raise NonFiniteLossError(f"step {step - error.steps_ago}: {error}") from None
+        if isinstance(optimizer, optim.ENGM) and optimizer.last:
+            norms.append(optimizer.last.norms)
+        if scheduler is not None:
+            scheduler.step()
+    if not losses:
+        raise InputError("there is no batch to train on")
+    try:
+        optimizer.settle()
+    except NonFiniteLossError as error:
+        raise NonFiniteLossError(f"step {step + 1 - error.steps_ago}: {error}") from None
+    every = torch.cat(losses)
+    finite = every.isfinite()
+    metrics = {"train_loss": float(distributed.mean(every, finite))}
+    if norms:
+        lengths = torch.cat(norms)
+        good = finite & lengths.isfinite()
+        excluded = distributed.total(int((~good).sum()), every.device)
+        metrics |= {"example_norm": float(distributed.mean(lengths, good)), "excluded": excluded}
+    return metrics
+
+
+def build_scheduler(
+    config: RunConfig, optimizer: torch.optim.Optimizer, steps_per_epoch: int
+) -> lr_scheduler.LRScheduler:
+    """Makes the schedule of a run, to be stepped after each step of the optimizer.
+
+    "piecewise" divides the learning rate by 10 after a half and after three quarters of the
+    steps; "cosine" takes it to 0; "one-cycle" raises it from a tenth over the first 30% of the
+    steps and takes it to about 0; "constant" leaves it.
+    """
+    steps = config.epochs * steps_per_epoch
+    match config.schedule:
+        case "piecewise":
+            drops = [max(1, steps * k // 4) for k in (2, 3)]
+            return lr_scheduler.MultiStepLR(optimizer, drops, gamma=0.1)
+        case "cosine":
+            return lr_scheduler.CosineAnnealingLR(optimizer, steps)
+        case "one-cycle":
+            steps = max(steps, 2)  # a single step would be taken at a rate of 0
+            return lr_scheduler.OneCycleLR(
+                optimizer, config.lr, total_steps=steps, div_factor=10, cycle_momentum=False
+            )
+        case "constant":
+            return lr_scheduler.ConstantLR(optimizer, factor=1.0)

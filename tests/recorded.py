@@ -38,7 +38,7 @@ def tensors_of(values):
 
 
 def record(work, inputs):
-    """As `engm.attacked._cuda_graph`."""
+    """As `engm.device._cuda_graph`."""
     held = [value.clone() for value in inputs]
     expected = work(*held).clone()
     with Tape() as tape:

@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from engm import MSGD, PGD, RunConfig, fit, models
-from engm.attacked import AttackedModel
+from engm.device import AttackedModel
 from engm.errors import InputError
 
 SHORT = PGD(eps=0.1, step_size=0.04, num_steps=3)

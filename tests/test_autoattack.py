@@ -17,9 +17,10 @@ from torch import nn
 
 from engm import attacks, data, models
 from engm.errors import InputError
-from engm.evaluation import autoattack, pyautoattack_guard
+from engm.evaluation import autoattack
+from engm.evaluation import autoattack as pyautoattack_guard
 from engm.evaluation.autoattack import AutoAttack
-from engm.run_directory import load_tensors, save_tensors
+from engm.runs import load_tensors, save_tensors
 
 LOGGER = logging.getLogger("auto-attack")
 NORMS = {"linf": "Linf", "l2": "L2"}
@@ -291,7 +292,7 @@ import os, signal, sys, torch
 from pathlib import Path
 from torch import nn
 from engm.evaluation.autoattack import AutoAttack
-from engm.run_directory import load_tensors
+from engm.runs import load_tensors
 folder = Path(sys.argv[1])
 case = load_tensors(folder / "case.pt")
 model = nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10))

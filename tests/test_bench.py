@@ -7,8 +7,8 @@ import torch
 from click.testing import CliRunner
 from torch import nn
 
-from engm import bench
 from engm.bench import costs, peers
+from engm.bench import outer_step as bench
 from engm.cli import main
 from engm.config import RunConfig
 from engm.errors import InputError

@@ -34,7 +34,7 @@ SETTINGS = {
     "notebook-extension/tracker": {"windowingMode": "none"},
 }
 LAB = """from engm import RunConfig, data
-from engm.notebooks.live import TrainingLab
+from engm.lab.live import TrainingLab
 
 images = data.load("digits", subset=100, validation=50)
 small = dict(subset=100, width=4, num_steps=2)

@@ -2,7 +2,8 @@ import pytest
 import torch
 
 from engm.attacks import FGSM, PGD
-from engm.evaluation import Attacked, checks
+from engm.evaluation import checks
+from engm.evaluation.accuracy import Attacked
 from engm.evaluation.checks import clearly_more
 
 

@@ -81,7 +81,7 @@ def test_evaluate_takes_a_checkpoint_steps_eps_and_images(runs, tmp_path):
 def test_evaluate_runs_autoattack_when_it_is_asked(runs, monkeypatch):
     seen = []
     monkeypatch.setattr(
-        "engm.evaluation.robustness.evaluate_checkpoint",
+        "engm.evaluation.suite.evaluate_checkpoint",
         lambda *a, **k: seen.append((a[1], k)) or "report",
     )
     folder = sorted(runs[0].iterdir())[0]
@@ -194,7 +194,7 @@ def test_help_and_version():
 
 
 def test_run_hands_on_its_values_and_fails_with_the_notebook(monkeypatch, tmp_path):
-    from engm import notebooks
+    from engm.lab import batch as notebooks
 
     seen = []
     error = notebooks.NotebookError(3, "source", "ValueError", "no", "")
@@ -216,8 +216,8 @@ def test_run_hands_on_its_values_and_fails_with_the_notebook(monkeypatch, tmp_pa
 
 @pytest.mark.parametrize("broken", [False, True])
 def test_demo_fails_where_a_notebook_does(broken, monkeypatch, tmp_path):
-    from engm import notebooks
-    from engm.notebooks import report
+    from engm.lab import batch as notebooks
+    from engm.lab import page as report
 
     error = notebooks.NotebookError(3, "source", "ValueError", "no", "") if broken else None
     runs = [notebooks.NotebookRun(n, tmp_path, 1.0, e) for n, e in (("a", error), ("b", None))]
@@ -253,7 +253,7 @@ def test_a_reader_that_leaves_early_is_no_error(monkeypatch):
     def collect(root):
         raise BrokenPipeError(errno.EPIPE, "Broken pipe")
 
-    monkeypatch.setattr("engm.results.collect", collect)
+    monkeypatch.setattr("engm.report.records.collect", collect)
     assert call("report", "runs", code=1) == ""
 
 

@@ -8,10 +8,10 @@ import nbformat
 import pytest
 from click.testing import CliRunner
 
-from engm import notebooks
 from engm.cli import main
 from engm.errors import InputError
-from engm.notebooks import colab
+from engm.lab import batch as notebooks
+from engm.lab import colab
 
 FOLDER = Path(__file__).parents[1] / "notebooks"
 TOUR = "00_tour.ipynb"

@@ -9,9 +9,10 @@ from test_results import write_run
 from engm import plots
 from engm.config import TYPES, choices
 from engm.errors import InputError
-from engm.results import Quantity, collect, comparisons, run_report
-from engm.results.comparisons import choose, compare
-from engm.results.statistics import paired_differences
+from engm.report import comparisons, run_report
+from engm.report.comparisons import choose, compare
+from engm.report.records import Quantity, collect
+from engm.report.statistics import paired_differences
 
 DIGITS = Path(__file__).parents[1] / "results" / "digits"
 

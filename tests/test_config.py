@@ -8,7 +8,7 @@ import pytest
 
 from engm import config as settings
 from engm.config import RunConfig, parse_number
-from engm.data.cache import SPECS
+from engm.data import SPECS
 from engm.errors import InputError
 
 

@@ -7,8 +7,7 @@ from torch import nn
 
 from engm import ENGM, MSGD
 from engm.errors import InputError
-from engm.plots import log_curves
-from engm.studies.convergence import (
+from engm.lab.convergence import (
     Landscape,
     Noise,
     Rule,
@@ -18,6 +17,7 @@ from engm.studies.convergence import (
     exponents,
     mean_so_far,
 )
+from engm.plots import log_curves
 
 CURVATURES = torch.tensor([0.1, 0.5, 1.0], dtype=torch.float64)
 START = torch.tensor([2.0, -1.0, 3.0], dtype=torch.float64)

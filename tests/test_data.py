@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 
+from engm import data as data_cache
 from engm.data import Split, batches, load, stratified_order, to_float, with_wrong_labels
-from engm.data import cache as data_cache
 from engm.errors import InputError
 
 
@@ -467,13 +467,15 @@ def test_missing_operators_are_declared_and_other_faults_are_not_hidden(
         f"if not there: raise RuntimeError('{complaint}')\n"
         "print('imported after', ', '.join(there))\n"
     )
-    code = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import engm.data.vision"
+    folders = [str(tmp_path), str(Path(__file__).parents[1] / "data_scripts")]
+    code = f"import sys; sys.path[:0] = {folders}; import vision"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert run.stdout == output
     assert ("another fault" in run.stderr) == (not output)
 
 
-def test_the_real_torchvision_is_handed_on():
-    from engm.data.vision import torchvision
+def test_the_real_torchvision_is_handed_on(monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "data_scripts")
+    from vision import torchvision
 
     assert torchvision.datasets.CIFAR10.base_folder == "cifar-10-batches-py"

@@ -11,16 +11,9 @@ from torch.nn import functional as F
 
 from engm.attacks import PGD
 from engm.errors import InputError, NonFiniteLossError
+from engm.lab.diagnostics import FAILS, HOLDS, UNSETTLED, Moments, c1_verdict, gradient_statistics
 from engm.methods import PGDAT, Natural
 from engm.models import preact_resnet18, small_cnn
-from engm.studies.diagnostics import (
-    FAILS,
-    HOLDS,
-    UNSETTLED,
-    Moments,
-    c1_verdict,
-    gradient_statistics,
-)
 
 N = 7
 FIELDS = ("mean_norm", "mean_square", "gradient_square", "variance", "signal_to_noise")

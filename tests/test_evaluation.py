@@ -4,13 +4,15 @@ import pytest
 import torch
 from torch import nn
 
-from engm import evaluation, models
+from engm import models
 from engm.attacks import PGD
 from engm.config import RunConfig
 from engm.data import Split, load
 from engm.errors import InputError
-from engm.evaluation import accuracy_under, attack_of, build_model
-from engm.run_directory import load_tensors
+from engm.evaluation import accuracy as evaluation
+from engm.evaluation.accuracy import accuracy_under, attack_of
+from engm.models import build_model
+from engm.runs import load_tensors
 
 EPS = 0.1
 

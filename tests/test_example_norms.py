@@ -19,8 +19,9 @@ from torch.nn.utils.parametrizations import weight_norm
 from torch.utils.checkpoint import checkpoint
 
 from engm.errors import InputError
-from engm.example_norms import Watch, layer_shares, loop_norms
 from engm.models import preact_resnet18, small_cnn
+from engm.norms import layers as layer_shares
+from engm.norms.watch import Watch, loop_norms
 from engm.optim import ENGM
 
 N = 4

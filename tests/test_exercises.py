@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from engm.notebooks.exercises import check
+from engm.lab.exercises import check
 
 
 @pytest.mark.parametrize(

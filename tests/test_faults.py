@@ -23,14 +23,16 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from engm import data, evaluation, run_directory, training
+from engm import data, training
+from engm import data as data_cache
+from engm import runs as run_directory
 from engm.cli import main
 from engm.config import RunConfig
-from engm.data import cache as data_cache
 from engm.errors import InputError
-from engm.evaluation import load_model
-from engm.evaluation.resume import load_progress, save_progress
-from engm.run_directory import load_tensors
+from engm.evaluation import accuracy as evaluation
+from engm.evaluation.accuracy import load_model
+from engm.evaluation.autoattack import load_progress, save_progress
+from engm.runs import load_tensors
 from engm.training import fit
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "data_scripts"))

@@ -3,7 +3,7 @@ import os
 import pytest
 
 from engm.errors import InputError
-from engm.files import atomic_path, read_json, write_json, write_text
+from engm.runs import atomic_path, read_json, write_json, write_text
 
 
 @pytest.mark.parametrize("interruption", [ValueError, KeyboardInterrupt])

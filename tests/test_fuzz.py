@@ -25,13 +25,14 @@ from click.testing import CliRunner
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from engm import results, training
+from engm import training
 from engm.cli import main
 from engm.config import TYPES, RunConfig, choices, parse_number
 from engm.errors import InputError
-from engm.notebooks import find
-from engm.notebooks import parameter_cells as notebook_parameters
-from engm.run_directory import (
+from engm.lab import parameters as notebook_parameters
+from engm.lab.batch import find
+from engm.report import records as results
+from engm.runs import (
     keep_metrics,
     load_tensors,
     read_config,
@@ -93,7 +94,7 @@ def test_a_config_is_valid_and_survives_its_file_or_is_refused(values):
         assert resolved.resolved() == resolved
         assert config.name == resolved.name
         missing = {name for name, value in resolved.to_dict().items() if value is None}
-        assert missing <= {"subset", "beta"}
+        assert missing <= {"subset", "validation_images", "test_images", "augment", "beta"}
         assert all(math.isfinite(v) for v in resolved.to_dict().values() if type(v) is float)
 
 

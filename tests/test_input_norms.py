@@ -16,8 +16,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from engm.errors import InputError
-from engm.example_norms import loop_norms
-from engm.example_norms.input_norms import InputEstimate
+from engm.norms.inputs import InputEstimate
+from engm.norms.watch import loop_norms
 from engm.optim import ENGM
 
 N = 8

@@ -7,8 +7,8 @@ import torch
 from engm import data
 from engm.config import TYPES, RunConfig, choices
 from engm.errors import NonFiniteLossError
-from engm.evaluation import accuracy_under
-from engm.notebooks import live
+from engm.evaluation.accuracy import accuracy_under
+from engm.lab import live
 
 PNG = b"\x89PNG\r\n\x1a\n"
 SMALL = RunConfig(subset=100, width=4, num_steps=2, epochs=3, lr=0.05, optimizer="engm")

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 import engm
-from engm import notebooks
 from engm.errors import InputError
+from engm.lab import batch as notebooks
 
 PARAMETERS = """from typing import Literal
 
@@ -208,16 +208,16 @@ def test_publish_names_what_it_cannot_take(result, place):
 
 GOOD = """import json, os, sys
 from pathlib import Path
-import engm, engm.notebooks
+import engm, engm.lab.batch
 facts = {"executable": sys.executable, "cwd": os.getcwd(), "engm": engm.__file__, "lr": lr,
          "data": os.environ["ENGM_DATA"], "size": size, "title": title}
 Path("own_file.json").write_text(json.dumps(facts))
-engm.notebooks.publish({"summary": [{"quantity": "first", "value": 1}]})
-engm.notebooks.publish({"summary": [{"value": lr, "quantity": "lr"}], "verdict": "holds"})
+engm.lab.batch.publish({"summary": [{"quantity": "first", "value": 1}]})
+engm.lab.batch.publish({"summary": [{"value": lr, "quantity": "lr"}], "verdict": "holds"})
 """
 
 
-LEAVES = "import sys, engm.notebooks\nengm.notebooks.publish({'summary': []})\nsys.exit(0)"
+LEAVES = "import sys, engm.lab.batch\nengm.lab.batch.publish({'summary': []})\nsys.exit(0)"
 SLEEPS = "import os, time\nopen('pid', 'w').write(str(os.getpid()))\ntime.sleep(5)"
 
 

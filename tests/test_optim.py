@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from engm.config import RunConfig
 from engm.errors import InputError, NonFiniteLossError
-from engm.example_norms import loop_norms
+from engm.norms.watch import loop_norms
 from engm.optim import ENGM, MSGD, build, example_weights
 
 

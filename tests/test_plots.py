@@ -4,8 +4,8 @@ import torch
 from matplotlib.colors import to_rgb
 
 from engm import plots
-from engm.example_norms.input_norms import Fit
-from engm.results import Quantity
+from engm.norms.inputs import Fit
+from engm.report.records import Quantity
 
 
 def heights(axes):

@@ -4,8 +4,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from engm.errors import InputError
-from engm.evaluation import correct
-from engm.evaluation import preconditions as before
+from engm.evaluation import checks as before
+from engm.evaluation.accuracy import correct
 
 K = 4
 

@@ -674,7 +674,7 @@ def test_a_failure_leaves_the_earlier_cache_in_use(root, tmp_path):
 @pytest.fixture
 def download(monkeypatch):
     """Puts a function in place of the checked download of torchvision."""
-    from engm.data.vision import torchvision
+    from vision import torchvision
 
     def put(function) -> None:
         monkeypatch.setattr(torchvision.datasets.utils, "download_url", function)

@@ -8,7 +8,7 @@ import torch
 from torch import distributed, multiprocessing, nn
 from torch.nn import functional as F
 
-from engm import processes
+from engm import distributed as processes
 from engm.errors import InputError, NonFiniteLossError
 from engm.optim import ENGM, MSGD
 

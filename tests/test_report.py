@@ -8,8 +8,9 @@ import nbformat
 import pytest
 
 from engm.errors import InputError
-from engm.notebooks import RESULT_TYPE, NotebookError, NotebookRun, report
-from engm.notebooks.offline_html import formula, markdown, offline, plain_text
+from engm.lab import page as report
+from engm.lab.batch import RESULT_TYPE, NotebookError, NotebookRun
+from engm.lab.offline_html import formula, markdown, offline, plain_text
 
 PNG = base64.b64encode(b"\x89PNG not a real picture").decode()
 WIDGET = "application/vnd.jupyter.widget-view+json"

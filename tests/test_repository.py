@@ -10,12 +10,11 @@ from statistics import mean
 import pytest
 import yaml
 
-from engm import notebooks
 from engm.bench import costs
-from engm.files import read_json
-from engm.results import collect, summarise, to_markdown
-from engm.results.run_report import build
-from engm.run_directory import read_metrics
+from engm.lab import batch as notebooks
+from engm.report.records import collect, summarise, to_markdown
+from engm.report.run_report import build
+from engm.runs import read_json, read_metrics
 from engm.sweep.plan import read_plan
 
 ROOT = Path(__file__).parents[1]
@@ -205,12 +204,13 @@ def test_the_plans_are_ready_to_run():
     counts = {}
     for path in (ROOT / "results" / "plans").glob("*.yaml"):
         tasks, out = read_plan(path)
-        assert out == Path("runs") / path.stem
+        assert out == Path("runs") / path.stem.removesuffix("-rates")
         counts[path.stem] = len(tasks)
-        assert all(task.settings["step_size"] == pytest.approx(2 / 255) for task in tasks)
+        step = 4 / 255 if "cpu" in path.stem else 2 / 255  # of 5 steps, of 10
+        assert all(task.settings["step_size"] == pytest.approx(step) for task in tasks)
     assert counts == {
         "cifar10-search": 20, "cifar10": 15, "cifar10-long": 4, "cifar10-methods": 12,
-        "cifar10-precision": 12, "cifar100": 6, "tiny-imagenet": 4,
+        "cifar10-precision": 12, "cifar100": 6, "tiny-imagenet": 4, "cifar10-cpu-rates": 20,
     }  # fmt: skip
 
 

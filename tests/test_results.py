@@ -11,21 +11,20 @@ from engm.cli import main
 from engm.config import RunConfig
 from engm.errors import InputError
 from engm.evaluation.checks import Check
-from engm.evaluation.robustness_report import Accuracy, AttackResult, RobustnessReport
-from engm.files import read_json, write_json
-from engm.results import (
+from engm.evaluation.suite import Accuracy, AttackResult, RobustnessReport
+from engm.report import evaluations
+from engm.report.records import (
     Quantity,
     check_protocol,
     collect,
     costs,
-    evaluations,
     one_line_a_run,
     provenance,
     summarise,
     to_markdown,
 )
-from engm.results.logs import copy_logs
-from engm.results.run_report import build
+from engm.report.run_report import build, copy_logs
+from engm.runs import read_json, write_json
 
 
 def write_run(root, robust, last=None, clean=0.9, data="Digits", **settings):
@@ -375,7 +374,7 @@ def test_a_file_that_is_no_evaluation_is_named(tmp_path, part, value):
 
 def test_what_engm_evaluate_writes_is_read(tmp_path):
     from engm import data
-    from engm.evaluation.robustness import evaluate_checkpoint
+    from engm.evaluation.suite import evaluate_checkpoint
     from engm.training import fit
 
     found = []

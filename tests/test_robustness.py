@@ -11,17 +11,18 @@ from torch import nn
 from torch.nn import functional as F
 
 import engm
-from engm import evaluation, models, plots
+from engm import models, plots
 from engm.attacks import FGSM, PGD
-from engm.data import Split, batches, load, to_float
-from engm.data.cache import stratified_order
+from engm.data import Split, batches, load, stratified_order, to_float
 from engm.errors import InputError
-from engm.evaluation import correct, robustness
+from engm.evaluation import accuracy as evaluation
+from engm.evaluation import suite as robustness
+from engm.evaluation.accuracy import correct
 from engm.evaluation.autoattack import AutoAttack, AutoAttackResult
-from engm.evaluation.random_search import RandomSearch
-from engm.evaluation.robustness import evaluate_checkpoint, standard_attacks
-from engm.results.statistics import wilson
-from engm.run_directory import load_tensors, save_tensors, write_config
+from engm.evaluation.search import RandomSearch
+from engm.evaluation.suite import evaluate_checkpoint, standard_attacks
+from engm.report.statistics import wilson
+from engm.runs import load_tensors, save_tensors, write_config
 
 EPS = 0.15
 

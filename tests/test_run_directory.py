@@ -8,12 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from engm import data, evaluation
+from engm import data
 from engm.config import RunConfig
 from engm.errors import InputError
-from engm.evaluation import evaluate_run, load_model
-from engm.results import collect
-from engm.run_directory import (
+from engm.evaluation import accuracy as evaluation
+from engm.evaluation.accuracy import evaluate_run, load_model
+from engm.report.records import collect
+from engm.runs import (
     append_metrics,
     environment,
     load_tensors,

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from engm.errors import InputError
-from engm.studies.sensitivity import NearBest, lessens_overfitting, lessens_sensitivity, near_best
-from engm.studies.verdicts import DOES_NOT_HOLD, HOLDS, NOT_SETTLED
+from engm.lab.sensitivity import NearBest, lessens_overfitting, lessens_sensitivity, near_best
+from engm.report.verdicts import DOES_NOT_HOLD, HOLDS, NOT_SETTLED
 
 NAN = math.nan
 LRS, DECAYS = [0.01, 0.1, 1.0], [1e-4, 1e-2]

@@ -6,7 +6,7 @@ import pytest
 from scipy import stats
 
 from engm.errors import InputError
-from engm.results.statistics import (
+from engm.report.statistics import (
     Interval,
     bootstrap_interval,
     paired_differences,

@@ -6,11 +6,13 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from engm import AWP, ENGM, FGSM, MSGD, PGD, PGDAT, TRADES, models, msgd, optim, step_guard
-from engm.attacked import AttackedModel
-from engm.epochs import train_one_epoch
+from engm import AWP, ENGM, FGSM, MSGD, PGD, PGDAT, TRADES, models, optim
+from engm import optim as msgd
+from engm import optim as step_guard
+from engm.device import AttackedModel
 from engm.errors import NonFiniteLossError
-from engm.step_guard import StepGuard
+from engm.optim import StepGuard
+from engm.training import train_one_epoch
 
 OPTIMIZERS = {
     "msgd": lambda model: MSGD(model.parameters(), 0.1, momentum=0.9, weight_decay=0.01),

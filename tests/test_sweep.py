@@ -22,9 +22,8 @@ from filelock import FileLock
 from engm import sweep
 from engm.cli import main
 from engm.errors import InputError
-from engm.files import write_json
-from engm.results import collect, summarise, to_markdown
-from engm.run_directory import load_tensors, read_config
+from engm.report.records import collect, summarise, to_markdown
+from engm.runs import load_tensors, read_config, write_json
 from engm.sweep import clusters
 from engm.sweep.plan import TRAIN, code_version, plan
 

@@ -7,9 +7,10 @@ from html.parser import HTMLParser
 
 import pytest
 
-from engm.results import Quantity, tables
-from engm.results.comparisons import Difference
-from engm.results.statistics import Interval, SignFlip
+from engm.report import tables
+from engm.report.comparisons import Difference
+from engm.report.records import Quantity
+from engm.report.statistics import Interval, SignFlip
 
 ODD = r"a_b & 5% $x$ #1 {y} ~ ^ \z <b> | é ± [*"
 ROWS = [

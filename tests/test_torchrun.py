@@ -11,7 +11,7 @@ import torch
 
 from engm.attacks import FGSM, PGD
 from engm.config import RunConfig
-from engm.run_directory import load_tensors, read_metrics, read_result
+from engm.runs import load_tensors, read_metrics, read_result
 from engm.training import fit
 
 # the last batch has a single example, which each process takes

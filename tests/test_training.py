@@ -17,13 +17,14 @@ from torch.nn import functional as F
 from engm import data, training
 from engm.attacks import PGD
 from engm.config import RunConfig
+from engm.device import pick_device
 from engm.errors import InputError, NonFiniteLossError
-from engm.evaluation import accuracy_under, evaluate_run
+from engm.evaluation.accuracy import accuracy_under, evaluate_run
 from engm.methods import Natural
 from engm.models import small_cnn
 from engm.optim import ENGM, MSGD
-from engm.run_directory import load_tensors, read_metrics
-from engm.training import build_scheduler, fit, pick_device, train_one_epoch
+from engm.runs import load_tensors, read_metrics
+from engm.training import build_scheduler, fit, train_one_epoch
 
 TINY = RunConfig(
     subset=40, width=4, num_steps=2, eval_steps=2, epochs=3, batch_size=16, momentum=0.5, lr=0.05

@@ -3,9 +3,9 @@ import math
 import pytest
 
 from engm.errors import InputError
-from engm.results.statistics import Interval
-from engm.studies import verdicts
-from engm.studies.verdicts import DOES_NOT_HOLD, HOLDS, NOT_SETTLED
+from engm.report import verdicts
+from engm.report.statistics import Interval
+from engm.report.verdicts import DOES_NOT_HOLD, HOLDS, NOT_SETTLED
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,8 @@ import nbformat
 import pytest
 from PIL import Image
 
-from engm import notebooks
-from engm.notebooks import notebook_map
+from engm.lab import batch as notebooks
+from engm.lab import notebook_map
 
 FOLDER = Path(__file__).parents[1] / "notebooks"
 # For each notebook two sets of parameters, other than its own and cheap.

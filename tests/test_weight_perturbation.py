@@ -8,10 +8,9 @@ from torch.nn import functional
 from engm.attacks import PGD
 from engm.config import RunConfig
 from engm.errors import InputError, NonFiniteLossError
-from engm.methods import MART, PGDAT, TRADES, Natural
+from engm.methods import AWP, MART, PGDAT, TRADES, Natural
 from engm.optim import ENGM, MSGD, example_weights
 from engm.training import fit, train_one_epoch
-from engm.weight_perturbation import AWP
 
 
 def problem(norm=False):

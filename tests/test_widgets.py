@@ -6,7 +6,7 @@ from torch import nn
 from engm import plots
 from engm.attacks import PGD
 from engm.errors import InputError
-from engm.notebooks.widgets import EpsExplorer, WeightExplorer
+from engm.lab.widgets import EpsExplorer, WeightExplorer
 
 PNG = b"\x89PNG\r\n\x1a\n"
 

@@ -15,7 +15,7 @@ import torch
 
 from engm.bench import speeds
 from engm.errors import InputError
-from engm.files import atomic_path, write_json
+from engm.runs import atomic_path, write_json
 
 
 def seconds(work: Callable[[], object], device: torch.device, *, wall: bool = False) -> float:

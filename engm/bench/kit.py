@@ -12,14 +12,9 @@ from torch import Tensor, nn
 from engm import data, methods, optim
 from engm.bench.speeds import REFERENCE
 from engm.config import RunConfig
+from engm.device import Precision, attacked_model, kernels_compared
 from engm.errors import InputError
-from engm.training import (
-    Precision,
-    attacked_model,
-    build_scheduler,
-    kernels_compared,
-    train_one_epoch,
-)
+from engm.training import build_scheduler, train_one_epoch
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from torch.func import functional_call, grad_and_value, vmap
 from torch.nn.functional import cross_entropy
 
 from engm.errors import InputError
-from engm.example_norms.measures import Closure, Measured, Weighted, run_closure
+from engm.norms.measures import Closure, Measured, Weighted, run_closure
 
 Autocast = Callable[[], AbstractContextManager[Any]]
 Measure = Callable[[Closure | None, Tensor | None], Measured]

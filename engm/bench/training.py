@@ -40,10 +40,10 @@ from engm.bench.rates import flops, matrix_rates
 from engm.bench.reference import Reference
 from engm.bench.speeds import REFERENCE
 from engm.config import RunConfig
-from engm.data.cache import data_root as folder_of
+from engm.data import data_root as folder_of
+from engm.device import pick_device
 from engm.errors import InputError
-from engm.run_directory import environment
-from engm.training import pick_device
+from engm.runs import environment
 
 _FASTEST = "bfloat16 channels_last compile capture"
 METHODS = (

@@ -7,13 +7,7 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from engm.cli.options import (
-    Command,
-    PathType,
-    data_root_option,
-    device_option,
-    settings_options,
-)
+from engm.cli.options import Command, PathType, data_root_option, device_option, settings_options
 from engm.config import RunConfig
 
 _BENCH = (
@@ -86,8 +80,8 @@ def bench(
             raise click.UsageError(f"{flag} is not for --what {what}: {instead}", context)
     own = {name: rest.pop(name) for name in ("image_size", "dataset", "steps", "data_root")}
     config = RunConfig(**{"dataset": "cifar10"} | rest)
-    from engm import bench as measurement
     from engm.bench import costs
+    from engm.bench import outer_step as measurement
 
     shared: dict[str, Any] = dict(repeats=repeats, device=device)
     if methods is not None:

@@ -27,10 +27,10 @@ def run(
     \b
     engm run 06_cifar -p dataset cifar10 -p eps 8/255
     """
-    from engm import notebooks
+    from engm.lab import batch
 
-    path = notebooks.find(notebook)
-    done = notebooks.run(path, notebooks.parse(path, dict(values)), output_dir=out, timeout=timeout)
+    path = batch.find(notebook)
+    done = batch.run(path, batch.parse(path, dict(values)), output_dir=out, timeout=timeout)
     click.echo(click.format_filename(done.path))
     if done.error is not None:
         raise click.ClickException(f"{notebook} failed in {done.error}")
@@ -44,7 +44,7 @@ def demo(out: Path) -> None:
 
     A notebook that fails is named with the cell and the reason; the others still run.
     """
-    from engm.notebooks import report as html
+    from engm.lab import page as html
 
     if not all(done.ok for done in html.demo(out)):
         sys.exit(1)
@@ -66,7 +66,7 @@ def colab(repo: str | None, branch: str, remove: bool, folder: Path) -> None:
     \b
     engm colab --repo owner/name
     """
-    from engm.notebooks import colab as stamps
+    from engm.lab import colab as stamps
 
     if (repo is None) != remove:
         raise click.UsageError("give either --repo OWNER/NAME or --remove")

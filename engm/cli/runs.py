@@ -38,7 +38,7 @@ def train(
     engm train --dataset cifar10 --eps 8/255 --schedule one-cycle --precision bfloat16
     """
     config = RunConfig(**settings).resolved()
-    from engm.results import Record, summarise, to_markdown
+    from engm.report.records import Record, summarise, to_markdown
     from engm.training import fit
 
     first = os.environ.get("RANK", "0") == "0"  # of the processes that torchrun starts
@@ -83,9 +83,9 @@ def evaluate(
     the accuracies are recomputed from, in the folder evaluation-best.
     """
     from engm import data
-    from engm.evaluation.robustness import evaluate_checkpoint
-    from engm.run_directory import read_config
-    from engm.training import pick_device
+    from engm.device import pick_device
+    from engm.evaluation.suite import evaluate_checkpoint
+    from engm.runs import read_config
 
     config = read_config(run)
     dataset = data.load(config.dataset, root=data_root, test=config.test_images)
@@ -137,8 +137,9 @@ def report(
     engm report runs --choose lr --compare msgd --out report.html
     engm report runs --compare precision=float32 --costs --logs results/precision
     """
-    from engm.results import collect, run_report
-    from engm.results.logs import copy_logs
+    from engm.report import run_report
+    from engm.report.records import collect
+    from engm.report.run_report import copy_logs
 
     if out is not None and out.suffix and not out.is_dir():
         run_report.format_of(out, kind)  # before anything is read

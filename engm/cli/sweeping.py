@@ -106,8 +106,8 @@ def _name(target: str, name: str) -> str:
 
 
 def _tell(outcomes: list["Outcome"], folder: Path) -> None:
-    from engm.results import Record, summarise, to_markdown
-    from engm.run_directory import read_config, read_result
+    from engm.report.records import Record, summarise, to_markdown
+    from engm.runs import read_config, read_result
     from engm.sweep.plan import TRAIN
 
     whole = [outcome for outcome in outcomes if outcome.error is None]

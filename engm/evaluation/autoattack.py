@@ -10,28 +10,36 @@ arXiv 2003.01690 (APGD, AutoAttack) and 1907.02044 (FAB); Andriushchenko et al. 
 1912.00049 (Square).
 """
 
+import glob
+import hashlib
 import math
+import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from engm.attack_inputs import check_batch, check_choice, check_count, check_pixels, checked_logits
-from engm.attacks import fooled
-from engm.errors import InputError
-from engm.evaluation.pyautoattack_guard import (
-    largest_of_each,
-    left_as_found,
-    library,
-    tiles_fit,
+from engm.attacks import (
+    check_batch,
+    check_choice,
+    check_count,
+    check_pixels,
+    checked_logits,
+    eval_mode,
+    fooled,
 )
-from engm.evaluation.resume import digest, load_progress, save_progress
+from engm.errors import InputError
+from engm.runs import load_tensors, save_tensors
+
+# --- AutoAttack
 
 _ATTACKS = ("apgd-ce", "apgd-t", "fab-t", "square")
 _NORMS = {"linf": "Linf", "l2": "L2"}
@@ -325,3 +333,102 @@ class _Run:
             self.x_adv[~progress["robust"]] = progress.pop("x_adv")
             vars(self).update(progress)
         return bool(progress)
+
+
+# --- pyautoattack
+
+
+def library() -> ModuleType:
+    """Returns the package, or says how to install it."""
+    try:
+        import pyautoattack
+    except ImportError:
+        need = 'AutoAttack needs pyautoattack: pip install "engm[autoattack]"'
+        raise InputError(need) from None
+    return pyautoattack
+
+
+@contextmanager
+def left_as_found(model: nn.Module) -> Iterator[None]:
+    """Puts random states, training flags and what requires gradients back after the block."""
+    # FAB calls backward, which would add to the gradients of parameters
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    # torch.manual_seed seeds every GPU
+    with eval_mode(model), torch.random.fork_rng(range(torch.cuda.device_count())):
+        try:
+            for parameter in trainable:
+                parameter.requires_grad = False
+            yield
+        finally:
+            for parameter in trainable:
+                parameter.requires_grad = True
+
+
+def tiles_fit(height: int, width: int) -> bool:
+    """Returns whether Square can run on images of that size under l2."""
+    # Square starts under l2 from tiles as wide as a fifth of the height, along both sides
+    tile = height // 5
+    first = (height - 5 * tile) // 2
+    return tile == 1 or all(tile and first + n // tile * tile <= n for n in (height, width))
+
+
+def largest_of_each(warnings: list[str]) -> tuple[str, ...]:
+    """Returns one of the warnings that differ in their numbers alone."""
+    # batches repeat a warning with other numbers: the one with the largest stands for all
+    kinds: dict[str, str] = {}
+    for warning in sorted(warnings, key=lambda text: [int(n) for n in re.findall(r"\d+", text)]):
+        # the package's words, without its pointers to what is not here
+        short = re.split(r" See | Please use version", warning)[0]
+        kinds[re.sub(r"\d+", "", short)] = short
+    return tuple(kinds.values())
+
+
+# --- progress
+
+
+def digest(tensors: dict[str, Tensor]) -> str:
+    """Returns the SHA-256 of the names, dtypes, shapes and bytes of `tensors`."""
+    found = hashlib.sha256()
+    for name, tensor in tensors.items():
+        found.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return found.hexdigest()
+
+
+def save_progress(path: Path, call: dict[str, str], progress: dict[str, Any]) -> None:
+    """Writes the progress of a call to `path`, atomically.
+
+    Args:
+        path: The file.
+        call: What tells this call from others: the name of each part, and its value or digest.
+        progress: Tensors and plain values.
+    """
+    save_tensors(path, {"call": call, "progress": progress})
+
+
+def load_progress(
+    path: Path, call: dict[str, str], device: torch.device | str = "cpu"
+) -> dict[str, Any] | None:
+    """Reads what `save_progress` wrote for the same call, or returns None where there is no file.
+
+    Raises:
+        InputError: If the file is damaged or another one, or of a call that differs in some part.
+    """
+    # a kill in the middle of a write leaves its temporary file
+    for leftover in path.parent.glob(glob.escape(f".{path.name}.") + "*.tmp"):
+        leftover.unlink()
+    if not path.exists():
+        return None
+    try:
+        kept = load_tensors(path, device)
+        theirs, progress = dict(kept["call"]), dict(kept["progress"])
+    except (ValueError, KeyError, TypeError):
+        raise InputError(
+            f"{path} is not a resume file, or is damaged; delete it or choose another path"
+        ) from None
+    if differ := [name for name in call if theirs.get(name) != call[name]]:
+        raise InputError(
+            f"{path} was made by another call (not the same: {', '.join(differ)}); delete it or "
+            "choose another path"
+        )
+    return progress

@@ -12,10 +12,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from engm.attacks import FGSM, PGD
-from engm.evaluation import Attack, Attacked
+from engm.attacks import FGSM, PGD, cross_entropy, eval_mode, margin
+from engm.errors import InputError
+from engm.evaluation.accuracy import Attack, Attacked, correct
+from engm.report.statistics import wilson
+
+# --- checks of results
 
 
 @dataclass(frozen=True)
@@ -189,3 +193,240 @@ def autoattack_gap(standing: Tensor, rest: Tensor) -> Check:
 
 def _share(standing: Tensor) -> str:
     return f"{int(standing.sum()) / len(standing):.1%}"
+
+
+# --- checks before attacks
+
+
+def refuse_wrong_input(model: nn.Module, *data: Tensor) -> int:
+    """Returns the number of classes, or says why model and data cannot be evaluated.
+
+    Args:
+        model: From `[n, ...]` pixels in [0, 1] to `[n, K]` logits.
+        *data: `[n, ...]` images, uint8, or float32 or float64 in [0, 1]; and `[n]` int64 classes,
+            below K.
+
+    Raises:
+        InputError: With the reason.
+    """
+    if len(data) != 2 or not all(isinstance(tensor, Tensor) for tensor in data):
+        found = " and ".join(type(part).__name__ for part in data[:5])
+        raise InputError(f"data must be a Split or a pair of tensors (x, y), not {found}")
+    images, y = data
+    if images.dtype not in (torch.uint8, torch.float32, torch.float64) or images.ndim < 2:
+        raise InputError(
+            f"x is {images.dtype} of shape {list(images.shape)}; give [n, ...] images, float32 in "
+            "[0, 1] or uint8"
+        )
+    if y.dtype != torch.int64 or y.shape != images.shape[:1]:
+        raise InputError(
+            f"y is {y.dtype} of shape {list(y.shape)}; give {len(images)} classes, int64 as in "
+            "y.long()"
+        )
+    if len(y) == 0:
+        raise InputError("there is no example to evaluate on")
+    devices = {str(t.device) for t in (*model.parameters(), *model.buffers())}
+    devices |= {str(images.device), str(y.device)}
+    if len(devices) > 1:
+        raise InputError(
+            f"model, x and y are on {' and '.join(sorted(devices))}; move them to one device"
+        )
+    if not images.isfinite().all():
+        raise InputError("x has pixels that are nan or inf")
+    low, high = images.min().item(), images.max().item()
+    if images.is_floating_point() and (low < 0 or high > 1):
+        remedy = "divide by 255" if low >= 0 and 2 < high <= 255 else "normalise inside the model"
+        raise InputError(f"x goes from {low:.6g} to {high:.6g}, not from 0 to 1; {remedy}")
+    few = images[:2] if images.is_floating_point() else images[:2].float() / 255
+    try:
+        with torch.no_grad(), eval_mode(model):
+            logits = model(few)
+    except InputError:
+        raise
+    except Exception as error:  # whatever a foreign model says of images that do not fit
+        reason = str(error).split("\n")[0]
+        raise InputError(
+            f"the model does not take {few.dtype} images of shape {list(few.shape)}: {reason}"
+        ) from error
+    if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(few):
+        got = list(logits.shape) if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
+        raise InputError(f"the model gave {got}; it must give logits of shape [{len(few)}, K]")
+    if not logits.is_floating_point() or logits.shape[1] < 2:
+        raise InputError(
+            f"the model gave {logits.dtype} of shape {list(logits.shape)}; it must give logits, "
+            "one float for each of at least two classes"
+        )
+    classes = logits.shape[1]
+    if y.min() < 0 or y.max() >= classes:
+        raise InputError(
+            f"y goes from {y.min().item()} to {y.max().item()}, but the model has {classes} "
+            f"classes, 0 to {classes - 1}"
+        )
+    return classes
+
+
+def model_state(model: nn.Module, logits: Tensor) -> Check:
+    """Checks that no part of the model, put into eval mode, is in train mode, and float32."""
+    training = [name or "the model" for name, m in model.named_modules() if m.training]
+    if training:
+        meaning = (
+            f"{training[0]} goes back to train mode in its forward, so answers depend on dropout "
+            "or on the batch; leave the mode alone there."
+        )
+    elif logits.dtype not in (torch.float32, torch.float64):
+        meaning = (
+            f"The logits are {logits.dtype}, whose rounding hides small gradients; evaluate in "
+            "float32."
+        )
+    else:
+        return Check("model state", True, f"Eval mode throughout; logits are {logits.dtype}.")
+    return Check("model state", False, meaning)
+
+
+def logits_not_probabilities(logits: Tensor) -> Check:
+    """Checks that the model gives finite logits, not probabilities."""
+    name = "logits"
+    if not logits.isfinite().all():
+        rows = int((~logits.isfinite()).any(1).sum())
+        meaning = f"{rows} of {len(logits)} clean images give logits that are nan or inf."
+        return Check(name, False, f"{meaning} They count as fooled; mend the model first.")
+    low, high = logits.min().item(), logits.max().item()
+    if low >= 0 and high <= 1 + 1e-4:
+        return Check(
+            name,
+            False,
+            f"All outputs are from {low:.3g} to {high:.3g}, so they seem to be probabilities; a "
+            "second softmax flattens the gradient: return logits.",
+        )
+    return Check(name, True, f"Outputs go from {low:.3g} to {high:.3g}: no probabilities.")
+
+
+def clean_accuracy(standing: Tensor, y: Tensor, classes: int) -> Check:
+    """Checks that the model classifies clean images better than one that always says the same."""
+    count, n = int(standing.sum()), len(standing)
+    constant = y.bincount(minlength=classes).max().item() / n
+    passed = wilson(count, n).low > constant
+    seen = f"{count / n:.1%} of the clean images are classified rightly"
+    if passed:
+        return Check("clean accuracy", True, f"{seen}, {constant:.1%} by always the same answer.")
+    return Check(
+        "clean accuracy",
+        False,
+        f"{seen}, no more than by always the same answer ({constant:.1%}); are the pixels scaled "
+        "and the classes numbered as in training?",
+    )
+
+
+def pixel_scale(
+    model: nn.Module, images: Tensor, y: Tensor, standing: Tensor, batch_size: int
+) -> Check:
+    """Checks that the model does not do better on pixels that are scaled as other models want them.
+
+    Args:
+        model: The model.
+        images: `[n, ...]` floats in [0, 1].
+        y: `[n]` classes.
+        standing: Which of them are classified rightly as they are.
+        batch_size: Images a pass.
+    """
+    name, n = "pixel scale", len(y)
+    span = images.max().item() - images.min().item()
+    if span < 0.1:
+        return Check(
+            name,
+            False,
+            f"The pixels span {span:.4f} of [0, 1], as if divided by 255 twice; eps would be huge.",
+        )
+    others = [dim for dim in range(images.ndim) if dim != 1]
+    std, mean = torch.std_mean(images, others, keepdim=True)
+    scaled = {
+        "multiplied by 255": images * 255,
+        "normalised by mean and standard deviation": (images - mean) / std.clamp(min=1e-6),
+        "moved to [-1, 1]": images * 2 - 1,
+    }
+    for how, x in scaled.items():
+        better = correct(model, x, y, batch_size)
+        # a network that is hardly trained may do a little better: a third of the errors must go
+        fewer = 3 * int((~better).sum()) <= 2 * int((~standing).sum())
+        if fewer and clearly_more(better, standing, points=0.02):
+            return Check(
+                name,
+                False,
+                f"The model is right on {int(better.sum()) / n:.1%} of the images when pixels are "
+                f"{how}, on {int(standing.sum()) / n:.1%} as they are; put that into the model.",
+            )
+    return Check(name, True, "No other usual scale of the pixels gives a better clean accuracy.")
+
+
+@torch.no_grad()
+def repeatable(model: nn.Module, x: Tensor) -> Check:
+    """Checks that the logits of an image are the same in another pass, beside other images."""
+    with eval_mode(model):
+        once = model(x)
+        half = (len(x) + 1) // 2
+        again = torch.cat([model(part) for part in x.flip(0).split(half)]).flip(0)
+    spread = once.float().std().item()
+    change = (once - again).float().abs().max().item()
+    # what kernels for other batch sizes round differently
+    allowed = max(1e-3, 16 * torch.finfo(once.dtype).eps) * spread
+    if change <= allowed:
+        return Check("randomness", True, "Two passes, in other batches, give the same logits.")
+    return Check(
+        "randomness",
+        False,
+        f"Logits move by up to {change:.3g} (their spread is {spread:.3g}) between two passes of "
+        "the same images; noise, or a batch that shares statistics, misleads every attack here: "
+        "take it out, or average the gradient over many draws.",
+    )
+
+
+def gradients(model: nn.Module, x: Tensor, y: Tensor) -> list[Check]:
+    """Checks that gradients w.r.t. the pixels are not zero: of the margin, of the cross-entropy.
+
+    Args:
+        model: The model.
+        x: `[n, ...]` floats in [0, 1] that are classified rightly.
+        y: `[n]` classes.
+    """
+    if len(y) == 0:
+        return []
+    zero = {}
+    with eval_mode(model), torch.enable_grad():
+        here = x.detach().clone().requires_grad_()
+        logits = model(here).float()
+        for name, loss in (("margin", margin), ("cross-entropy", cross_entropy)):
+            gradient = None
+            if logits.requires_grad:
+                (gradient,) = torch.autograd.grad(
+                    loss(logits, y).sum(), here, retain_graph=True, allow_unused=True
+                )
+            if gradient is None:
+                raise InputError(
+                    "no gradient flows from the logits to the images; take detach, argmax and "
+                    "no_grad out of the model's forward"
+                )
+            zero[name] = int((gradient.flatten(1).abs().amax(1) == 0).sum())
+    n, checks = len(y), []
+    gap = -margin(logits.detach(), y).median().item()
+    hidden = zero["margin"] > 0.01 * n
+    checks.append(
+        Check(
+            "zero gradients",
+            not hidden,
+            f"The margin has no gradient at {zero['margin']} of {n} images"
+            + ("; rounding or a step in the model hides it from PGD: attack without that part, "
+               "or with its gradient replaced by that of the identity." if hidden else "."),
+        )
+    )  # fmt: skip
+    saturated = zero["cross-entropy"] - zero["margin"] > 0.01 * n
+    checks.append(
+        Check(
+            "saturation",
+            not saturated,
+            f"The cross-entropy alone has no gradient at {zero['cross-entropy'] - zero['margin']} "
+            f"of {n} images, where the true logit leads by {gap:.3g} (median)"
+            + ("; logits this large round it to 0: believe the margin and DLR attacks, or divide "
+               "the logits." if saturated else "."),
+        )
+    )  # fmt: skip
+    return checks

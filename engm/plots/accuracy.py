@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from engm.plots.style import BLUE, COLOURS, ORANGE, open_axes, percent_axis
-from engm.results import Quantity
+from engm.report.records import Quantity
 
 
 def lines(
@@ -74,7 +74,7 @@ def best_and_last(rows: Mapping[str, Mapping[str, Quantity]]) -> Figure:
     """Draws robust test accuracy of the best and the last checkpoint, bars with deviations.
 
     Args:
-        rows: For each name the quantities of `engm.results.summarise`.
+        rows: For each name the quantities of `engm.report.records.summarise`.
     """
     figure, axes = plt.subplots(figsize=(1.6 + 1.5 * len(rows), 3.4))
     for shift, which, colour in ((-0.2, "best", BLUE), (0.2, "last", ORANGE)):

@@ -7,8 +7,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from engm.plots.style import BLUE, ORANGE, open_axes
-from engm.results import Quantity
-from engm.results.statistics import Paired
+from engm.report.records import Quantity
+from engm.report.statistics import Paired
 
 
 def best_and_last_rows(rows: Mapping[str, Mapping[str, Quantity]]) -> Figure:
@@ -18,7 +18,7 @@ def best_and_last_rows(rows: Mapping[str, Mapping[str, Quantity]]) -> Figure:
     so that configs close to each other are told apart.
 
     Args:
-        rows: For each name the quantities of `engm.results.summarise`.
+        rows: For each name the quantities of `engm.report.records.summarise`.
     """
     figure, axes = plt.subplots(figsize=(7, 1.2 + 0.3 * len(rows)))
     for shift, which, colour, marker in ((-0.15, "best", BLUE, "o"), (0.15, "last", ORANGE, "s")):

@@ -7,7 +7,7 @@ import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from engm.example_norms.input_norms import Fit
+from engm.norms.inputs import Fit
 from engm.plots.style import BLUE, COLOURS, ORANGE, RED, open_axes
 
 

@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from engm.plots.style import BLUE, COLOURS, percent_axis
 
 if TYPE_CHECKING:
-    from engm.evaluation.robustness_report import RobustnessReport
+    from engm.evaluation.suite import RobustnessReport
 
 
 def robustness_curve(report: "RobustnessReport") -> Figure:

@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 
 from engm.config import RunConfig
 from engm.errors import InputError
-from engm.files import write_json
+from engm.runs import write_json
 from engm.sweep import clusters
 from engm.sweep.plan import TRAIN, Task, code_version
 
@@ -86,7 +86,7 @@ def folder_of(out: Path) -> Path:
 
 def is_done(task: Task, folder: Path) -> bool:
     """Returns whether the task is complete in `folder`, the one that `folder_of` gives."""
-    from engm.run_directory import RESULT  # loads torch, which a scheduler does without
+    from engm.runs import RESULT  # loads torch, which a scheduler does without
 
     return (folder / task.name / (RESULT if task.target == TRAIN else DONE)).exists()
 
@@ -222,14 +222,14 @@ def _train(task: Task, folder: Path, options: Options) -> None:
 
 
 def _notebook(task: Task, where: Path, options: Options) -> None:
-    from engm import notebooks
+    from engm.lab import batch
 
     values = dict(task.settings)
     # the notebook's own runs are kept, so that a second attempt goes on from them
-    if "out" in notebooks.parameters(Path(task.target)) and values.get("out") is None:
+    if "out" in batch.parameters(Path(task.target)) and values.get("out") is None:
         values["out"] = str(where / "runs")
     how: dict[str, Any] = dict(timeout=options.timeout, progress=False)
-    done = notebooks.run(task.target, values, output_dir=where, **how)
+    done = batch.run(task.target, values, output_dir=where, **how)
     if done.error is not None:
         raise RuntimeError(str(done.error))
     write_json(where / DONE, {"settings": task.settings, "seconds": done.seconds})

@@ -57,7 +57,7 @@ def plan(
     """Makes one task for each combination of the grid's values and each seed.
 
     Args:
-        target: "train", or a notebook as `engm.notebooks.find` knows it.
+        target: "train", or a notebook as `engm.lab.batch.find` knows it.
         grid: Values to try, under the names of settings; text is read as on the command line.
         settings: What is the same in all tasks.
         seeds: Runs the seeds 0 to `seeds` - 1. A notebook that takes a list `seeds` gets them all,
@@ -157,9 +157,9 @@ def _add_seeds(target: str, axes: dict[str, Any], fixed: dict[str, Any], seeds: 
         raise InputError(f"seeds must be 1 or more, got {seeds}")
     name = "seed"
     if target != TRAIN:
-        from engm import notebooks
+        from engm.lab import batch
 
-        takes = notebooks.parameters(notebooks.find(target))
+        takes = batch.parameters(batch.find(target))
         if "seeds" in takes and "seed" not in takes:
             name = "seeds"
     if name in axes or name in fixed:
@@ -174,13 +174,14 @@ def _task(target: str, given: Mapping[str, Any]) -> Task:
     if target == TRAIN:
         config = RunConfig.from_dict({k: _setting(k, v) for k, v in given.items()}).resolved()
         return Task(config.name, TRAIN, asdict(config))
-    from engm import notebooks
 
-    path = notebooks.find(target)
+    from engm.lab import batch
+
+    path = batch.find(target)
     texts = {name: value for name, value in given.items() if isinstance(value, str)}
-    values = notebooks.check(path, {k: v for k, v in given.items() if k not in texts})
-    values |= notebooks.parse(path, texts)
-    cells = [c.source for c in notebooks.read_notebook(path).cells if c.cell_type == "code"]
+    values = batch.check(path, {k: v for k, v in given.items() if k not in texts})
+    values |= batch.parse(path, texts)
+    cells = [c.source for c in batch.read_notebook(path).cells if c.cell_type == "code"]
     content = json.dumps([cells, sorted(values.items())])
     digest = hashlib.sha256(content.encode()).hexdigest()[:8]
     return Task(f"{path.stem}-{digest}", str(path.resolve()), values)

@@ -1,6 +1,6 @@
 """Fills in `notebooks/README.md`: for each notebook its time and a picture, from executed ones.
 
-python -m engm.notebooks.notebook_map FOLDER     # of executed notebooks, such as outputs
+python -m engm.lab.notebook_map FOLDER     # of executed notebooks, such as outputs
 """
 
 import base64
@@ -11,8 +11,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from engm.files import atomic_path, write_text
-from engm.notebooks.parameter_cells import read_notebook
+from engm.lab.parameters import read_notebook
+from engm.runs import atomic_path, write_text
 
 # Which of a notebook's figures stands for it, where it is not the first.
 _FIGURE = {"01_attacks": 1, "02_gradient_variance": 1, "05_norms_from_inputs": 0}

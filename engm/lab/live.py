@@ -11,9 +11,10 @@ from torch import Tensor
 
 from engm import data, methods, optim, plots
 from engm.config import TYPES, RunConfig, choices
-from engm.evaluation import accuracy_under, build_model, validation_attack
+from engm.evaluation.accuracy import accuracy_under, validation_attack
+from engm.methods import AWP
+from engm.models import build_model
 from engm.training import build_scheduler, train_one_epoch
-from engm.weight_perturbation import AWP
 
 
 @dataclass(frozen=True)

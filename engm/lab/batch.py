@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from engm.errors import InputError
-from engm.files import write_json, write_text
-from engm.notebooks.offline_html import plain_text
-from engm.notebooks.parameter_cells import Parameter, check, parameters, parse, read_notebook
+from engm.lab.offline_html import plain_text
+from engm.lab.parameters import Parameter, check, parameters, parse, read_notebook
+from engm.runs import write_json, write_text
 
 __all__ = [
     "RESULT_TYPE",
@@ -196,8 +196,8 @@ def run(
 
 
 def _origin(source: Path, values: Mapping[str, Any], seconds: float) -> dict[str, Any]:
-    from engm.run_directory import environment
-    from engm.training import pick_device
+    from engm.device import pick_device
+    from engm.runs import environment
 
     defaults = {name: parameter.default for name, parameter in parameters(source).items()}
     return {

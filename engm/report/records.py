@@ -11,8 +11,8 @@ from typing import Any
 from engm.attacks import FGSM, PGD
 from engm.config import RunConfig
 from engm.errors import InputError
-from engm.results import tables
-from engm.run_directory import CONFIG, RESULT, read_config, read_metrics, read_result
+from engm.report import tables
+from engm.runs import CONFIG, RESULT, read_config, read_metrics, read_result
 
 # columns that say what a run is, shown even where all runs agree
 ALWAYS = ("dataset", "method", "optimizer")

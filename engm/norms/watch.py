@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
 from engm.errors import InputError
-from engm.example_norms.layer_shares import FORMULAS, Share, shares_of
+from engm.norms.layers import FORMULAS, Share, shares_of
 
 _NOTHING = "the losses do not depend on any of the parameters; is it the same model?"
 _WAY_OUT = "use norms='loop', which takes any model but one backward pass an example"

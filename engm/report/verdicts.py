@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from engm.errors import InputError
-from engm.results.statistics import Interval, student_interval
+from engm.report.statistics import Interval, student_interval
 
 HOLDS = "the claim holds here"
 DOES_NOT_HOLD = "the claim does not hold here"

@@ -1,13 +1,16 @@
 """The model as the steps of an attack see it: frozen, and as fast as the device allows."""
 
 import copy
-from collections.abc import Callable, Hashable
-from contextlib import AbstractContextManager, nullcontext
+import os
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from engm.config import RunConfig
 from engm.errors import InputError
 
 # layers whose weights autocast turns into the lower precision, in each pass anew
@@ -193,3 +196,65 @@ def _cuda_graph(
         return output.clone()
 
     return expected, replay
+
+
+def pick_device(name: str) -> torch.device:
+    """Returns the device called `name`; "auto" is CUDA where there is one, else the CPU.
+
+    Each process that `torchrun` starts on a machine has a GPU of its own under "auto" and "cuda".
+
+    Raises:
+        InputError: If there is no such device on this machine.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and (local := os.environ.get("LOCAL_RANK")):
+        name = f"cuda:{local}"
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device).cpu()  # "meta" has no numbers to copy
+    except (RuntimeError, AssertionError, TypeError, ImportError) as error:
+        reason = str(error).split("\n")[0]
+        raise InputError(f"cannot use device {name!r}: {reason}; use 'cpu' or 'auto'") from None
+    return device
+
+
+def attacked_model(config: RunConfig, model: nn.Module) -> AttackedModel | None:
+    """Returns the model as the attacks of a run see it; `None` where that is the model itself."""
+    on_cpu = next(model.parameters()).device.type == "cpu"
+    if on_cpu and not (config.compile or config.capture):
+        return None
+    dtype = Precision.of(config).dtype
+    return AttackedModel(model, dtype, compile=config.compile, capture=config.capture)
+
+
+@contextmanager
+def kernels_compared() -> Iterator[None]:
+    """Lets cuDNN try its kernels once for each shape, and keep the fastest.
+
+    Not for an evaluation whose batches shrink as examples are fooled: each size would be tried.
+    """
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = True
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
+
+
+@dataclass(frozen=True)
+class Precision:
+    """How a model's passes are computed: arithmetic, and memory layout of the images."""
+
+    dtype: torch.dtype = torch.float32
+    memory_format: torch.memory_format = torch.contiguous_format
+
+    @classmethod
+    def of(cls, config: RunConfig) -> "Precision":
+        """Returns the precision of a run."""
+        layout = torch.channels_last if config.channels_last else torch.contiguous_format
+        return cls(getattr(torch, config.precision), layout)
+
+    def autocast(self, device: torch.device) -> torch.autocast:
+        """Returns the context to run the model in."""
+        return torch.autocast(device.type, self.dtype, enabled=self.dtype != torch.float32)

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from engm.errors import InputError, NonFiniteLossError
-from engm.example_norms import Watch, loop_norms
-from engm.example_norms.input_norms import InputEstimate
+from engm.norms.inputs import InputEstimate
+from engm.norms.watch import Watch, loop_norms
 
 Closure = Callable[[], Tensor]
 Weighted = Callable[[Tensor, Tensor | None], dict[Tensor, Tensor]]

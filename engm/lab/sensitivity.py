@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from engm.errors import InputError
-from engm.studies import verdicts
+from engm.report import verdicts
 
 _ROUNDING = 1e-9  # 0.5 - 0.48 is above 0.02 in floating point
 

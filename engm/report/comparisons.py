@@ -11,7 +11,7 @@ from typing import Any
 
 from engm.config import TYPES, parse_number
 from engm.errors import InputError
-from engm.results import (
+from engm.report.records import (
     ALWAYS,
     PROTOCOL,
     Quantity,
@@ -23,8 +23,8 @@ from engm.results import (
     refuse_copies,
     short,
 )
-from engm.results.statistics import Paired, paired_differences
-from engm.run_directory import read_metrics
+from engm.report.statistics import Paired, paired_differences
+from engm.runs import read_metrics
 
 # settings that one optimizer reads and another does not
 OF_OPTIMIZERS = ("optimizer", "scale", "floor", "max_norm")

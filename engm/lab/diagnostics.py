@@ -20,9 +20,9 @@ from torch import Tensor, nn
 
 from engm.attacks import eval_mode
 from engm.errors import InputError, NonFiniteLossError
-from engm.example_norms import Watch
-from engm.example_norms.measures import Closure, run_closure
 from engm.methods import Method
+from engm.norms.measures import Closure, run_closure
+from engm.norms.watch import Watch
 
 HOLDS = "the claim holds here"
 FAILS = "the claim does not hold here"

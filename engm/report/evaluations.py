@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from engm.errors import InputError
-from engm.files import read_json
-from engm.results import Quantity, Record, groups_of, in_words, listed
+from engm.report.records import Quantity, Record, groups_of, in_words, listed
+from engm.runs import read_json
 
 NONE = "-"  # in the cell of a row that was not measured so
 _WHICH = ("best", "last")

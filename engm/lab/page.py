@@ -17,17 +17,10 @@ from typing import Any
 from urllib.parse import unquote
 
 from engm.errors import InputError
-from engm.files import write_text
-from engm.notebooks import (
-    RESULT_TYPE,
-    NotebookRun,
-    available,
-    check,
-    find,
-    run,
-)
-from engm.notebooks.offline_html import code_style, highlighted, markdown, offline, plain_text, slug
-from engm.notebooks.parameter_cells import read_notebook
+from engm.lab.batch import RESULT_TYPE, NotebookRun, available, check, find, run
+from engm.lab.offline_html import code_style, highlighted, markdown, offline, plain_text, slug
+from engm.lab.parameters import read_notebook
+from engm.runs import write_text
 
 _WIDGET_TYPE = "application/vnd.jupyter.widget-view+json"
 _LONG = 20  # lines; longer code is folded, so that prose and pictures lead
@@ -99,11 +92,7 @@ def build(
     versions = [f"Python {platform.python_version()}", *map(_version, ("engm", "torch"))]
     facts = [time.strftime("%Y-%m-%d %H:%M"), *versions, platform.machine()]
     alert = f'<p class="alert">{failed} of {len(runs)} notebooks failed.</p>' if failed else ""
-    style = (
-        importlib.resources.files("engm.notebooks")
-        .joinpath("report.css")
-        .read_text(encoding="utf-8")
-    )
+    style = importlib.resources.files("engm.lab").joinpath("page.css").read_text(encoding="utf-8")
     write_text(
         Path(path),
         f"""<!DOCTYPE html>

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from engm.errors import InputError
-from engm.files import write_text
-from engm.notebooks.parameter_cells import read_notebook
+from engm.lab.parameters import read_notebook
+from engm.runs import write_text
 
 _TAG = "colab"
 _BADGE = (

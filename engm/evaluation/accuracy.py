@@ -1,0 +1,305 @@
+"""Clean and robust accuracy, recomputed from the adversarial examples themselves."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from engm.attacks import PGD, eval_mode, fooled
+from engm.config import RunConfig
+from engm.data import Dataset, Split, to_float
+from engm.errors import InputError
+from engm.models import build_model
+from engm.runs import CHECKPOINTS, fits_config, load_tensors, read_config, save_tensors
+
+# float32 rounds x + perturbation: |x_adv - x| may exceed eps by some 1e-7
+_ROUNDING = 1e-5
+
+
+class Attack(Protocol):
+    """What an evaluation needs of an attack; `PGD`, `FGSM` and `RandomSearch` have it."""
+
+    @property
+    def eps(self) -> float:
+        """Radius of the ball, in pixel units."""
+
+    @property
+    def norm(self) -> str:
+        """Norm of the ball, "linf" or "l2"."""
+
+    def __call__(
+        self, model: nn.Module, x: Tensor, y: Tensor, *, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """Returns x_adv for a batch."""
+
+
+@dataclass(frozen=True)
+class Attacked:
+    """What an attack did to each example.
+
+    Attributes:
+        correct: Whether the model still is right, recomputed from `x_adv` as kept, `[n]` booleans
+            on the CPU.
+        claimed: The same before `x_adv` was written; it differs where the file or the model does.
+        largest_perturbation: The largest norm of `x_adv - x`, in pixel units, at most eps.
+        x_adv: The adversarial examples, on the CPU.
+    """
+
+    correct: Tensor
+    claimed: Tensor
+    largest_perturbation: float
+    x_adv: Tensor
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What an attack left of a model's accuracy.
+
+    Attributes:
+        clean_accuracy: Fraction of the examples that are classified rightly.
+        robust_accuracy: Fraction that still is under the attack.
+        num_examples: n, the number of examples.
+        largest_perturbation: The largest norm of `x_adv - x`, in pixel units, at most eps.
+        attack: What was tried, in words.
+        x_adv: The adversarial examples, `[n, c, h, w]`, on the CPU.
+    """
+
+    clean_accuracy: float
+    robust_accuracy: float
+    num_examples: int
+    largest_perturbation: float
+    attack: str
+    x_adv: Tensor
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns all but `x_adv`, as plain JSON values."""
+        return {k: v for k, v in vars(self).items() if k != "x_adv"}
+
+
+def attack_of(config: RunConfig, *, num_steps: int | None = None) -> PGD:
+    """Returns the PGD that a run is evaluated with; one that stops at broken examples.
+
+    Args:
+        config: The run.
+        num_steps: PGD steps; `eval_steps` of the config where left out.
+
+    Raises:
+        InputError: If `num_steps` is not a whole number, 1 or more.
+    """
+    config = config.resolved()
+    if num_steps is not None:
+        config = replace(config, eval_steps=num_steps)
+    assert config.eps
+    steps = config.eval_steps
+    step_size = 2.5 * config.eps / steps
+    return PGD(
+        eps=config.eps, step_size=step_size, num_steps=steps, norm=config.norm, stop_early=True
+    )
+
+
+def validation_attack(config: RunConfig) -> PGD:
+    """Returns the PGD that a run is watched with, of as many steps as its training takes.
+
+    One that trains with a single step gets the steps of its evaluation: a single one sees no
+    catastrophic overfitting, and would choose the wrong epoch.
+    """
+    config = config.resolved()
+    return attack_of(config, num_steps=None if config.method == "fast_at" else config.num_steps)
+
+
+def accuracy_under(
+    model: nn.Module,
+    split: Split,
+    attack: Attack,
+    *,
+    batch_size: int = 500,
+    seed: int = 0,
+    save_to: Path | None = None,
+    progress: bool = False,
+) -> Evaluation:
+    """Attacks every example of `split` with one attack and counts what is still classified rightly.
+
+    It is what training uses; `engm.evaluate` runs many attacks and says what to think of them.
+    Robust accuracy is recomputed from the adversarial examples as they were kept (read back from
+    `save_to`, where given), after their norms and range were checked.
+
+    Args:
+        model: Takes pixels in [0, 1] and returns logits; evaluated in eval mode, left as it was.
+        split: The examples, on the model's device.
+        attack: For example `PGD(eps=8 / 255, step_size=1 / 255, num_steps=20, stop_early=True)`.
+        batch_size: Examples attacked at a time.
+        seed: Seed of the attack's random starts.
+        save_to: File to keep `x_adv` in.
+        progress: Show a progress bar.
+
+    Returns:
+        Accuracies as fractions, and the adversarial examples.
+
+    Raises:
+        InputError: If there is no example, or the attack returned examples outside its budget.
+    """
+    if len(split) == 0:
+        raise InputError("there is no example to evaluate on")
+    images, y, n = split.images, split.labels, len(split)
+    how: dict[str, Any] = dict(batch_size=batch_size, seed=seed, save_to=save_to)
+    found = run_attack(model, images, y, attack, **how, progress=progress)
+    clean = int(correct(model, images, y, batch_size).sum())
+    robust = int(found.correct.sum())
+    largest = found.largest_perturbation
+    return Evaluation(clean / n, robust / n, n, largest, repr(attack), found.x_adv)
+
+
+def run_attack(
+    model: nn.Module,
+    images: Tensor,
+    y: Tensor,
+    attack: Attack,
+    *,
+    batch_size: int = 500,
+    seed: int = 0,
+    save_to: Path | None = None,
+    progress: bool = False,
+) -> Attacked:
+    """Attacks every image, in batches; what `accuracy_under` counts, for each example.
+
+    Args:
+        model: As for `accuracy_under`, like the arguments that are not named here.
+        images: `[n, ...]`, uint8 or floats in [0, 1], on the model's device.
+        y: `[n]` int64 classes.
+        attack: For example `PGD`.
+        batch_size: Examples attacked at a time.
+        seed: Seed of the attack's random starts.
+        save_to: File to keep `x_adv` in.
+        progress: Show a progress bar.
+
+    Raises:
+        InputError: If the attack returned examples outside its budget.
+    """
+    generator = torch.Generator(images.device).manual_seed(seed)
+    parts = []
+    with (
+        eval_mode(model),
+        tqdm(total=len(y), desc="attack", disable=not progress, leave=False) as bar,
+    ):
+        for rows in _rows(len(y), batch_size):
+            x = _pixels(images[rows])
+            parts.append(attack(model, x, y[rows], generator=generator).cpu())
+            bar.update(len(x))
+    x_adv = kept = torch.cat(parts)
+    if x_adv.shape != images.shape:
+        raise InputError(f"{attack} returned shape {list(x_adv.shape)} for {list(images.shape)}")
+    claimed = None
+    if save_to is not None:
+        claimed = correct(model, x_adv, y, batch_size)
+        save_tensors(save_to, {"x_adv": x_adv})
+        kept = load_tensors(save_to)["x_adv"]
+    largest = largest_perturbation(attack, images, kept, batch_size)
+    again = correct(model, kept, y, batch_size)
+    return Attacked(again, again if claimed is None else claimed, largest, kept)
+
+
+@torch.no_grad()
+def correct(model: nn.Module, images: Tensor, y: Tensor, batch_size: int = 500) -> Tensor:
+    """Returns which images are classified as `y`, in eval mode: `[n]` booleans on the CPU.
+
+    Args:
+        model: From pixels in [0, 1] to logits.
+        images: `[n, ...]`, uint8 or floats in [0, 1]; taken to the device of `y` batch by batch.
+        y: `[n]` int64 classes, on the model's device.
+        batch_size: Images a pass.
+    """
+    with eval_mode(model):
+        answers = [
+            ~fooled(model(_pixels(images[rows].to(y.device))), y[rows])
+            for rows in _rows(len(y), batch_size)
+        ]
+    return torch.cat(answers).cpu()
+
+
+def largest_perturbation(attack: Attack, images: Tensor, x_adv: Tensor, batch_size: int) -> float:
+    """Returns the largest norm of `x_adv - x`.
+
+    Raises:
+        InputError: If it is above eps, or a pixel is outside [0, 1] or nan.
+    """
+    lengths = [
+        _check(attack, _pixels(images[rows]), x_adv[rows].to(images.device))
+        for rows in _rows(len(images), batch_size)
+    ]
+    return max(lengths)
+
+
+def load_model(folder: Path, which: str, dataset: Dataset) -> nn.Module:
+    """Returns the model of a checkpoint, in eval mode, on the dataset's device.
+
+    Args:
+        folder: A run directory.
+        which: "best" or "last".
+        dataset: The dataset of the run; it gives the number of classes and the shape of images.
+
+    Raises:
+        InputError: If there is no such checkpoint, it does not fit the run's config, or the dataset
+            is another one.
+    """
+    if which not in CHECKPOINTS:
+        raise InputError(f"unknown checkpoint {which!r}; choose one of {', '.join(CHECKPOINTS)}")
+    config = read_config(folder)
+    if dataset.name != config.dataset:
+        raise InputError(f"{folder} is a run on {config.dataset}; it was given {dataset.name}")
+    model = build_model(config, dataset)
+    path = folder / CHECKPOINTS[which]
+    state = load_tensors(path)
+    with fits_config(path):
+        model.load_state_dict(state["model"])
+    return model.to(dataset.test.images.device).eval()
+
+
+def evaluate_run(
+    folder: Path,
+    which: str,
+    dataset: Dataset,
+    *,
+    num_steps: int | None = None,
+    save_to: Path | None = None,
+    progress: bool = False,
+) -> Evaluation:
+    """Evaluates a checkpoint of a run on the test set, with the attack of its config.
+
+    Args:
+        folder: A run directory.
+        which: "best" or "last".
+        dataset: The dataset of the run.
+        num_steps: PGD steps; `eval_steps` of the config where left out.
+        save_to: File to keep the adversarial examples in.
+        progress: Show a progress bar.
+    """
+    model, config = load_model(folder, which, dataset), read_config(folder)
+    attack = attack_of(config, num_steps=num_steps)
+    return accuracy_under(
+        model, dataset.test, attack, seed=config.seed, save_to=save_to, progress=progress
+    )
+
+
+def _rows(count: int, batch_size: int) -> list[slice]:
+    if not isinstance(batch_size, int) or batch_size < 1:
+        raise InputError(f"batch_size must be a whole number, 1 or more; got {batch_size!r}")
+    return [slice(start, start + batch_size) for start in range(0, count, batch_size)]
+
+
+def _pixels(images: Tensor) -> Tensor:
+    return images if images.is_floating_point() else to_float(images)
+
+
+def _check(attack: Attack, x: Tensor, x_adv: Tensor) -> float:
+    if not x_adv.isfinite().all() or x_adv.min() < 0 or x_adv.max() > 1:
+        raise InputError(
+            f"{attack} returned pixels outside [0, 1]; its accuracy would mean nothing"
+        )
+    order = float("inf") if attack.norm == "linf" else 2
+    largest = (x_adv - x).flatten(1).norm(order, dim=1).max().item()
+    if largest > attack.eps + _ROUNDING:
+        raise InputError(f"{attack} left its budget: a perturbation is {largest:.6f} long")
+    return largest

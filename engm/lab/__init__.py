@@ -1,0 +1,1 @@
+"""What the notebooks run on: their parameters, runs and page; studies, exercises and widgets."""

@@ -1,0 +1,5 @@
+"""The norms of the examples' gradients: exact, by a loop, and estimated from the inputs."""
+
+from engm.norms.watch import Watch, loop_norms
+
+__all__ = ["Watch", "loop_norms"]

@@ -1,0 +1,1 @@
+"""Tables over runs: records, comparisons of seeds, statistics, verdicts."""

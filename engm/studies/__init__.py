@@ -1,1 +1,0 @@
-"""What the notebooks measure to test the claims, and how they come to a verdict."""
