@@ -1,9 +1,12 @@
 """What the files around the package promise."""
 
+import ast
 import re
 import shlex
+import sys
 import tomllib
 from collections import defaultdict
+from importlib.metadata import packages_distributions
 from pathlib import Path
 from statistics import mean
 
@@ -40,6 +43,28 @@ def test_environment_yml_installs_this_package_with_everything_and_nothing_else(
     named = re.search(r"\[(.*)\]", extras["all"][0]).group(1).split(",")
     # peers: only `engm bench` compares with them, and does without
     assert set(named) == set(extras) - {"all", "peers"}
+
+
+def test_everything_that_is_imported_is_declared():
+    providers = {**packages_distributions(), "backpack": ["backpack-for-pytorch"]}
+    extras = PROJECT["optional-dependencies"]
+    used = {extra: set(map(name_of, extras[extra])) for extra in extras}
+    at_work = {name_of(r) for r in PROJECT["dependencies"]}
+    at_work |= used["notebooks"] | used["batch"] | used["autoattack"] | used["sweep"]
+    declared = {"engm": at_work | used["peers"], "data_scripts": at_work}
+    declared["tests"] = at_work | used["test"]
+    for folder, names in declared.items():
+        files = [*(ROOT / folder).rglob("*.py")]
+        own = {"engm"} | {
+            p.stem for f in ("data_scripts", "tests") for p in (ROOT / f).glob("*.py")
+        }
+        for path in files:
+            for node in ast.walk(ast.parse(path.read_text())):
+                modules = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+                modules += [node.module] if isinstance(node, ast.ImportFrom) else []
+                for top in {module.split(".")[0] for module in modules} - own:
+                    given = {name.lower().replace("_", "-") for name in providers.get(top, [top])}
+                    assert top in sys.stdlib_module_names or given & names, f"{path} imports {top}"
 
 
 def test_dependencies_are_floors_and_the_constraints_pin_each_of_them():
