@@ -252,6 +252,13 @@ def _read_class_folders(spec: DatasetSpec, path: Path, names: list[str]) -> Cont
         raise InputError(f"{path} holds more than one data set: {', '.join(tops)}; give one alone")
     official = {_plain(name): name for name in spec.class_names or ()}
     folders = sorted({match["name"] for match in used.values()})
+    listed = f"{tops[0]}wnids.txt"  # TinyImageNet's own order, where the archive kept it
+    if spec.name == "tiny-imagenet" and listed in names:
+        ((_, content),) = read_files(path, [listed])
+        order = content.decode("utf-8", "replace").split()
+        if sorted(order) != folders:
+            raise InputError(f"{path} has class folders that {listed} does not list, or lacks some")
+        folders = order
     class_names = list(spec.class_names or folders)
     unknown = [name for name in folders if official and _plain(name) not in official]
     if unknown or len(folders) != spec.num_classes:

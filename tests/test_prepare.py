@@ -304,6 +304,18 @@ def test_tiny_imagenet_with_its_validation_images_sorted_into_folders(root, tmp_
         assert pairs(*found) == pairs(*truth("tiny-imagenet")[part])
 
 
+def test_sorted_tiny_imagenet_keeps_the_official_order_of_its_classes(root, tmp_path):
+    files = class_folders("tiny-imagenet", WNIDS, second="val")
+    files["wnids.txt"] = "\n".join(WNIDS).encode()
+    run("tiny-imagenet", write_folder(tmp_path / "tiny", files), root)
+    assert data.load("tiny-imagenet", root=root).class_names == tuple(WNIDS)
+    for part, found in stored(root, "tiny-imagenet").items():
+        assert pairs(*found) == pairs(*truth("tiny-imagenet")[part])
+    files["wnids.txt"] = b"n01 n02 n04"
+    message = refused("tiny-imagenet", write_folder(tmp_path / "other", files), root)
+    assert "wnids.txt" in message
+
+
 def test_what_is_recorded_and_printed(root, tmp_path):
     output = run("cifar10", write_tar(tmp_path / "c.tar.gz", cifar_files("cifar10")), root)
     images = truth("cifar10")["train"][0] / 255
