@@ -255,10 +255,10 @@ def _read_class_folders(spec: DatasetSpec, path: Path, names: list[str]) -> Cont
     listed = f"{tops[0]}wnids.txt"  # TinyImageNet's own order, where the archive kept it
     if spec.name == "tiny-imagenet" and listed in names:
         ((_, content),) = read_files(path, [listed])
-        order = content.decode("utf-8", "replace").split()
-        if sorted(order) != folders:
+        official_order = content.decode("utf-8", "replace").split()
+        if sorted(official_order) != folders:
             raise InputError(f"{path} has class folders that {listed} does not list, or lacks some")
-        folders = order
+        folders = official_order
     class_names = list(spec.class_names or folders)
     unknown = [name for name in folders if official and _plain(name) not in official]
     if unknown or len(folders) != spec.num_classes:
