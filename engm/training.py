@@ -1,7 +1,7 @@
-"""A whole run: it survives being killed, and several processes can share it."""
+"""Training: an epoch, a run in memory (`Trainer`), and a run on disk that survives being killed."""
 
-from collections.abc import Iterable
-from contextlib import nullcontext
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
@@ -13,270 +13,13 @@ from torch import Tensor, nn
 from torch.optim import lr_scheduler
 from tqdm.auto import tqdm
 
-from engm import data, distributed, methods, optim
+from engm import data, distributed, methods, optim, runs
 from engm.config import RunConfig
 from engm.device import Precision, attacked_model, kernels_compared, pick_device
 from engm.errors import InputError, NonFiniteLossError
 from engm.evaluation.accuracy import accuracy_under, evaluate_run, validation_attack
 from engm.methods import AWP
 from engm.models import build_model
-from engm.runs import (
-    CHECKPOINTS,
-    LOCK,
-    RESULT,
-    append_metrics,
-    check_config,
-    environment,
-    fits_config,
-    keep_metrics,
-    load_tensors,
-    locked,
-    read_result,
-    save_tensors,
-    whole_metrics,
-    write_config,
-    write_json,
-)
-
-# --- a run
-
-
-@dataclass(frozen=True)
-class RunResult:
-    """A finished run.
-
-    Attributes:
-        folder: Its run directory.
-        config: Its resolved config.
-        metrics: One mapping an epoch, as in `metrics.jsonl`.
-        result: What `result.json` holds: the test set's accuracies for `last` and `best`.
-    """
-
-    folder: Path
-    config: RunConfig
-    metrics: list[dict[str, Any]]
-    result: dict[str, Any]
-
-
-def fit(
-    config: RunConfig,
-    out: Path | str = "runs",
-    *,
-    device: str = "auto",
-    data_root: Path | None = None,
-    save_adversarial: bool = True,
-    progress: bool = True,
-) -> RunResult:
-    """Trains, evaluates and records a run; goes on where an earlier call was cut off.
-
-    The run lives in `out / config.name`, so that the same config means the same folder. A complete
-    run is not repeated. On the CPU a run that was killed and called again ends with bitwise the
-    weights of one that was left alone. The test set is used at the end alone; the best epoch is
-    chosen on the validation split.
-
-    Started by `torchrun`, the processes share each batch, and the first of them writes. The run is
-    that of a single process up to rounding, except that BatchNorm takes its statistics from the
-    part of the batch that a process has.
-
-    Args:
-        config: What to run.
-        out: Folder of the runs.
-        device: "auto" (CUDA where there is one), "cpu", "cuda", "cuda:1", ...
-        data_root: Where the datasets live, see `engm.data.load`.
-        save_adversarial: Keep the adversarial test examples in the run directory.
-        progress: Show progress bars.
-
-    Returns:
-        The finished run.
-
-    Raises:
-        InputError: If the device, the data or the folder is not fit for the run.
-        NonFiniteLossError: If a loss is inf or nan. The state before that step is kept in
-            `checkpoint-failed.pt`, that of the last whole epoch in `checkpoint-last.pt`.
-    """
-    with distributed.joined():
-        return _fit(
-            config.resolved(), Path(out), pick_device(device), data_root, save_adversarial, progress
-        )
-
-
-def _fit(
-    config: RunConfig,
-    out: Path,
-    target: torch.device,
-    data_root: Path | None,
-    save_adversarial: bool,
-    progress: bool,
-) -> RunResult:
-    folder = out / config.name
-    if (folder / RESULT).exists():
-        check_config(folder, config)
-        metrics = whole_metrics(folder, config.epochs)
-        return RunResult(folder, config, metrics, read_result(folder))
-    dataset = data.load(
-        config.dataset,
-        root=data_root,
-        subset=config.subset,
-        validation=config.validation_images,
-        test=config.test_images,
-    ).to(target)
-    cuda = [target] if target.type == "cuda" else []
-    with torch.random.fork_rng(devices=cuda):
-        run = _Run(config, dataset, target, folder)  # what cannot start leaves no folder
-        with locked(folder) if distributed.first() else nullcontext():
-            run.go_on(progress and distributed.first())
-            result = run.evaluate(save_adversarial, progress and distributed.first())
-            if distributed.first():
-                write_json(folder / RESULT, result)
-    if distributed.first():
-        (folder / LOCK).unlink(missing_ok=True)  # nobody writes to a complete run
-    distributed.wait()
-    return RunResult(folder, config, whole_metrics(folder, config.epochs), result)
-
-
-class _Run:
-    """A run in memory: model, optimizer, schedule, and how far it is."""
-
-    def __init__(
-        self, config: RunConfig, dataset: data.Dataset, device: torch.device, folder: Path
-    ) -> None:
-        self.config, self.dataset, self.device, self.folder = config, dataset, device, folder
-        self.examples = dataset.train
-        if config.label_noise:
-            self.examples = data.with_wrong_labels(
-                dataset.train, config.label_noise, dataset.num_classes, seed=config.seed
-            )
-        usual = data.SPECS[dataset.name].augment
-        self.augment = usual if config.augment is None else config.augment != "none"
-        self.precision = Precision.of(config)
-        layout = self.precision.memory_format
-        _seed(config.seed, 0)
-        self.model = build_model(config, dataset).to(device, memory_format=layout)  # type: ignore[call-overload]
-        self.attacked = attacked_model(config, self.model)
-        self.method = methods.build(config)
-        self.optimizer = optim.build(config, self.model)
-        assert config.batch_size is not None
-        self.batch_size = config.batch_size
-        steps = -(-len(dataset.train) // config.batch_size)
-        self.scheduler = build_scheduler(config, self.optimizer, steps)
-        self.epoch = 0
-        self.best = {"epoch": 0, "validation_robust_accuracy": -1.0}
-
-    def go_on(self, progress: bool) -> None:
-        if distributed.first():
-            write_config(self.folder, self.config, self.device)
-        distributed.wait()
-        self.resume()
-        total, name = self.config.epochs, self.config.name
-        epochs = range(self.epoch, total)
-        for _ in tqdm(epochs, name, total, initial=self.epoch, disable=not progress):
-            self.train_epoch()
-
-    def resume(self) -> None:
-        path = self.folder / CHECKPOINTS["last"]
-        if path.exists():
-            state = load_tensors(path, self.device)
-            with fits_config(path):
-                self.model.load_state_dict(state["model"])
-                self.optimizer.load_state_dict(state["optimizer"])
-                self.scheduler.load_state_dict(state["scheduler"])
-                self.epoch, self.best = state["epoch"], state["best"]
-        # an epoch that was counted but not kept is run again
-        if distributed.first():
-            keep_metrics(self.folder, self.epoch)
-
-    def train_epoch(self) -> None:
-        started = perf_counter()
-        epoch = self.epoch + 1
-        # Each epoch draws from a stream of its own, so that no generator has to be kept.
-        _seed(self.config.seed, epoch)
-        lr = self.optimizer.param_groups[0]["lr"]
-        examples = data.batches(
-            self.examples,
-            self.batch_size,
-            seed=self.config.seed,
-            epoch=epoch,
-            augment=self.augment,
-        )
-        try:
-            with kernels_compared():
-                metrics = train_one_epoch(
-                    self.model,
-                    self.method,
-                    self.optimizer,
-                    examples,
-                    scheduler=self.scheduler,
-                    attacked=self.attacked,
-                    precision=self.precision,
-                    awp=AWP(self.config.awp if epoch > self.config.awp_warmup else 0),
-                )
-        except NonFiniteLossError as error:
-            failed = self.folder / "checkpoint-failed.pt"
-            if distributed.first():
-                save_tensors(failed, self._state())
-            raise NonFiniteLossError(
-                f"epoch {epoch}, {error} A smaller lr may help. The state before that step is in "
-                f"{failed}, that of the last whole epoch (if any) in {CHECKPOINTS['last']}."
-            ) from None
-        distributed.share_buffers(self.model)
-        attack = validation_attack(self.config)
-        validation = accuracy_under(self.model, self.dataset.validation, attack)
-        self.epoch = epoch
-        robust = validation.robust_accuracy
-        metrics = {
-            "epoch": epoch,
-            "lr": lr,
-            **metrics,
-            "validation_clean_accuracy": validation.clean_accuracy,
-            "validation_robust_accuracy": robust,
-            "seconds": perf_counter() - started,
-        }
-        better = robust > self.best["validation_robust_accuracy"]
-        if better:
-            self.best = {"epoch": epoch, "validation_robust_accuracy": robust}
-        if distributed.first():
-            self._write(metrics, better)
-        distributed.wait()
-
-    def evaluate(self, save_adversarial: bool, progress: bool) -> dict[str, Any]:
-        result: dict[str, Any] = {}
-        for which in CHECKPOINTS:
-            keep = save_adversarial and distributed.first()
-            path = self.folder / f"adversarial-{which}.pt" if keep else None
-            found = evaluate_run(self.folder, which, self.dataset, save_to=path, progress=progress)
-            result[which] = found.to_dict()
-        gap = result["best"]["robust_accuracy"] - result["last"]["robust_accuracy"]
-        return {
-            "data": self.dataset.title,
-            **result,
-            "robust_overfitting_gap": gap,
-            "environment": environment(self.device),
-        }
-
-    def _write(self, metrics: dict[str, Any], better: bool) -> None:
-        append_metrics(self.folder, metrics)
-        if better:
-            weights = {"epoch": self.epoch, "model": self.model.state_dict()}
-            save_tensors(self.folder / CHECKPOINTS["best"], weights)
-        # last of all: from here on the epoch counts as done
-        save_tensors(self.folder / CHECKPOINTS["last"], self._state())
-
-    def _state(self) -> dict[str, Any]:
-        return {
-            "epoch": self.epoch,
-            "best": self.best,
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "scheduler": self.scheduler.state_dict(),
-        }
-
-
-def _seed(seed: int, epoch: int) -> None:
-    # SeedSequence keeps neighbouring seeds and epochs apart
-    torch.manual_seed(int(np.random.SeedSequence([seed, epoch]).generate_state(1)[0]))
-
-
-# --- an epoch
 
 
 def train_one_epoch(
@@ -353,6 +96,315 @@ def train_one_epoch(
         excluded = distributed.total(int((~good).sum()), every.device)
         metrics |= {"example_norm": float(distributed.mean(lengths, good)), "excluded": excluded}
     return metrics
+
+
+class Trainer:
+    """A run in memory: all that its steps need, and how far it is.
+
+        for epoch in Trainer(RunConfig(optimizer="engm", epochs=5)):
+            print(epoch["epoch"], epoch["validation_robust_accuracy"])
+
+    Weights, batches and attacks are drawn from `config.seed`, and torch's global random state is
+    left as it was. `fit` adds a run directory.
+
+    Args:
+        config: The run; every setting is honoured, or refused.
+        dataset: That of `config`, on the device to train on; loaded by default.
+        device: Where to load it to, by default `pick_device("auto")`.
+        model: To be trained in place of the one that `config` describes.
+
+    Attributes:
+        config: Resolved.
+        dataset: Its validation images choose the best epoch.
+        examples: The training images, some of them with wrong labels where `config` asks for it.
+        model: In train mode.
+        method: Attack and losses.
+        optimizer: The outer optimizer.
+        scheduler: Stepped after each of its steps.
+        epoch: How many epochs are done.
+        best: Number and robust validation accuracy of the best of them; the first of equal ones.
+
+    Raises:
+        InputError: If the data are not those of `config`, or the device is not able to.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        dataset: data.Dataset | None = None,
+        device: torch.device | None = None,
+        *,
+        model: nn.Module | None = None,
+    ) -> None:
+        self.config = config = config.resolved()
+        if dataset is None:
+            dataset = load_data(config).to(device or pick_device("auto"))
+        if dataset.name != config.dataset:
+            raise InputError(f"the run is on {config.dataset}; it was given {dataset.name}")
+        self.dataset, self.examples = dataset, dataset.train
+        self.device = dataset.train.images.device
+        if config.label_noise:
+            self.examples = data.with_wrong_labels(
+                dataset.train, config.label_noise, dataset.num_classes, seed=config.seed
+            )
+        usual = data.SPECS[dataset.name].augment
+        self.augment = usual if config.augment is None else config.augment != "none"
+        self.precision = Precision.of(config)
+        with _stream(config.seed, 0, self.device):
+            layout = self.precision.memory_format
+            model = model or build_model(config, dataset)
+            self.model = model.to(self.device, memory_format=layout).train()  # type: ignore[call-overload]
+            self.attacked = attacked_model(config, self.model)
+        self.method = methods.build(config)
+        self.optimizer = optim.build(config, self.model)
+        assert config.batch_size is not None
+        steps = -(-len(self.examples) // config.batch_size)
+        self.scheduler = build_scheduler(config, self.optimizer, steps)
+        self.epoch = 0
+        self.best = {"epoch": 0, "validation_robust_accuracy": -1.0}
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        """Trains the epochs that are left, and yields the numbers of each."""
+        while self.epoch < self.config.epochs:
+            yield self.train_epoch()
+
+    def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yields the batches of the next epoch, images in [0, 1] and labels."""
+        assert self.config.batch_size is not None
+        return data.batches(
+            self.examples,
+            self.config.batch_size,
+            seed=self.config.seed,
+            epoch=self.epoch + 1,
+            augment=self.augment,
+        )
+
+    def train_on(self, examples: Iterable[tuple[Tensor, Tensor]]) -> dict[str, float]:
+        """Takes a step for each of the batches, see `train_one_epoch`."""
+        with kernels_compared():
+            return train_one_epoch(
+                self.model,
+                self.method,
+                self.optimizer,
+                examples,
+                scheduler=self.scheduler,
+                attacked=self.attacked,
+                precision=self.precision,
+                awp=AWP(self.config.awp if self.epoch >= self.config.awp_warmup else 0),
+            )
+
+    def train_epoch(
+        self, examples: Iterable[tuple[Tensor, Tensor]] | None = None
+    ) -> dict[str, Any]:
+        """Trains the next epoch, on `batches()` by default, and validates.
+
+        Returns:
+            As in `metrics.jsonl`: epoch, lr, what `train_one_epoch` gives, accuracies on the
+            validation images, seconds.
+
+        Raises:
+            NonFiniteLossError: With epoch and step. The epoch does not count.
+        """
+        started, epoch = perf_counter(), self.epoch + 1
+        lr = self.optimizer.param_groups[0]["lr"]
+        # Each epoch draws from a stream of its own, so that no generator has to be kept.
+        with _stream(self.config.seed, epoch, self.device):
+            try:
+                metrics = self.train_on(self.batches() if examples is None else examples)
+            except NonFiniteLossError as error:
+                raise NonFiniteLossError(f"epoch {epoch}, {error}") from None
+            distributed.share_buffers(self.model)
+            attack = validation_attack(self.config)
+            validation = accuracy_under(self.model, self.dataset.validation, attack)
+        self.epoch = epoch
+        robust = validation.robust_accuracy
+        if robust > self.best["validation_robust_accuracy"]:
+            self.best = {"epoch": epoch, "validation_robust_accuracy": robust}
+        return {
+            "epoch": epoch,
+            "lr": lr,
+            **metrics,
+            "validation_clean_accuracy": validation.clean_accuracy,
+            "validation_robust_accuracy": robust,
+            "seconds": perf_counter() - started,
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns what `load_state_dict` goes on from."""
+        return {
+            "epoch": self.epoch,
+            "best": self.best,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on from the state of an earlier `state_dict`."""
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scheduler.load_state_dict(state["scheduler"])
+        self.epoch, self.best = state["epoch"], state["best"]
+
+
+def load_data(config: RunConfig, root: Path | None = None) -> data.Dataset:
+    """Loads the images of a run, on the CPU; see `engm.data.load` for `root`."""
+    return data.load(
+        config.dataset,
+        root=root,
+        subset=config.subset,
+        validation=config.validation_images,
+        test=config.test_images,
+    )
+
+
+@contextmanager
+def _stream(seed: int, epoch: int, device: torch.device) -> Iterator[None]:
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        _seed(seed, epoch)
+        yield
+
+
+def _seed(seed: int, epoch: int) -> None:
+    # SeedSequence keeps neighbouring seeds and epochs apart
+    torch.manual_seed(int(np.random.SeedSequence([seed, epoch]).generate_state(1)[0]))
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """A finished run.
+
+    Attributes:
+        folder: Its run directory.
+        config: Its resolved config.
+        metrics: One mapping an epoch, as in `metrics.jsonl`.
+        result: What `result.json` holds: the test set's accuracies for `last` and `best`.
+    """
+
+    folder: Path
+    config: RunConfig
+    metrics: list[dict[str, Any]]
+    result: dict[str, Any]
+
+
+def fit(
+    config: RunConfig,
+    out: Path | str = "runs",
+    *,
+    device: str = "auto",
+    data_root: Path | None = None,
+    save_adversarial: bool = True,
+    progress: bool = True,
+) -> RunResult:
+    """Trains, evaluates and records a run; goes on where an earlier call was cut off.
+
+    The run lives in `out / config.name`, so that the same config means the same folder. A complete
+    run is not repeated. On the CPU a run that was killed and called again ends with bitwise the
+    weights of one that was left alone. The test set is used at the end alone; the best epoch is
+    chosen on the validation split.
+
+    Started by `torchrun`, the processes share each batch, and the first of them writes. The run is
+    that of a single process up to rounding, except that BatchNorm takes its statistics from the
+    part of the batch that a process has.
+
+    Args:
+        config: What to run.
+        out: Folder of the runs.
+        device: "auto" (CUDA where there is one), "cpu", "cuda", "cuda:1", ...
+        data_root: Where the datasets live, see `engm.data.load`.
+        save_adversarial: Keep the adversarial test examples in the run directory.
+        progress: Show progress bars.
+
+    Returns:
+        The finished run.
+
+    Raises:
+        InputError: If the device, the data or the folder is not fit for the run.
+        NonFiniteLossError: If a loss is inf or nan. The state before that step is kept in
+            `checkpoint-failed.pt`, that of the last whole epoch in `checkpoint-last.pt`.
+    """
+    with distributed.joined():
+        return _fit(
+            config.resolved(), Path(out), pick_device(device), data_root, save_adversarial, progress
+        )
+
+
+def _fit(
+    config: RunConfig,
+    out: Path,
+    device: torch.device,
+    data_root: Path | None,
+    save_adversarial: bool,
+    progress: bool,
+) -> RunResult:
+    folder, first = out / config.name, distributed.first()
+    if (folder / runs.RESULT).exists():
+        runs.check_config(folder, config)
+        metrics = runs.whole_metrics(folder, config.epochs)
+        return RunResult(folder, config, metrics, runs.read_result(folder))
+    trainer = Trainer(config, load_data(config, data_root).to(device))
+    with runs.locked(folder) if first else nullcontext():  # what cannot start leaves no folder
+        if first:
+            runs.write_config(folder, config, device)
+        distributed.wait()
+        _resume(trainer, folder)
+        _train(trainer, folder, progress and first)
+        with _stream(config.seed, config.epochs, device):  # models are built, to be loaded into
+            result = _evaluate(trainer, folder, save_adversarial and first, progress and first)
+        if first:
+            runs.write_json(folder / runs.RESULT, result)
+    if first:
+        (folder / runs.LOCK).unlink(missing_ok=True)  # nobody writes to a complete run
+    distributed.wait()
+    return RunResult(folder, config, runs.whole_metrics(folder, config.epochs), result)
+
+
+def _resume(trainer: Trainer, folder: Path) -> None:
+    path = folder / runs.CHECKPOINTS["last"]
+    if path.exists():
+        state = runs.load_tensors(path, trainer.device)
+        with runs.fits_config(path):
+            trainer.load_state_dict(state)
+    # an epoch that was counted but not kept is run again
+    if distributed.first():
+        runs.keep_metrics(folder, trainer.epoch)
+
+
+def _train(trainer: Trainer, folder: Path, progress: bool) -> None:
+    config, done = trainer.config, trainer.epoch
+    bar = tqdm(trainer, config.name, config.epochs, initial=done, disable=not progress)
+    try:
+        for metrics in bar:
+            if distributed.first():
+                runs.append_metrics(folder, metrics)
+                if trainer.best["epoch"] == trainer.epoch:
+                    weights = {"epoch": trainer.epoch, "model": trainer.model.state_dict()}
+                    runs.save_tensors(folder / runs.CHECKPOINTS["best"], weights)
+                # last of all: from here on the epoch counts as done
+                runs.save_tensors(folder / runs.CHECKPOINTS["last"], trainer.state_dict())
+            distributed.wait()
+    except NonFiniteLossError as error:
+        failed = folder / "checkpoint-failed.pt"
+        if distributed.first():
+            runs.save_tensors(failed, trainer.state_dict())
+        raise NonFiniteLossError(
+            f"{error} A smaller lr may help. The state before that step is in {failed}, that of "
+            f"the last whole epoch (if any) in {runs.CHECKPOINTS['last']}."
+        ) from None
+
+
+def _evaluate(trainer: Trainer, folder: Path, keep: bool, progress: bool) -> dict[str, Any]:
+    result: dict[str, Any] = {"data": trainer.dataset.title}
+    for which in runs.CHECKPOINTS:
+        path = folder / f"adversarial-{which}.pt" if keep else None
+        found = evaluate_run(folder, which, trainer.dataset, save_to=path, progress=progress)
+        result[which] = found.to_dict()
+    gap = result["best"]["robust_accuracy"] - result["last"]["robust_accuracy"]
+    return {
+        **result,
+        "robust_overfitting_gap": gap,
+        "environment": runs.environment(trainer.device),
+    }
 
 
 def build_scheduler(

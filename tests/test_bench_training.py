@@ -10,6 +10,7 @@ from click.testing import CliRunner
 from torch import nn
 from torch.nn.functional import cross_entropy
 
+import engm.training
 from engm import PGD, data, models
 from engm.bench import costs, kit, profile, rates, reference, speeds, training
 from engm.cli import main
@@ -425,16 +426,16 @@ def test_a_step_of_the_kit_has_ten_forward_passes_in_eval_mode_and_one_in_train_
     runner = kit.Kit(
         models.build("small_cnn", width=4, norm="batch"), images(), config, kit.Variant.parse(name)
     )
-    calls = watch(runner.model)
-    before = runner.model.conv1.weight.detach().clone()
-    statistics = runner.model.norm1.running_mean.clone()
+    calls = watch(runner.trainer.model)
+    before = runner.trainer.model.conv1.weight.detach().clone()
+    statistics = runner.trainer.model.norm1.running_mean.clone()
     runner.attack()
     assert [training for training, _ in calls] == [False] * 10
-    assert torch.equal(runner.model.norm1.running_mean, statistics)
+    assert torch.equal(runner.trainer.model.norm1.running_mean, statistics)
     calls.clear()
     runner.train(3)
     assert [training for training, _ in calls] == 3 * ([False] * 10 + [True])
-    assert not torch.equal(runner.model.conv1.weight, before)
+    assert not torch.equal(runner.trainer.model.conv1.weight, before)
 
 
 def test_the_kit_trains_as_engm_train_does(monkeypatch):
@@ -445,7 +446,7 @@ def test_the_kit_trains_as_engm_train_does(monkeypatch):
         shown = torch.backends.cudnn.benchmark
         given.update(rest, optimizer=optimizer, examples=list(examples), benchmark=shown)
 
-    monkeypatch.setattr(kit, "train_one_epoch", epoch)
+    monkeypatch.setattr(engm.training, "train_one_epoch", epoch)
     variant = kit.Variant.parse("engm-input bfloat16 channels_last")
     runner = kit.Kit(models.build("small_cnn", width=4), images(22), config, variant)
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
@@ -458,9 +459,9 @@ def test_the_kit_trains_as_engm_train_does(monkeypatch):
     epochs = [data.batches(images(22), 4, seed=0, epoch=k, augment=True, drop_last=True) for k in (1, 2)]  # fmt: skip  # noqa: E501
     for (x, _), (expected, _) in zip(given["examples"], itertools.chain(*epochs), strict=False):
         assert torch.equal(x, expected)
-    assert runner.attacked is None  # on the CPU, without compile
+    assert runner.trainer.attacked is None  # on the CPU, without compile
     compiled = kit.Kit(models.build("small_cnn", width=4), images(22), config, kit.Variant(compile=True))  # fmt: skip  # noqa: E501
-    assert type(compiled.attacked).__name__ == "AttackedModel"
+    assert type(compiled.trainer.attacked).__name__ == "AttackedModel"
 
 
 # Rates and profile

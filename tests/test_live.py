@@ -1,10 +1,11 @@
 import threading
+from dataclasses import replace
 
 import matplotlib.pyplot as plt
 import pytest
 import torch
 
-from engm import data
+from engm import data, training
 from engm.config import TYPES, RunConfig, choices
 from engm.errors import NonFiniteLossError
 from engm.evaluation.accuracy import accuracy_under
@@ -38,6 +39,20 @@ def test_every_epoch_has_the_weights_of_all_its_examples(images):
         assert all(batch.std() > 0.01 for batch in epoch.weights.split(50))
         assert epoch.robust_accuracy <= epoch.clean_accuracy
     assert history[-1].loss < history[0].loss
+
+
+def test_the_seed_and_the_precision_decide_and_nothing_else(images):
+    def losses(config):
+        return [epoch.loss for epoch in live.train(images, config)]
+
+    torch.manual_seed(1)
+    first = losses(SMALL)
+    torch.manual_seed(2)
+    before = torch.get_rng_state()
+    assert losses(SMALL) == first
+    assert torch.equal(torch.get_rng_state(), before)
+    assert losses(replace(SMALL, seed=1)) != first
+    assert losses(replace(SMALL, precision="bfloat16")) != first
 
 
 def test_an_optimizer_without_weights_has_ones(images):
@@ -162,7 +177,7 @@ def test_a_run_is_watched_with_many_steps_where_training_takes_one(
         seen.append(attack.num_steps)
         return accuracy_under(model, split, attack)
 
-    monkeypatch.setattr(live, "accuracy_under", spy)
+    monkeypatch.setattr(training, "accuracy_under", spy)
     config = RunConfig(subset=100, width=2, epochs=1, eval_steps=7, method=method)
     assert len(list(live.train(images, config))) == 1
     assert seen == [steps]

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from engm import data, training
+from engm import data, runs, training
 from engm.attacks import PGD
 from engm.config import RunConfig
 from engm.device import pick_device
@@ -293,7 +293,7 @@ def test_a_cut_between_two_writes_is_mended(stage, finished, tmp_path, monkeypat
     class Killed(BaseException):
         pass
 
-    saved = training.save_tensors
+    saved = runs.save_tensors
     calls = []
 
     def save(path, state):
@@ -303,7 +303,7 @@ def test_a_cut_between_two_writes_is_mended(stage, finished, tmp_path, monkeypat
             raise Killed
         saved(path, state)
 
-    monkeypatch.setattr(training, "save_tensors", save)
+    monkeypatch.setattr(runs, "save_tensors", save)
     with pytest.raises(Killed):
         fit_quietly(TINY, tmp_path)
     monkeypatch.undo()

@@ -9,12 +9,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from engm import data, methods, optim
+from engm import data
 from engm.bench.speeds import REFERENCE
 from engm.config import RunConfig
-from engm.device import Precision, attacked_model, kernels_compared
+from engm.device import kernels_compared
 from engm.errors import InputError
-from engm.training import build_scheduler, train_one_epoch
+from engm.training import Trainer
 
 
 @dataclass(frozen=True)
@@ -90,40 +90,26 @@ class Kit:
         self, model: nn.Module, split: data.Split, config: RunConfig, variant: Variant
     ) -> None:
         config = RunConfig(**config.to_dict() | asdict(variant)).resolved()
-        self.precision = Precision.of(config)
-        layout = self.precision.memory_format
-        device = split.images.device
-        self.model = model.to(device, memory_format=layout).train()  # type: ignore[call-overload]
-        self.attacked = attacked_model(config, self.model)
-        self.method = methods.build(config)
-        self.optimizer = optim.build(config, self.model)
+        unused = tuple(map(str, range(10))), (0.0,), (1.0,)  # names, mean, deviation: of a model
+        dataset = data.Dataset(config.dataset, split, split, split, *unused, title="images")
+        self.trainer = Trainer(config, dataset, model=model)
         assert config.batch_size is not None
-        steps = -(-len(split) // config.batch_size)
-        self.scheduler = build_scheduler(config, self.optimizer, steps)
         self.batches = _endless(split, config.batch_size, config.seed)
         x, self.y = next(_endless(split, config.batch_size, config.seed))
-        self.x = x.contiguous(memory_format=layout)
+        self.x = x.contiguous(memory_format=self.trainer.precision.memory_format)
 
     def prepare(self, steps: int) -> None:
         """Does nothing: the batches are endless."""
 
     def train(self, steps: int) -> None:
         """Takes `steps` steps."""
-        with kernels_compared():
-            train_one_epoch(
-                self.model,
-                self.method,
-                self.optimizer,
-                islice(self.batches, steps),
-                scheduler=self.scheduler,
-                attacked=self.attacked,
-                precision=self.precision,
-            )
+        self.trainer.train_on(islice(self.batches, steps))
 
     def attack(self) -> None:
         """Attacks one batch, always the same, and throws the result away."""
-        with kernels_compared(), self.precision.autocast(self.x.device):
-            self.method.attack(self.attacked or self.model, self.x, self.y)
+        trainer = self.trainer
+        with kernels_compared(), trainer.precision.autocast(self.x.device):
+            trainer.method.attack(trainer.attacked or trainer.model, self.x, self.y)
 
 
 def _endless(split: data.Split, batch_size: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:

@@ -9,12 +9,10 @@ import ipywidgets
 import torch
 from torch import Tensor
 
-from engm import data, methods, optim, plots
+from engm import data, plots
 from engm.config import TYPES, RunConfig, choices
-from engm.evaluation.accuracy import accuracy_under, validation_attack
-from engm.methods import AWP
-from engm.models import build_model
-from engm.training import build_scheduler, train_one_epoch
+from engm.optim import ENGM
+from engm.training import Trainer
 
 
 @dataclass(frozen=True)
@@ -41,9 +39,7 @@ class _Stopped(Exception):
 def train(
     images: data.Dataset, config: RunConfig, stopped: Callable[[], bool] = lambda: False
 ) -> Iterator[Epoch]:
-    """Trains on the device of `images`, and yields each epoch as it ends.
-
-    Nothing is written. Weights and attacks are drawn from the global random state.
+    """Trains on the device of `images`, and yields each epoch as it ends; nothing is written.
 
     Args:
         images: The data set of `config`.
@@ -51,44 +47,32 @@ def train(
         stopped: Asked before each batch; the epoch that it ends is not yielded.
 
     Raises:
-        NonFiniteLossError: As `engm.training.train_one_epoch`.
+        NonFiniteLossError: As `engm.training.Trainer`.
     """
-    config = config.resolved()
-    model = build_model(config, images).to(images.train.images.device)
-    method, optimizer = methods.build(config), optim.build(config, model)
-    attack = validation_attack(config)
-    assert config.batch_size
-    scheduler = build_scheduler(config, optimizer, -(-len(images.train) // config.batch_size))
-    for epoch in range(1, config.epochs + 1):
+    trainer = Trainer(config, images)
+    while trainer.epoch < trainer.config.epochs:
         weights: list[Tensor] = []
-        batches = _batches(images, config, epoch, optimizer, weights, stopped)
-        awp = AWP(config.awp if epoch > config.awp_warmup else 0)
         try:
-            done = train_one_epoch(model, method, optimizer, batches, scheduler=scheduler, awp=awp)
+            done = trainer.train_epoch(_watched(trainer, weights, stopped))
         except _Stopped:
             return
-        found = accuracy_under(model, images.validation, attack)
-        accuracies = found.clean_accuracy, found.robust_accuracy
-        yield Epoch(done["train_loss"], *accuracies, torch.cat(weights).cpu())
+        yield Epoch(
+            done["train_loss"],
+            done["validation_clean_accuracy"],
+            done["validation_robust_accuracy"],
+            torch.cat(weights).cpu(),
+        )
 
 
-def _batches(
-    images: data.Dataset,
-    config: RunConfig,
-    epoch: int,
-    optimizer: optim.MSGD | optim.ENGM,
-    weights: list[Tensor],
-    stopped: Callable[[], bool],
+def _watched(
+    trainer: Trainer, weights: list[Tensor], stopped: Callable[[], bool]
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    assert config.batch_size
-    how: dict[str, Any] = dict(seed=config.seed, epoch=epoch)
-    how["augment"] = data.SPECS[images.name].augment
-    for x, y in data.batches(images.train, config.batch_size, **how):
+    for x, y in trainer.batches():
         if stopped():
             raise _Stopped
         yield x, y
         # whoever asks for the next batch has taken the step of this one
-        last = optimizer.last if isinstance(optimizer, optim.ENGM) else None
+        last = trainer.optimizer.last if isinstance(trainer.optimizer, ENGM) else None
         weights.append(last.weights if last else torch.ones(len(y)))
 
 
