@@ -18,7 +18,6 @@ from torch import nn
 from engm import attacks, data, models
 from engm.errors import InputError
 from engm.evaluation import autoattack
-from engm.evaluation import autoattack as pyautoattack_guard
 from engm.evaluation.autoattack import AutoAttack
 from engm.runs import load_tensors, save_tensors
 
@@ -119,19 +118,22 @@ def test_as_the_package_called_by_hand(network, digits, caplog, name, norm, eps,
     version = {"version": "custom", "attacks": list(names)} if names else {"version": "standard"}
     oracle = pyautoattack.AutoAttack(model, norm=NORMS[norm], eps=eps, seed=seed, **version)
     oracle.apgd_targeted.n_target_classes = oracle.fab.n_target_classes = 9
-    with caplog.at_level(logging.DEBUG, "auto-attack"), torch.random.fork_rng():
-        expected, _ = oracle.run_standard_evaluation(x, y, batch_size=20)
-    lines = [m.split() for m in caplog.messages if m.startswith(("initial", "robust"))]
-    counts = {"clean": round(float(lines[0][-1][:-1]) * 30 / 100)}
-    for line in lines[1:-1]:
-        counts[line[3][:-1].lower()] = round(float(line[4][:-1]) * 30 / 100)
+    # the package stops where nothing is left
+    expected, counts = [], dict.fromkeys(("clean", *(names or autoattack._ATTACKS)), 0)
+    for part in (slice(20), slice(20, 30)):
+        caplog.clear()
+        with caplog.at_level(logging.DEBUG, "auto-attack"), torch.random.fork_rng():
+            expected.append(oracle.run_standard_evaluation(x[part], y[part], batch_size=20)[0])
+        lines = [m.split() for m in caplog.messages if m.startswith(("initial", "robust"))]
+        n = len(expected[-1])
+        counts["clean"] += round(float(lines[0][-1][:-1]) * n / 100)
+        for line in lines[1:-1]:
+            counts[line[3][:-1].lower()] += round(float(line[4][:-1]) * n / 100)
     choice = {"attacks": names} if names else {}
     result = AutoAttack(eps=eps, norm=norm, seed=seed, **choice).run(model, x, y, batch_size=20)
-    assert torch.equal(result.x_adv, expected)
-    assert counts["clean"] > 20 and len(counts) > 1  # two batches, and something was attacked
-    # the package stops where nothing is left
-    zeros = dict.fromkeys(names or autoattack._ATTACKS, 0)
-    assert result.counts == zeros | counts and list(result.counts)[1:] == list(zeros)
+    assert torch.equal(result.x_adv, torch.cat(expected))
+    assert result.counts == counts and list(result.counts) == list(counts)
+    assert counts["clean"] > 20  # something of both chunks was attacked
     assert result.accuracy == list(result.counts.values())[-1] / 30
     if name == "quantised":
         assert result.counts["square"] < result.counts["fab-t"]
@@ -241,51 +243,38 @@ def interrupted(model, at):
     return Changed(model, count), lambda: forwards
 
 
-def test_resume_after_an_exception(network, digits, quick, tmp_path, monkeypatch):
-    steps, step, streams = 0, autoattack._Run._step, set()
-
-    def counted_step(run, perturb, batch):
-        def seeded(x, y):
-            streams.add(torch.get_rng_state().numpy().tobytes())
-            return perturb(x, y)
-
-        nonlocal steps
-        steps += 1
-        step(run, seeded, batch)
-
-    monkeypatch.setattr(autoattack._Run, "_step", counted_step)
+def test_resume_after_an_exception(network, digits, quick, tmp_path):
     attack = AutoAttack(eps=0.15)
-    # every batch has a stream of its own, also for a model that draws
+    # also for a model that draws
     model = Changed(network["mlp"], lambda f, x: f(x + 0.1 * torch.randn_like(x))).eval()
     expected = attack.run(model, *digits, batch_size=8)
     assert any("randomized" in warning for warning in expected.warnings)
     counts = list(expected.counts.values())
-    assert counts[0] > counts[1] > counts[-1] > 8  # batches change, and there are several
+    assert counts[0] > counts[1] > counts[-1] > 0
     counted, total = interrupted(model, 0)
-    whole, steps = tmp_path / "whole.pt", 0
-    same(attack.run(counted, *digits, batch_size=8, resume=whole), expected)
-    all_steps = steps
-    cuts = [1, 8, 14, 60, total() // 2, total() - 40, total()]
-    for at in cuts:
-        path, steps = tmp_path / f"{at}.pt", 0
+    same(attack.run(counted, *digits, batch_size=8, save_to=tmp_path / "whole"), expected)
+    names = {path.name for path in (tmp_path / "whole").iterdir()}
+    assert len(names) == 4
+    kept = []
+    for at in (1, 14, total() // 2, total() - 10, total()):
+        folder = tmp_path / str(at)
         cut, _ = interrupted(model, at)
         with pytest.raises(Interrupted):
-            attack.run(cut, *digits, batch_size=8, resume=path)
-        assert path.exists() == (at > 12)
+            attack.run(cut, *digits, batch_size=8, save_to=folder)
+        kept.append(len(list(folder.glob("*"))))
         torch.manual_seed(at)
-        again, _ = interrupted(model, 0)
-        same(attack.run(again, *digits, batch_size=8, resume=path), expected)
-        # the one batch that was cut is done again
-        assert steps - all_steps == (12 < at < total())
-    assert len(streams) == 1
+        again, forwards = interrupted(model, 0)
+        same(attack.run(again, *digits, batch_size=8, save_to=folder), expected)
+        assert (forwards() < 0.8 * total()) == (kept[-1] > 0)
+        assert {path.name for path in folder.iterdir()} == names
+    assert kept[:2] == [0, 0] and 0 < kept[2] < 4 and kept[-1] == 4
     done, forwards = interrupted(model, 0)
-    same(attack.run(done, *digits, batch_size=8, resume=str(whole)), expected)
-    assert forwards() < 10  # nothing but predictions
-    assert {path.stem for path in tmp_path.iterdir()} == {"whole", *map(str, cuts[2:]), "1", "8"}
+    same(attack.run(done, *digits, batch_size=8, save_to=str(tmp_path / "whole")), expected)
+    assert forwards() < 15  # nothing but predictions
 
 
 def test_resume_after_a_kill(network, digits, tmp_path):
-    (x, y), model, path = digits, network["mlp"], tmp_path / "state [1].pt"
+    (x, y), model, folder = digits, network["mlp"], tmp_path / "chunks [1]"
     save_tensors(tmp_path / "case.pt", {"x": x, "y": y, "model": model.state_dict()})
     code = """
 import os, signal, sys, torch
@@ -301,79 +290,99 @@ forwards = 0
 def count(*_):
     global forwards
     forwards += 1
-    if forwards == 700:
+    if forwards == 1800:
         os.kill(os.getpid(), signal.SIGKILL)
 model.register_forward_hook(count)
 attack = AutoAttack(eps=0.15, attacks=("apgd-ce", "apgd-t"))
-attack.run(model, case["x"], case["y"], batch_size=10, resume=folder / "state [1].pt")
+attack.run(model, case["x"], case["y"], batch_size=10, save_to=folder / "chunks [1]")
 """
-    ended = subprocess.run([sys.executable, "-c", code, str(tmp_path)], env={**os.environ})
-    assert ended.returncode == -signal.SIGKILL and path.exists()
-    kept = load_tensors(path)["progress"]
-    assert list(kept["counts"]) == ["clean", "apgd-ce"] and not kept["robust"].all()
-    leftover = tmp_path / ".state [1].pt.0123abcd.tmp"
-    leftover.touch()
     attack = AutoAttack(eps=0.15, attacks=("apgd-ce", "apgd-t"))
-    counted, forwards = interrupted(model, 0)
-    resumed = attack.run(model, x, y, batch_size=10, resume=path)
-    expected = attack.run(counted, x, y, batch_size=10)
-    same(resumed, expected)
-    assert forwards() > 700 and not leftover.exists()
+    passes = []
+    hook = model.register_forward_hook(lambda *_: passes.append(0))
+    expected = attack.run(model, x, y, batch_size=10, save_to=tmp_path / "whole")
+    whole = len(passes)
+    assert whole > 1800
+    ended = subprocess.run([sys.executable, "-c", code, str(tmp_path)], env={**os.environ})
+    assert ended.returncode == -signal.SIGKILL
+    done = {path.name for path in folder.glob("*.pt")}
+    names = {path.name for path in (tmp_path / "whole").iterdir()}
+    assert 0 < len(done) < 3 == len(names) and done < names
+    leftover = folder / f".{min(names - done)}.0123abcd.tmp"
+    leftover.touch()
+    passes.clear()
+    same(attack.run(model, x, y, batch_size=10, save_to=folder), expected)
+    hook.remove()
+    assert len(passes) < 0.9 * whole and {path.name for path in folder.iterdir()} == names
 
 
-def test_files_of_another_call_are_refused(network, digits, quick, tmp_path):
-    (x, y), model, path = digits, network["mlp"], tmp_path / "state.pt"
+def test_chunks_of_another_call_are_not_taken(network, digits, quick, tmp_path):
+    (x, y), model = digits, network["mlp"]
     attack = AutoAttack(eps=0.2, attacks=("apgd-ce",))
-    attack.run(model, x, y, resume=path)
+
+    def files(model=model, x=x, y=y, batch_size=250, **settings):
+        changed = AutoAttack(**(vars(attack) | settings))
+        found = changed.run(model, x, y, batch_size=batch_size, save_to=tmp_path)
+        same(found, changed.run(model, x, y, batch_size=batch_size))
+        return len(list(tmp_path.iterdir()))
+
+    assert files() == 1
     other = mlp().eval()
     other.load_state_dict(model.state_dict())
-    attack.run(other, x, y, resume=path)  # the same weights in another object
+    assert files(other) == 1  # the same weights in another object
     with torch.no_grad():
         other[1].bias[0] += 1e-6
-    content = path.read_bytes()
     wrong_y = y.clone()
-    wrong_y[0] += 1
-    for what, settings, arguments, batch_size in (
-        ("attack", {"eps": 0.21}, (model, x, y), 250),
-        ("attack", {"seed": 1}, (model, x, y), 250),
-        ("attack", {"norm": "l2"}, (model, x, y), 250),
-        ("attack", {"attacks": ("square",)}, (model, x, y), 250),
-        ("batch_size", {}, (model, x, y), 20),
-        ("x", {}, (model, x * 0.999, y), 250),
-        ("y", {}, (model, x, wrong_y), 250),
-        ("x, y", {}, (model, x[:20], y[:20]), 250),
-        ("model", {}, (other, x, y), 250),
+    wrong_y[0] = (y[0] + 1) % 10
+    for expected, change in enumerate(
+        (
+            dict(eps=0.21),
+            dict(seed=1),
+            dict(norm="l2"),
+            dict(attacks=("square",)),
+            dict(x=x * 0.999),
+            dict(y=wrong_y),
+            dict(x=x[:20], y=y[:20]),
+            dict(model=other),
+        ),
+        start=2,
     ):
-        changed = AutoAttack(**(vars(attack) | settings))
-        with pytest.raises(InputError, match=rf"another call \(not the same: {what}\); delete it"):
-            changed.run(*arguments, batch_size=batch_size, resume=path)
-    kept = load_tensors(path)
-    save_tensors(path, kept | {"call": kept["call"] | {"versions": "older"}})
-    with pytest.raises(InputError, match="not the same: versions"):
-        attack.run(model, x, y, resume=path)
+        assert files(**change) == expected, change
+    # a chunk stands for itself, whatever else is asked for: the first 20 are there
+    assert files(batch_size=20) == 10
+
+
+def test_chunks_of_other_versions_are_not_taken(network, digits, quick, tmp_path, monkeypatch):
+    attack = AutoAttack(eps=0.2, attacks=("apgd-ce",))
+    attack.run(network["mlp"], *digits, save_to=tmp_path)
+    monkeypatch.setattr(autoattack.metadata, "version", lambda name: "older")
+    attack.run(network["mlp"], *digits, save_to=tmp_path)
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_damaged_chunks_are_refused(network, digits, quick, tmp_path):
+    attack = AutoAttack(eps=0.2, attacks=("apgd-ce",))
+    attack.run(network["mlp"], *digits, save_to=tmp_path)
+    (path,) = tmp_path.iterdir()
+    content = path.read_bytes()
     middle = len(content) // 2
     flipped = content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
     for broken in (flipped, content[:middle], b"", b"notes of mine\n"):
         path.write_bytes(broken)
-        with pytest.raises(InputError, match="state.pt is not a resume file, .*; delete it"):
-            attack.run(model, x, y, resume=path)
+        with pytest.raises(InputError, match="is not a file of this kit, or is damaged.*delete"):
+            attack.run(network["mlp"], *digits, save_to=tmp_path)
         assert path.read_bytes() == broken
-    save_tensors(path, {"model": model.state_dict()})
-    for foreign in (path, tmp_path):
-        with pytest.raises(InputError, match="is not a resume file"):
-            attack.run(model, x, y, resume=foreign)
 
 
 def test_accuracy_is_recomputed_from_x_adv(network, digits, quick, tmp_path):
-    model, path = network["mlp"], tmp_path / "state.pt"
+    model = network["mlp"]
     attack = AutoAttack(eps=0.2, attacks=("apgd-ce",))
-    honest = attack.run(model, *digits, resume=path)
+    honest = attack.run(model, *digits, save_to=tmp_path)
     assert honest.accuracy < honest.counts["clean"] / 30
-    kept = load_tensors(path)
-    forged = {"robust": torch.zeros(30, dtype=torch.bool), "x_adv": digits[0]}
-    forged = kept["progress"] | forged | {"counts": {"clean": 0, "apgd-ce": 0}}
-    save_tensors(path, kept | {"progress": forged})
-    result = attack.run(model, *digits, resume=path)
+    (path,) = tmp_path.iterdir()
+    forged = {"broken": torch.ones(30, dtype=torch.bool), "x_adv": digits[0]}
+    forged |= {"counts": {"clean": 0, "apgd-ce": 0}}
+    save_tensors(path, load_tensors(path) | forged)
+    result = attack.run(model, *digits, save_to=tmp_path)
     assert result.robust.tolist() == (model(digits[0]).argmax(1) == digits[1]).tolist()
     assert result.accuracy == honest.counts["clean"] / 30
     assert "examples are answered otherwise now" in result.warnings[-1]
@@ -476,7 +485,7 @@ def test_signs_of_a_model_that_misleads(
 
 def test_of_repeated_warnings_the_largest_stays():
     said = ["there are 9 points", "other", "there are 12 points", "there are 3 points", "other"]
-    assert set(pyautoattack_guard.largest_of_each(said)) == {"other", "there are 12 points"}
+    assert set(autoattack.largest_of_each(said)) == {"other", "there are 12 points"}
 
 
 def test_versions_and_progress(network, digits, quick, capsys):
@@ -484,7 +493,7 @@ def test_versions_and_progress(network, digits, quick, capsys):
     assert set(result.versions) == {"engm", "torch", "pyautoattack"}
     assert result.versions["pyautoattack"] == "0.2.0" and result.seed == 3
     shown = capsys.readouterr().err
-    assert f"robust={result.counts['apgd-ce']}" in shown and "square" in shown and "8/8" in shown
+    assert f"robust={result.counts['square']}" in shown and "2/2" in shown
 
 
 # ---- dtypes
@@ -533,7 +542,7 @@ def test_wrong_inputs_are_refused(network, digits, monkeypatch):
         ("gives 10 logits, but classes go up to 12", (model, x, y + 3)),
         ("y has the class -1", (model, x, y - 1)),
         (r"must give logits of shape \[30, K\]", (nn.Flatten(0), x, y)),
-        ("x is on cpu and the model on meta", (mlp().to("meta"), x, y)),
+        ("model and x are on cpu and meta", (mlp().to("meta"), x, y)),
         ("no example", (model, x[:0], y[:0])),
         ("no gradient flows", (constant, x, y)),
         (r"'square' cannot run on x of shape \[30, 64\]", (model, x.flatten(1), y)),
@@ -591,7 +600,7 @@ def test_sizes_that_square_cannot_start_on():
                 runs = True
             except (RuntimeError, ZeroDivisionError):
                 runs = False
-            assert pyautoattack_guard.tiles_fit(height, width) == runs, (height, width)
+            assert autoattack.tiles_fit(height, width) == runs, (height, width)
             fits[height, width] = runs
     assert fits[8, 8] and fits[28, 28] and not fits[12, 12]
     model = nn.Sequential(nn.Flatten(), nn.Linear(144, 10))

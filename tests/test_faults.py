@@ -31,8 +31,8 @@ from engm.config import RunConfig
 from engm.errors import InputError
 from engm.evaluation import accuracy as evaluation
 from engm.evaluation.accuracy import load_model
-from engm.evaluation.autoattack import load_progress, save_progress
-from engm.runs import load_tensors
+from engm.evaluation.autoattack import kept
+from engm.runs import load_tensors, save_tensors
 from engm.training import fit
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "data_scripts"))
@@ -293,7 +293,7 @@ def test_an_unwritable_folder_is_said_with_what_to_do(folder, finished, tmp_path
                 assert "Permission denied; choose a folder that can be written to: '" in message
                 assert str(named) in message and message.count("\n") == 1
             with pytest.raises(PermissionError, match="choose a folder that can be written to"):
-                save_progress(closed / "state.pt", {}, {})
+                save_tensors(closed / "chunk.pt", {})
             assert "choose a folder" in call("evaluate", folder, "--images", "10", code=1)
     finally:
         closed.chmod(0o755)
@@ -370,16 +370,14 @@ def test_a_checkpoint_that_is_not_whole_and_ours_is_refused(
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_resume_file_that_is_not_whole_and_ours_is_refused(damage, tmp_path):
-    path, trap = tmp_path / "state.pt", tmp_path / "trap"
-    save_progress(path, {"x": "1"}, {"robust": torch.ones(100)})
-    assert torch.equal(load_progress(path, {"x": "1"})["robust"], torch.ones(100))
+def test_a_chunk_that_is_not_whole_and_ours_is_refused(damage, tmp_path):
+    path, trap, cpu = tmp_path / "chunk.pt", tmp_path / "trap", torch.device("cpu")
+    for make in (lambda: {"broken": torch.ones(100)}, lambda: 1 / 0):
+        assert torch.equal(kept(path, cpu, make)["broken"], torch.ones(100))
     damage(path, trap)
-    with pytest.raises(InputError, match="state.pt is not a resume file, or is damaged; delete it"):
-        load_progress(path, {"x": "1"})
+    with pytest.raises(InputError, match="chunk.pt (is not a file of this kit|must hold a dict)"):
+        kept(path, cpu, lambda: 1 / 0)
     assert not trap.exists()
-    path.unlink()
-    assert load_progress(path, {"x": "1"}) is None
 
 
 def test_the_traps_would_work(tmp_path):

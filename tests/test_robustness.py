@@ -361,7 +361,8 @@ def test_options_that_are_out_of_range_are_refused(change, message):
 
 def test_data_that_is_no_pair_is_refused():
     model, split = linear_problem(4)
-    for wrong in ((split.images,), (split.images, split.labels, split.labels), "digits"):
+    lists = (split.images.tolist(), split.labels)
+    for wrong in ((split.images,), (split.images, split.labels, split.labels), "digits", lists):
         with pytest.raises(InputError, match="a Split or a pair of tensors"):
             engm.evaluate(model, wrong, eps=0.05)
 
@@ -389,7 +390,7 @@ def test_autoattack_counts_as_one_more_attack(trained, digits, tmp_path, monkeyp
     assert found.accuracy.count < fgsm.accuracy.count
     assert torch.equal(load_tensors(tmp_path / found.file)["x_adv"], expected.x_adv)
     assert report.to_dict()["autoattack"] == expected.to_dict()
-    # the second time all is read from the file of the first
+    # the second time all is read from the files of the first
     monkeypatch.setattr(APGDAttack, "perturb", lambda *_: 1 / 0)
     again = engm.evaluate(model, few, **how, save_to=tmp_path)
     assert again.attacks == report.attacks
@@ -405,7 +406,7 @@ class Stub:
     def __init__(self, eps, norm, seed):
         self.eps, self.norm = eps, norm
 
-    def run(self, model, x, y, *, batch_size, resume, progress):
+    def run(self, model, x, y, *, batch_size, save_to, progress):
         x_adv = x.clone()
         x_adv[: self.count] = 0.45
         robust = torch.arange(len(x)) >= self.claims

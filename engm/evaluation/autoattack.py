@@ -3,14 +3,14 @@
     result = AutoAttack(eps=8 / 255).run(model, x, y)
     result.accuracy, result.counts, result.x_adv
 
-The attacks are those of `pyautoattack`, an extra: `pip install "engm[autoattack]"`. What is here
-decides which examples an attack gets, judges what it returns, and puts back what the package
+The attacks are those of `pyautoattack`, an extra: `pip install "engm[autoattack]"`. The images are
+cut into chunks, and each gets what the package's standard run gives it, bit for bit. What is here
+judges the images that the attacks return, keeps finished chunks, and puts back what the package
 changes: random states, trace function, training flags, gradients. Sources: Croce and Hein 2020,
 arXiv 2003.01690 (APGD, AutoAttack) and 1907.02044 (FAB); Andriushchenko et al. 2020, arXiv
 1912.00049 (Square).
 """
 
-import glob
 import hashlib
 import math
 import re
@@ -18,9 +18,10 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from importlib import metadata
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import torch
@@ -28,7 +29,6 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from engm.attacks import (
-    check_batch,
     check_choice,
     check_count,
     check_pixels,
@@ -37,13 +37,12 @@ from engm.attacks import (
     fooled,
 )
 from engm.errors import InputError
+from engm.evaluation.checks import check_examples
 from engm.runs import load_tensors, save_tensors
-
-# --- AutoAttack
 
 _ATTACKS = ("apgd-ce", "apgd-t", "fab-t", "square")
 _NORMS = {"linf": "Linf", "l2": "L2"}
-_PROGRESS = ("x_adv", "robust", "standing", "batches", "counts", "warnings")
+_Forward = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -54,7 +53,7 @@ class AutoAttackResult:
         x_adv: `[n, ...]` with the dtype and device of x; x itself where no attack succeeded.
         robust: `[n]` booleans, whether the model still answers y on `x_adv`. Recomputed from it.
         counts: Examples classified rightly, by "clean", and after each attack in their order.
-        seed: The seed of every attack and batch.
+        seed: The seed of every attack and chunk.
         versions: Of engm, torch and pyautoattack.
         warnings: What speaks against the number: signs of a random or dynamic model, of
             probabilities in place of logits, of zero gradients, of Square beating the others.
@@ -84,13 +83,13 @@ class AutoAttack:
     """The standard version of AutoAttack: four attacks without settings, one after the other.
 
     Each gets the examples that the ones before it did not break. `run` gives all there is to know;
-    `attack(model, x, y)` is the call that every attack of the kit has. With the same batches, both
-    give what pyautoattack gives, bit for bit. On the CPU the same call gives the same result.
+    `attack(model, x, y)` is the call that every attack of the kit has. On the CPU the same call
+    gives the same result.
 
     Attributes:
         eps: Radius of the ball in pixels, at most 1 for "linf".
         norm: "linf" or "l2".
-        seed: Seed of every attack and batch.
+        seed: Seed of every attack and chunk.
         attacks: Which to run, in this order; by default all. APGD on the cross-entropy; APGD and
             FAB, each towards the 9 most likely other classes (or as many as there are); Square,
             which sees no gradient. "apgd-t" needs 4 classes, the others 2.
@@ -121,7 +120,7 @@ class AutoAttack:
     def __call__(
         self, model: nn.Module, x: Tensor, y: Tensor, *, generator: torch.Generator | None = None
     ) -> Tensor:
-        """Returns `x_adv` of a `run` in one batch.
+        """Returns `x_adv` of a `run` in one chunk.
 
         `generator` is ignored, and there so that all attacks are called alike: `seed` decides.
         """
@@ -134,7 +133,7 @@ class AutoAttack:
         y: Tensor,
         *,
         batch_size: int = 250,
-        resume: Path | str | None = None,
+        save_to: Path | str | None = None,
         progress: bool = False,
     ) -> AutoAttackResult:
         """Attacks every example until an attack breaks it or none is left.
@@ -144,195 +143,175 @@ class AutoAttack:
                 it was, and so are the states of the random generators.
             x: `[n, ...]` floats in [0, 1]; attacked in float32. For "square" `[n, c, h, w]`.
             y: `[n]` classes, below K.
-            batch_size: Examples attacked at a time.
-            resume: File that keeps what is done after every batch. The same call, made again after
-                the process was killed, goes on from there and ends with bitwise the same result.
-                It stays when all is done; then the call only reads it.
-            progress: Show a progress bar over the batches.
+            batch_size: Examples of a chunk.
+            save_to: Folder that gets a file for each finished chunk, named after a digest of all
+                that decides it: weights, images, classes, settings, versions. The same call, made
+                again after the process was killed, reads what is there and attacks the rest.
+            progress: Show a progress bar over the chunks.
 
         Returns:
             `x_adv`, and what was found on the way. |x_adv - x| <= eps holds up to rounding.
 
         Raises:
             InputError: If pyautoattack is not installed; x, y or the logits are not as above; an
-                attack cannot run on them; or `resume` is a file of another call.
+                attack cannot run on them; or a file in `save_to` is damaged.
         """
         check_count("batch_size", batch_size)
         y = y.long() if y.dtype in (torch.uint8, torch.int8, torch.int16, torch.int32) else y
-        check_batch(x, y)
-        if len(x) == 0:
-            raise InputError("there is no example to attack")
-        homes = {tensor.device for tensor in (*model.parameters(), *model.buffers())}
-        if homes and x.device not in homes:
-            raise InputError(f"x is on {x.device} and the model on {homes.pop()}; move one of them")
+        highest = check_examples(model, x, y)
+        package = library()
+        versions = {name: metadata.version(name) for name in ("engm", "pyautoattack")}
+        versions["torch"] = torch.__version__
+        call = repr((self, versions, x.device.type))
+        floats = (p.dtype for p in model.parameters() if p.is_floating_point())
+        dtype = next(floats, torch.float32)
+
+        def forward(images: Tensor) -> Tensor:
+            return checked_logits(model, highest, images.to(dtype)).float()
+
         # autograd refuses tensors that the caller made in inference mode, but not their copies
         with torch.inference_mode(False), left_as_found(model), torch.no_grad():
-            run = _Run(self, model, x.detach().clone(), y.clone(), batch_size)
-            return run.finish(None if resume is None else Path(resume), progress)
+            x, y = x.detach().clone(), y.clone()
+            classes = self._num_classes(forward, x[:batch_size])
+            warnings = self._signs(package, forward, x[:batch_size], y[:batch_size])
+            x_adv, robust, differ = x.clone(), torch.empty_like(y, dtype=torch.bool), 0
+            counts = dict.fromkeys(("clean", *self.attacks), 0)
+            starts = range(0, len(x), batch_size)
+            with tqdm(starts, unit="chunk", disable=not progress, leave=False) as bar:
+                for start in bar:
+                    rows = slice(start, start + batch_size)
+                    path = None
+                    if save_to is not None:
+                        path = Path(save_to) / f"{digest(call, model, x[rows], y[rows])}.pt"
+                    attack = partial(self._chunk, package, forward, classes, x[rows], y[rows])
+                    chunk = kept(path, x.device, attack)
+                    x_adv[rows][chunk["broken"]] = chunk["x_adv"]
+                    robust[rows] = self._right(forward, x_adv[rows], y[rows])
+                    differ += int((robust[rows] == chunk["broken"]).sum())
+                    counts = {name: count + chunk["counts"][name] for name, count in counts.items()}
+                    warnings += chunk["warnings"]
+                    bar.set_postfix(robust=int(robust[: rows.stop].sum()))
+        accuracies = {name: count / len(x) for name, count in counts.items()}
+        package.checks.check_square_sr(accuracies, logger=SimpleNamespace(warning=warnings.append))
+        if differ:
+            reason = "the model draws random numbers, or they lie on the boundary"
+            warnings.append(
+                f"{differ} examples are answered otherwise now than in attacks: {reason}"
+            )
+        return AutoAttackResult(
+            x_adv, robust, counts, self.seed, versions, largest_of_each(warnings)
+        )
 
-
-class _Run:
-    """One attack on one model and its examples, and how far it is."""
-
-    def __init__(
-        self, attack: AutoAttack, model: nn.Module, x: Tensor, y: Tensor, batch_size: int
-    ) -> None:
-        self.attack, self.model, self.x, self.y = attack, model, x, y
-        self.batch_size, self.highest, self.package = batch_size, int(y.max()), library()
-        floats = (p.dtype for p in model.parameters() if p.is_floating_point())
-        self.dtype = next(floats, torch.float32)
-        self.num_classes = self._refuse()
-        self.versions = {name: metadata.version(name) for name in ("engm", "pyautoattack")}
-        self.versions["torch"] = torch.__version__
-        # the progress, which `_save` keeps
-        self.x_adv, self.robust = x.clone(), self._right(x)
-        self.standing = self.robust.clone()  # when the current attack began
-        self.batches = 0  # that the current attack has done
-        self.counts = {"clean": int(self.robust.sum())}
-        self.warnings: list[str] = []
-
-    def finish(self, path: Path | None, progress: bool) -> AutoAttackResult:
-        names, call = self.attack.attacks, self._call() if path else {}
-        if not (path and self._load(path, call)):
-            self._check_model()
-        perturb = self._attacks()
-        with tqdm(disable=not progress, unit="batch", leave=False) as bar:
-            for name in names[len(self.counts) - 1 :]:
-                rows = self.standing.nonzero()[:, 0]
-                batches = rows.split(self.batch_size) if self.attack.eps > 0 and len(rows) else ()
-                left = len(names) - len(self.counts) + 1
-                bar.total = bar.n + left * len(batches) - self.batches
-                bar.set_description(name)
-                for batch in batches[self.batches :]:
-                    if path:
-                        self._save(path, call)
-                    self._step(perturb[name], batch)
-                    self.batches += 1
-                    bar.update()
-                    bar.set_postfix(robust=int(self.robust.sum()))
-                self.counts[name] = int(self.robust.sum())
-                self.standing, self.batches = self.robust.clone(), 0
-        if path:
-            self._save(path, call)
-        return self._result()
-
-    def warning(self, text: str) -> None:
-        # the package takes a run for its logger
-        self.warnings.append(text)
-
-    def _forward(self, images: Tensor) -> Tensor:
-        return checked_logits(self.model, self.highest, images.to(self.dtype)).float()
-
-    def _right(self, images: Tensor) -> Tensor:
-        right = []
-        for part, y in zip(*(t.split(self.batch_size) for t in (images, self.y)), strict=True):
-            torch.manual_seed(self.attack.seed)  # for models that draw
-            right.append(~fooled(self._forward(part), y))
-        return torch.cat(right)
-
-    def _refuse(self) -> int:
+    def _num_classes(self, forward: _Forward, x: Tensor) -> int:
+        # refuses what an attack cannot run on
+        gradient = None
         with torch.enable_grad():
-            here = self.x[: self.batch_size].float().requires_grad_()
-            logits, gradient = self._forward(here), None
+            here = x.float().requires_grad_()
+            logits = forward(here)
             if logits.requires_grad:
                 (gradient,) = torch.autograd.grad(logits.sum(), here, allow_unused=True)
-        attacks, classes, shape = self.attack.attacks, logits.shape[1], list(self.x.shape)
-        if gradient is None and attacks != ("square",):
+        classes, shape = logits.shape[1], list(x.shape)
+        if gradient is None and self.attacks != ("square",):
             raise InputError(
                 "no gradient flows from the logits to the images; take detach, argmax and no_grad "
                 "out of the model's forward, or choose attacks=('square',)"
             )
-        if "apgd-t" in attacks and classes < 4:
+        if "apgd-t" in self.attacks and classes < 4:
             raise InputError(
                 f"'apgd-t' cannot run: its loss needs 4 classes, and the model gives {classes} "
                 "logits; choose attacks=('apgd-ce', 'fab-t', 'square')"
             )
-        l2 = self.attack.norm == "l2"
-        if "square" in attacks and (len(shape) != 4 or (l2 and not tiles_fit(*shape[2:]))):
+        fits = len(shape) == 4 and (self.norm == "linf" or tiles_fit(*shape[2:]))
+        if "square" in self.attacks and not fits:
             raise InputError(
                 f"'square' cannot run on x of shape {shape}: it needs images [n, c, h, w], and "
                 "does not fit all sizes under l2; leave it out of attacks, or resize in the model"
             )
         return classes
 
-    def _check_model(self) -> None:
-        checks, x = self.package.checks, self.x[: self.batch_size]
-        trace, calls = sys.gettrace(), dict(checks.funcs)
-        torch.manual_seed(self.attack.seed)
+    def _signs(self, package: ModuleType, forward: _Forward, x: Tensor, y: Tensor) -> list[str]:
+        # what the package warns of before it attacks
+        checks, trace, calls = package.checks, sys.gettrace(), dict(package.checks.funcs)
+        said: list[str] = []
+        logger = SimpleNamespace(warning=said.append)
+        torch.manual_seed(self.seed)
         try:
-            checks.check_randomized(self._forward, x, self.y[: self.batch_size], logger=self)
-            checks.check_range_output(self._forward, x, logger=self)
+            checks.check_randomized(forward, x, y, logger=logger)
+            checks.check_range_output(forward, x, logger=logger)
             # counts calls in a variable of its module, and ends any other tracing
             checks.funcs.update(dict.fromkeys(calls, 0))
-            checks.check_dynamic(self._forward, x, logger=self)
+            checks.check_dynamic(forward, x, logger=logger)
         finally:
             checks.funcs.update(calls)
             sys.settrace(trace)
+        return said
 
-    def _attacks(self) -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
-        eps, norm, seed = float(self.attack.eps), _NORMS[self.attack.norm], self.attack.seed
-        standard = self.package.AutoAttack(
-            self._forward, eps=eps, norm=norm, seed=seed, device=self.x.device
+    def _chunk(
+        self, package: ModuleType, forward: _Forward, classes: int, x: Tensor, y: Tensor
+    ) -> dict[str, Any]:
+        # the standard run of the package, but that wrong images do not count
+        said: list[str] = []
+        standard = package.AutoAttack(
+            forward, eps=float(self.eps), norm=_NORMS[self.norm], seed=self.seed, device=x.device
         )
         apgd, targeted, fab = standard.apgd, standard.apgd_targeted, standard.fab
-        targeted.logger, fab.targeted = self, True
-        targeted.n_target_classes = fab.n_target_classes = min(9, self.num_classes - 1)
-        every = (apgd.perturb, targeted.perturb, fab.perturb, standard.square.perturb)
-        return dict(zip(_ATTACKS, every, strict=True))
+        targeted.logger, fab.targeted = SimpleNamespace(warning=said.append), True
+        targeted.n_target_classes = fab.n_target_classes = min(9, classes - 1)
+        perturb = dict(zip(_ATTACKS, (apgd, targeted, fab, standard.square), strict=True))
+        x_adv, right = x.clone(), self._right(forward, x, y)
+        counts = {"clean": int(right.sum())}
+        for name in self.attacks:
+            rows = right.nonzero()[:, 0]
+            if self.eps > 0 and len(rows):
+                torch.manual_seed(self.seed)  # for models that draw; attacks seed again
+                found = perturb[name].perturb(x[rows].float(), y[rows]).to(x.dtype)
+                broken, inside = fooled(forward(found), y[rows]), self._inside(found, x[rows])
+                if outside := int((broken & ~inside).sum()):
+                    said.append(
+                        f"{outside} images of an attack, outside [0, 1] or the ball, do not count"
+                    )
+                x_adv[rows[broken & inside]] = found[broken & inside]
+                right[rows[broken & inside]] = False
+            counts[name] = int(right.sum())
+        return {"broken": ~right, "x_adv": x_adv[~right], "counts": counts, "warnings": said}
 
-    def _step(self, perturb: Callable[[Tensor, Tensor], Tensor], batch: Tensor) -> None:
-        x, y = self.x[batch], self.y[batch]
-        torch.manual_seed(self.attack.seed)  # for models that draw; attacks seed again
-        found = perturb(x.float(), y).to(x.dtype)
-        broken, inside = fooled(self._forward(found), y), self._inside(found, x)
-        if outside := int((broken & ~inside).sum()):
-            self.warning(f"{outside} images of an attack, outside [0, 1] or the ball, do not count")
-        rows = batch[broken & inside]
-        self.x_adv[rows] = found[broken & inside]
-        self.robust[rows] = False
+    def _right(self, forward: _Forward, images: Tensor, y: Tensor) -> Tensor:
+        torch.manual_seed(self.seed)  # for models that draw
+        return ~fooled(forward(images), y)
 
     def _inside(self, x_adv: Tensor, x: Tensor) -> Tensor:
-        order = math.inf if self.attack.norm == "linf" else 2
+        order = math.inf if self.norm == "linf" else 2
         length = (x_adv.float() - x.float()).flatten(1).norm(order, dim=1)
         # in the dtype of x a pixel is rounded by a quarter of its eps, at most
         slack = max(1e-5, torch.finfo(x.dtype).eps / 4 * x[0].numel() ** (1 / order))
-        return (length <= self.attack.eps + slack) & ((x_adv >= 0) & (x_adv <= 1)).flatten(1).all(1)
+        return (length <= self.eps + slack) & ((x_adv >= 0) & (x_adv <= 1)).flatten(1).all(1)
 
-    def _result(self) -> AutoAttackResult:
-        accuracies = {name: count / len(self.x) for name, count in self.counts.items()}
-        self.package.checks.check_square_sr(accuracies, logger=self)
-        robust = self._right(self.x_adv)
-        if differ := int((robust != self.robust).sum()):
-            reason = "the model draws random numbers, or they lie on the boundary"
-            self.warning(f"{differ} examples are answered otherwise now than in attacks: {reason}")
-        warnings, seed = largest_of_each(self.warnings), self.attack.seed
-        return AutoAttackResult(self.x_adv, robust, self.counts, seed, self.versions, warnings)
 
-    def _call(self) -> dict[str, str]:
-        weights = dict(self.model.named_parameters()) | dict(self.model.named_buffers())
-        return {
-            "attack": repr(self.attack),
-            "batch_size": str(self.batch_size),
-            "x": digest({"": self.x}),
-            "y": digest({"": self.y}),
-            "model": digest(weights),
-            "device": self.x.device.type,
-            "versions": repr(self.versions),
-        }
+# --- chunks
 
-    def _save(self, path: Path, call: dict[str, str]) -> None:
-        progress = {name: getattr(self, name) for name in _PROGRESS}
-        progress["x_adv"] = self.x_adv[~self.robust]  # elsewhere it is x
-        save_progress(path, call, progress)
 
-    def _load(self, path: Path, call: dict[str, str]) -> bool:
-        progress = load_progress(path, call, self.x.device)
-        if progress:
-            if set(progress) != set(_PROGRESS):
-                raise InputError(f"{path} is damaged; delete it or choose another path")
-            self.x_adv[~progress["robust"]] = progress.pop("x_adv")
-            vars(self).update(progress)
-        return bool(progress)
+def digest(call: str, model: nn.Module, x: Tensor, y: Tensor) -> str:
+    """Returns a name for what decides a chunk: 32 hex digits of the SHA-256 of all of it."""
+    tensors = [("x", x), ("y", y), *model.named_parameters(), *model.named_buffers()]
+    found = hashlib.sha256(call.encode())
+    for name, tensor in tensors:
+        found.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return found.hexdigest()[:32]
+
+
+def kept(
+    path: Path | None, device: torch.device, make: Callable[[], dict[str, Any]]
+) -> dict[str, Any]:
+    """Returns what the file `path` holds; where there is none, makes it first."""
+    if path is None:
+        return make()
+    if not path.exists():
+        # a kill in the middle of a write leaves its temporary file
+        for leftover in path.parent.glob(f".{path.name}.*.tmp"):
+            leftover.unlink()
+        save_tensors(path, make())
+    return load_tensors(path, device)
 
 
 # --- pyautoattack
@@ -381,54 +360,3 @@ def largest_of_each(warnings: list[str]) -> tuple[str, ...]:
         short = re.split(r" See | Please use version", warning)[0]
         kinds[re.sub(r"\d+", "", short)] = short
     return tuple(kinds.values())
-
-
-# --- progress
-
-
-def digest(tensors: dict[str, Tensor]) -> str:
-    """Returns the SHA-256 of the names, dtypes, shapes and bytes of `tensors`."""
-    found = hashlib.sha256()
-    for name, tensor in tensors.items():
-        found.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return found.hexdigest()
-
-
-def save_progress(path: Path, call: dict[str, str], progress: dict[str, Any]) -> None:
-    """Writes the progress of a call to `path`, atomically.
-
-    Args:
-        path: The file.
-        call: What tells this call from others: the name of each part, and its value or digest.
-        progress: Tensors and plain values.
-    """
-    save_tensors(path, {"call": call, "progress": progress})
-
-
-def load_progress(
-    path: Path, call: dict[str, str], device: torch.device | str = "cpu"
-) -> dict[str, Any] | None:
-    """Reads what `save_progress` wrote for the same call, or returns None where there is no file.
-
-    Raises:
-        InputError: If the file is damaged or another one, or of a call that differs in some part.
-    """
-    # a kill in the middle of a write leaves its temporary file
-    for leftover in path.parent.glob(glob.escape(f".{path.name}.") + "*.tmp"):
-        leftover.unlink()
-    if not path.exists():
-        return None
-    try:
-        kept = load_tensors(path, device)
-        theirs, progress = dict(kept["call"]), dict(kept["progress"])
-    except (ValueError, KeyError, TypeError):
-        raise InputError(
-            f"{path} is not a resume file, or is damaged; delete it or choose another path"
-        ) from None
-    if differ := [name for name in call if theirs.get(name) != call[name]]:
-        raise InputError(
-            f"{path} was made by another call (not the same: {', '.join(differ)}); delete it or "
-            "choose another path"
-        )
-    return progress

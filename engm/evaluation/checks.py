@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from engm.attacks import FGSM, PGD, cross_entropy, eval_mode, margin
+from engm.attacks import FGSM, PGD, check_batch, checked_logits, cross_entropy, eval_mode, margin
 from engm.errors import InputError
 from engm.evaluation.accuracy import Attack, Attacked, correct
 from engm.report.statistics import wilson
@@ -198,49 +198,43 @@ def _share(standing: Tensor) -> str:
 # --- checks before attacks
 
 
-def refuse_wrong_input(model: nn.Module, *data: Tensor) -> int:
-    """Returns the number of classes, or says why model and data cannot be evaluated.
+def check_examples(model: nn.Module, x: Tensor, y: Tensor) -> int:
+    """Returns the highest class; refuses examples that no attack can be made on.
 
     Args:
-        model: From `[n, ...]` pixels in [0, 1] to `[n, K]` logits.
-        *data: `[n, ...]` images, uint8, or float32 or float64 in [0, 1]; and `[n]` int64 classes,
-            below K.
+        model: The model to attack.
+        x: `[n, ...]` floats in [0, 1], on the model's device.
+        y: `[n]` int64 classes.
 
     Raises:
         InputError: With the reason.
     """
-    if len(data) != 2 or not all(isinstance(tensor, Tensor) for tensor in data):
-        found = " and ".join(type(part).__name__ for part in data[:5])
-        raise InputError(f"data must be a Split or a pair of tensors (x, y), not {found}")
-    images, y = data
-    if images.dtype not in (torch.uint8, torch.float32, torch.float64) or images.ndim < 2:
-        raise InputError(
-            f"x is {images.dtype} of shape {list(images.shape)}; give [n, ...] images, float32 in "
-            "[0, 1] or uint8"
-        )
-    if y.dtype != torch.int64 or y.shape != images.shape[:1]:
-        raise InputError(
-            f"y is {y.dtype} of shape {list(y.shape)}; give {len(images)} classes, int64 as in "
-            "y.long()"
-        )
+    highest = check_batch(x, y)
     if len(y) == 0:
         raise InputError("there is no example to evaluate on")
-    devices = {str(t.device) for t in (*model.parameters(), *model.buffers())}
-    devices |= {str(images.device), str(y.device)}
+    devices = {str(t.device) for t in (*model.parameters(), *model.buffers(), x)}
     if len(devices) > 1:
         raise InputError(
-            f"model, x and y are on {' and '.join(sorted(devices))}; move them to one device"
+            f"model and x are on {' and '.join(sorted(devices))}; move them to one device"
         )
-    if not images.isfinite().all():
-        raise InputError("x has pixels that are nan or inf")
-    low, high = images.min().item(), images.max().item()
-    if images.is_floating_point() and (low < 0 or high > 1):
-        remedy = "divide by 255" if low >= 0 and 2 < high <= 255 else "normalise inside the model"
-        raise InputError(f"x goes from {low:.6g} to {high:.6g}, not from 0 to 1; {remedy}")
-    few = images[:2] if images.is_floating_point() else images[:2].float() / 255
+    return highest
+
+
+def num_classes(model: nn.Module, x: Tensor, y: Tensor) -> int:
+    """Returns the number of classes; refuses a model and examples that do not fit each other.
+
+    Args:
+        model: From `[n, ...]` pixels in [0, 1] to `[n, K]` logits.
+        x: As for `check_examples`.
+        y: Classes, below K.
+
+    Raises:
+        InputError: With the reason.
+    """
+    highest, few = check_examples(model, x, y), x[:2]
     try:
         with torch.no_grad(), eval_mode(model):
-            logits = model(few)
+            return checked_logits(model, highest, few).shape[1]
     except InputError:
         raise
     except Exception as error:  # whatever a foreign model says of images that do not fit
@@ -248,21 +242,6 @@ def refuse_wrong_input(model: nn.Module, *data: Tensor) -> int:
         raise InputError(
             f"the model does not take {few.dtype} images of shape {list(few.shape)}: {reason}"
         ) from error
-    if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(few):
-        got = list(logits.shape) if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
-        raise InputError(f"the model gave {got}; it must give logits of shape [{len(few)}, K]")
-    if not logits.is_floating_point() or logits.shape[1] < 2:
-        raise InputError(
-            f"the model gave {logits.dtype} of shape {list(logits.shape)}; it must give logits, "
-            "one float for each of at least two classes"
-        )
-    classes = logits.shape[1]
-    if y.min() < 0 or y.max() >= classes:
-        raise InputError(
-            f"y goes from {y.min().item()} to {y.max().item()}, but the model has {classes} "
-            f"classes, 0 to {classes - 1}"
-        )
-    return classes
 
 
 def model_state(model: nn.Module, logits: Tensor) -> Check:

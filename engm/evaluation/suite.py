@@ -276,10 +276,13 @@ def evaluate(
     """
     if isinstance(data, Split):
         data = data.images, data.labels
-    classes = preconditions.refuse_wrong_input(model, *data)
+    if len(data) != 2 or not all(isinstance(tensor, Tensor) for tensor in data):
+        given = " and ".join(type(part).__name__ for part in data[:5])
+        raise InputError(f"data must be a Split or a pair of tensors (x, y), not {given}")
     images, y = data
     _check_eps(eps)
-    x = images if images.is_floating_point() else to_float(images)
+    x = to_float(images) if images.dtype == torch.uint8 else images
+    classes = checks.num_classes(model, x, y)
     suite = dict(standard_attacks(eps, norm) if attacks is None else attacks)
     skipped = {}
     for name, attack in list(suite.items()):
@@ -454,11 +457,15 @@ class _Run:
         return found
 
     def autoattack(self, eps: float, norm: str) -> tuple[AutoAttackResult, Attacked]:
-        attack, resume = AutoAttack(eps=eps, norm=norm, seed=self.seed), None
-        if self.save_to is not None:
-            resume = self.save_to / f"autoattack-state-{norm}-{eps:.6g}-{len(self.y)}.pt"
-        how: dict[str, Any] = dict(batch_size=self.batch_size, progress=self.progress)
-        result = attack.run(self.model, self.x, self.y, resume=resume, **how)
+        attack = AutoAttack(eps=eps, norm=norm, seed=self.seed)
+        result = attack.run(
+            self.model,
+            self.x,
+            self.y,
+            batch_size=self.batch_size,
+            save_to=None if self.save_to is None else self.save_to / "autoattack-chunks",
+            progress=self.progress,
+        )
         x_adv, path = result.x_adv.cpu(), self._file(_AUTOATTACK)
         if path is not None:
             save_tensors(path, {"x_adv": x_adv})
