@@ -143,13 +143,25 @@ def accuracy_under(
     """
     if len(split) == 0:
         raise InputError("there is no example to evaluate on")
-    images, y, n = split.images, split.labels, len(split)
-    how: dict[str, Any] = dict(batch_size=batch_size, seed=seed, save_to=save_to)
-    found = run_attack(model, images, y, attack, **how, progress=progress)
-    clean = int(correct(model, images, y, batch_size).sum())
-    robust = int(found.correct.sum())
-    largest = found.largest_perturbation
-    return Evaluation(clean / n, robust / n, n, largest, repr(attack), found.x_adv)
+    found = run_attack(
+        model,
+        split.images,
+        split.labels,
+        attack,
+        batch_size=batch_size,
+        seed=seed,
+        save_to=save_to,
+        progress=progress,
+    )
+    clean = correct(model, split.images, split.labels, batch_size)
+    return Evaluation(
+        clean_accuracy=int(clean.sum()) / len(split),
+        robust_accuracy=int(found.correct.sum()) / len(split),
+        num_examples=len(split),
+        largest_perturbation=found.largest_perturbation,
+        attack=repr(attack),
+        x_adv=found.x_adv,
+    )
 
 
 def run_attack(
@@ -165,18 +177,8 @@ def run_attack(
 ) -> Attacked:
     """Attacks every image, in batches; what `accuracy_under` counts, for each example.
 
-    Args:
-        model: As for `accuracy_under`, like the arguments that are not named here.
-        images: `[n, ...]`, uint8 or floats in [0, 1], on the model's device.
-        y: `[n]` int64 classes.
-        attack: For example `PGD`.
-        batch_size: Examples attacked at a time.
-        seed: Seed of the attack's random starts.
-        save_to: File to keep `x_adv` in.
-        progress: Show a progress bar.
-
-    Raises:
-        InputError: If the attack returned examples outside its budget.
+    Args and errors are those of `accuracy_under`; `images` are `[n, ...]`, uint8 or floats in
+    [0, 1], and `y` their `[n]` int64 classes.
     """
     generator = torch.Generator(images.device).manual_seed(seed)
     parts = []
@@ -188,17 +190,48 @@ def run_attack(
             x = _pixels(images[rows])
             parts.append(attack(model, x, y[rows], generator=generator).cpu())
             bar.update(len(x))
-    x_adv = kept = torch.cat(parts)
+    return recount(
+        model, images, y, attack, torch.cat(parts), batch_size=batch_size, save_to=save_to
+    )
+
+
+def recount(
+    model: nn.Module,
+    images: Tensor,
+    y: Tensor,
+    attack: Attack,
+    x_adv: Tensor,
+    *,
+    claimed: Tensor | None = None,
+    batch_size: int = 500,
+    save_to: Path | None = None,
+) -> Attacked:
+    """Judges adversarial examples, on the CPU, by themselves; with `save_to`, as read back from it.
+
+    Raises:
+        InputError: If one is outside the budget of `attack`.
+    """
     if x_adv.shape != images.shape:
         raise InputError(f"{attack} returned shape {list(x_adv.shape)} for {list(images.shape)}")
-    claimed = None
     if save_to is not None:
-        claimed = correct(model, x_adv, y, batch_size)
+        if claimed is None:
+            claimed = correct(model, x_adv, y, batch_size)
         save_tensors(save_to, {"x_adv": x_adv})
-        kept = load_tensors(save_to)["x_adv"]
-    largest = largest_perturbation(attack, images, kept, batch_size)
-    again = correct(model, kept, y, batch_size)
-    return Attacked(again, again if claimed is None else claimed, largest, kept)
+        x_adv = load_tensors(save_to)["x_adv"]
+    order, lengths = float("inf") if attack.norm == "linf" else 2, []
+    for rows in _rows(len(images), batch_size):
+        there = x_adv[rows].to(images.device)
+        if not there.isfinite().all() or there.min() < 0 or there.max() > 1:
+            raise InputError(
+                f"{attack} returned pixels outside [0, 1]; its accuracy would mean nothing"
+            )
+        delta = (there - _pixels(images[rows])).flatten(1)
+        lengths.append(delta.norm(order, dim=1).max().item())
+    largest = max(lengths)
+    if largest > attack.eps + _ROUNDING:
+        raise InputError(f"{attack} left its budget: a perturbation is {largest:.6f} long")
+    again = correct(model, x_adv, y, batch_size)
+    return Attacked(again, again if claimed is None else claimed, largest, x_adv)
 
 
 @torch.no_grad()
@@ -217,19 +250,6 @@ def correct(model: nn.Module, images: Tensor, y: Tensor, batch_size: int = 500) 
             for rows in _rows(len(y), batch_size)
         ]
     return torch.cat(answers).cpu()
-
-
-def largest_perturbation(attack: Attack, images: Tensor, x_adv: Tensor, batch_size: int) -> float:
-    """Returns the largest norm of `x_adv - x`.
-
-    Raises:
-        InputError: If it is above eps, or a pixel is outside [0, 1] or nan.
-    """
-    lengths = [
-        _check(attack, _pixels(images[rows]), x_adv[rows].to(images.device))
-        for rows in _rows(len(images), batch_size)
-    ]
-    return max(lengths)
 
 
 def load_model(folder: Path, which: str, dataset: Dataset) -> nn.Module:
@@ -291,15 +311,3 @@ def _rows(count: int, batch_size: int) -> list[slice]:
 
 def _pixels(images: Tensor) -> Tensor:
     return images if images.is_floating_point() else to_float(images)
-
-
-def _check(attack: Attack, x: Tensor, x_adv: Tensor) -> float:
-    if not x_adv.isfinite().all() or x_adv.min() < 0 or x_adv.max() > 1:
-        raise InputError(
-            f"{attack} returned pixels outside [0, 1]; its accuracy would mean nothing"
-        )
-    order = float("inf") if attack.norm == "linf" else 2
-    largest = (x_adv - x).flatten(1).norm(order, dim=1).max().item()
-    if largest > attack.eps + _ROUNDING:
-        raise InputError(f"{attack} left its budget: a perturbation is {largest:.6f} long")
-    return largest

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from engm.attacks import FGSM, PGD, check_batch, checked_logits, cross_entropy, eval_mode, margin
 from engm.errors import InputError
 from engm.evaluation.accuracy import Attack, Attacked, correct
+from engm.evaluation.search import RandomSearch
 from engm.report.statistics import wilson
 
 # --- checks of results
@@ -191,6 +192,29 @@ def autoattack_gap(standing: Tensor, rest: Tensor) -> Check:
     return Check("AutoAttack near PGD", True, f"{seen}.")
 
 
+def after_attacks(
+    attacks: Mapping[str, Attack],
+    found: Mapping[str, Attacked],
+    eps: float,
+    curve: Mapping[float, Tensor],
+) -> list[Check]:
+    """Returns all checks of what `attacks` left, and of the `curve` over eps."""
+    standing = {name: attacked.correct for name, attacked in found.items()}
+    blind = {name for name, attack in attacks.items() if isinstance(attack, RandomSearch)}
+    white = {name: mask for name, mask in standing.items() if name not in blind}
+    largest = max(curve)
+    made = [
+        kept_results(found, eps),
+        more_steps(attacks, standing),
+        success_rises(curve),
+        full_range(largest, curve[largest]),
+    ]
+    if white:
+        made += [black_box(name, standing[name], white) for name in sorted(blind)]
+    agree = losses_agree(attacks, standing)
+    return made if agree is None else [*made, agree]
+
+
 def _share(standing: Tensor) -> str:
     return f"{int(standing.sum()) / len(standing):.1%}"
 
@@ -242,6 +266,24 @@ def num_classes(model: nn.Module, x: Tensor, y: Tensor) -> int:
         raise InputError(
             f"the model does not take {few.dtype} images of shape {list(few.shape)}: {reason}"
         ) from error
+
+
+def before_attacks(
+    model: nn.Module, x: Tensor, y: Tensor, standing: Tensor, batch_size: int
+) -> list[Check]:
+    """Returns all checks of a model and its examples; `standing` are those classified rightly."""
+    with torch.no_grad(), eval_mode(model):
+        logits = torch.cat([model(part) for part in x.split(batch_size)])
+        state = model_state(model, logits)
+    right = standing.to(y.device).nonzero()[:batch_size, 0]
+    return [
+        state,
+        logits_not_probabilities(logits),
+        clean_accuracy(standing, y, logits.shape[1]),
+        pixel_scale(model, x, y, standing, batch_size),
+        repeatable(model, x[:batch_size]),
+        *gradients(model, x[right], y[right]),
+    ]
 
 
 def model_state(model: nn.Module, logits: Tensor) -> Check:

@@ -9,6 +9,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,20 +17,18 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from engm.attacks import FGSM, PGD, eval_mode
+from engm.attacks import FGSM, PGD
 from engm.data import Dataset, Split, stratified_order, to_float
 from engm.errors import InputError
 from engm.evaluation import checks
-from engm.evaluation import checks as preconditions
 from engm.evaluation.accuracy import (
     Attack,
-    Attacked,
     correct,
-    largest_perturbation,
     load_model,
+    recount,
     run_attack,
 )
-from engm.evaluation.autoattack import AutoAttack, AutoAttackResult
+from engm.evaluation.autoattack import AutoAttack
 from engm.evaluation.checks import Check
 from engm.evaluation.search import RandomSearch
 from engm.report.statistics import Interval, wilson
@@ -39,7 +38,6 @@ from engm.runs import (
     environment,
     load_tensors,
     read_config,
-    save_tensors,
     write_json,
 )
 
@@ -57,6 +55,11 @@ class Accuracy:
 
     count: int
     n: int
+
+    @classmethod
+    def of(cls, standing: Tensor) -> "Accuracy":
+        """Counts `[n]` booleans."""
+        return cls(int(standing.sum()), len(standing))
 
     @property
     def fraction(self) -> float:
@@ -215,7 +218,7 @@ def standard_attacks(eps: float, norm: str = "linf", num_steps: int = _STEPS) ->
     run is watched and its `result.json` written.
     """
     _check_eps(eps)
-    pgd, margin = f"PGD-{num_steps}", _pgd(eps, norm, num_steps, "margin")
+    pgd, margin = f"PGD-{num_steps}", _pgd_on_margin(eps, norm, num_steps)
     return {
         "FGSM": FGSM(eps=eps, norm=norm),
         f"{pgd} cross-entropy": replace(margin, loss="ce"),
@@ -293,37 +296,76 @@ def evaluate(
             del suite[name]
     if not suite:
         raise InputError("there is no attack to run")
-    run = _Run(model, x, y, classes, seed, batch_size, save_to, progress)
-    before = run.preconditions()
-    strongest = run.autoattack(eps, norm) if autoattack else None
-    found = run.attacks(suite)
-    curve = run.curve(eps, norm)
-    standing = {name: attacked.correct for name, attacked in found.items()}
-    after = _checks_of_attacks(suite, found, eps, curve)
     settings = {name: in_words(attack) for name, attack in suite.items()}
+    files: dict[str, str] = {}
+    paths: dict[str, Path] = {}
+    if save_to is not None:
+        files = _file_names([_AUTOATTACK, *suite])
+        paths = {name: save_to / file for name, file in files.items()}
+    clean = correct(model, x, y, batch_size)
+    judged = checks.before_attacks(model, x, y, clean, batch_size)
+    strongest = None
+    if autoattack:
+        attack = AutoAttack(eps=eps, norm=norm, seed=seed)
+        strongest = attack.run(
+            model,
+            x,
+            y,
+            batch_size=batch_size,
+            save_to=None if save_to is None else save_to / "autoattack-chunks",
+            progress=progress,
+        )
+        broken = recount(
+            model,
+            x,
+            y,
+            attack,
+            strongest.x_adv.cpu(),
+            claimed=strongest.robust.cpu(),
+            batch_size=batch_size,
+            save_to=paths.get(_AUTOATTACK),
+        )
+    attacked_by = partial(run_attack, model, x, y, batch_size=batch_size, seed=seed)
+    found = {}
+    for name, attack in tqdm(suite.items(), "evaluation", disable=not progress, leave=False):
+        outcome = attacked_by(attack, save_to=paths.get(name), progress=progress)
+        # the images are in their file; in memory those of one attack are enough
+        found[name] = replace(outcome, x_adv=outcome.x_adv[:0])
+    # no two images are further apart than this
+    whole = 1.0 if norm == "linf" else math.sqrt(x[0].numel())
+    radii = [k * eps for k in (0.25, 0.5, 1, 2, 4) if k * eps < whole] + [whole]
+    curve = {0.0: clean}
+    for radius in tqdm(radii, "evaluation", disable=not progress, leave=False):
+        margin = _pgd_on_margin(radius, norm, _STEPS)
+        known = [found[name] for name, attack in suite.items() if attack == margin]
+        curve[radius] = (known[0] if known else attacked_by(margin)).correct
+    judged += checks.after_attacks(suite, found, eps, curve)
+    worst = torch.stack([clean, *(outcome.correct for outcome in found.values())]).all(0)
     if strongest is not None:
-        result, attacked = strongest
-        rest = torch.stack([run.clean, *standing.values()]).all(0)
-        after.append(checks.autoattack_gap(attacked.correct, rest))
-        after.append(checks.kept_results({_AUTOATTACK: attacked}, eps))
-        found[_AUTOATTACK], standing[_AUTOATTACK] = attacked, attacked.correct
-        settings[_AUTOATTACK] = "standard: " + ", ".join(k for k in result.counts if k != "clean")
+        judged.append(checks.autoattack_gap(broken.correct, worst))
+        judged.append(checks.kept_results({_AUTOATTACK: broken}, eps))
+        names = ", ".join(name for name in strongest.counts if name != "clean")
+        settings[_AUTOATTACK] = f"standard: {names}"
+        found[_AUTOATTACK], worst = broken, worst & broken.correct
     return RobustnessReport(
         eps=eps,
         norm=norm,
-        clean=_accuracy(run.clean),
+        clean=Accuracy.of(clean),
         attacks=tuple(
             AttackResult(
-                *(name, _accuracy(attacked.correct), settings[name]),
-                *(attacked.largest_perturbation, run.files.get(name)),
+                name,
+                Accuracy.of(outcome.correct),
+                settings[name],
+                outcome.largest_perturbation,
+                files.get(name),
             )
-            for name, attacked in found.items()
+            for name, outcome in found.items()
         ),
-        worst=_accuracy(torch.stack([run.clean, *standing.values()]).all(0)),
-        curve={radius: _accuracy(mask) for radius, mask in curve.items()},
-        checks=(*before, *after),
+        worst=Accuracy.of(worst),
+        curve={radius: Accuracy.of(standing) for radius, standing in curve.items()},
+        checks=tuple(judged),
         skipped=skipped,
-        autoattack=None if strongest is None else strongest[0].to_dict(),
+        autoattack=None if strongest is None else strongest.to_dict(),
         seed=seed,
         environment=environment(x.device),
     )
@@ -387,125 +429,14 @@ def evaluate_checkpoint(
     return report
 
 
-class _Run:
-    """A model and its examples, and what all attacks on them share."""
-
-    def __init__(
-        self,
-        model: nn.Module,
-        x: Tensor,
-        y: Tensor,
-        classes: int,
-        seed: int,
-        batch_size: int,
-        save_to: Path | None,
-        progress: bool,
-    ) -> None:
-        self.model, self.x, self.y, self.classes = model, x, y, classes
-        self.seed, self.batch_size, self.save_to, self.progress = (
-            seed,
-            batch_size,
-            save_to,
-            progress,
-        )
-        self.clean = correct(model, x, y, batch_size)
-        self.files: dict[str, str] = {}
-        self.done: dict[PGD, Attacked] = {}
-
-    def preconditions(self) -> list[Check]:
-        model, x, y = self.model, self.x, self.y
-        with torch.no_grad(), eval_mode(model):
-            logits = torch.cat([model(part) for part in x.split(self.batch_size)])
-            state = preconditions.model_state(model, logits)
-        right = self.clean.to(y.device).nonzero()[: self.batch_size, 0]
-        return [
-            state,
-            preconditions.logits_not_probabilities(logits),
-            preconditions.clean_accuracy(self.clean, y, self.classes),
-            preconditions.pixel_scale(model, x, y, self.clean, self.batch_size),
-            preconditions.repeatable(model, x[: self.batch_size]),
-            *preconditions.gradients(model, x[right], y[right]),
-        ]
-
-    def attacks(self, suite: Mapping[str, Attack]) -> dict[str, Attacked]:
-        found = {}
-        for name, attack in self._bar(suite.items()):
-            attacked = run_attack(
-                *(self.model, self.x, self.y, attack),
-                batch_size=self.batch_size,
-                seed=self.seed,
-                save_to=self._file(name),
-                progress=self.progress,
-            )
-            # the images are in their file; in memory those of one attack are enough
-            found[name] = replace(attacked, x_adv=attacked.x_adv[:0])
-            if isinstance(attack, PGD):
-                self.done[attack] = found[name]
-        return found
-
-    def curve(self, eps: float, norm: str) -> dict[float, Tensor]:
-        # no two images are further apart than this
-        whole = 1.0 if norm == "linf" else math.sqrt(self.x[0].numel())
-        radii = [k * eps for k in (0.25, 0.5, 1, 2, 4) if k * eps < whole] + [whole]
-        found = {0.0: self.clean}
-        for radius in self._bar(radii):
-            attack = _pgd(radius, norm, _STEPS, "margin")
-            attacked = self.done.get(attack) or run_attack(
-                *(self.model, self.x, self.y, attack), batch_size=self.batch_size, seed=self.seed
-            )
-            found[radius] = attacked.correct
-        return found
-
-    def autoattack(self, eps: float, norm: str) -> tuple[AutoAttackResult, Attacked]:
-        attack = AutoAttack(eps=eps, norm=norm, seed=self.seed)
-        result = attack.run(
-            self.model,
-            self.x,
-            self.y,
-            batch_size=self.batch_size,
-            save_to=None if self.save_to is None else self.save_to / "autoattack-chunks",
-            progress=self.progress,
-        )
-        x_adv, path = result.x_adv.cpu(), self._file(_AUTOATTACK)
-        if path is not None:
-            save_tensors(path, {"x_adv": x_adv})
-            x_adv = load_tensors(path)["x_adv"]
-        largest = largest_perturbation(attack, self.x, x_adv, self.batch_size)
-        standing = correct(self.model, x_adv, self.y, self.batch_size)
-        return result, Attacked(standing, result.robust.cpu(), largest, x_adv[:0])
-
-    def _file(self, name: str) -> Path | None:
-        if self.save_to is None:
-            return None
+def _file_names(names: list[str]) -> dict[str, str]:
+    files: dict[str, str] = {}
+    for name in names:
         words = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
-        taken = set(self.files.values())
-        while f"{words}.pt" in taken:
+        while f"{words}.pt" in files.values():
             words += "-again"  # names that differ in signs alone
-        self.files[name] = f"{words}.pt"
-        return self.save_to / self.files[name]
-
-    def _bar(self, items: Any) -> Any:
-        return tqdm(items, "evaluation", disable=not self.progress, leave=False)
-
-
-def _checks_of_attacks(
-    suite: Mapping[str, Attack],
-    found: Mapping[str, Attacked],
-    eps: float,
-    curve: Mapping[float, Tensor],
-) -> list[Check]:
-    standing = {name: attacked.correct for name, attacked in found.items()}
-    blind = {name for name, attack in suite.items() if isinstance(attack, RandomSearch)}
-    white = {name: mask for name, mask in standing.items() if name not in blind}
-    largest = max(curve)
-    return [
-        checks.kept_results(found, eps),
-        checks.more_steps(suite, standing),
-        checks.success_rises(curve),
-        checks.full_range(largest, curve[largest]),
-        *(checks.black_box(name, standing[name], white) for name in sorted(blind) if white),
-        *filter(None, [checks.losses_agree(suite, standing)]),
-    ]
+        files[name] = f"{words}.pt"
+    return files
 
 
 def _check_eps(eps: float) -> None:
@@ -513,11 +444,13 @@ def _check_eps(eps: float) -> None:
         raise InputError(f"eps must be above 0, got {eps!r}; it is in pixel units, as in 8/255")
 
 
-def _pgd(eps: float, norm: str, num_steps: int, loss: str) -> PGD:
-    step_size = min(2 * eps, 1.0) if norm == "linf" else 2 * eps
-    settings: dict[str, Any] = dict(step_size=step_size, num_steps=num_steps, norm=norm)
-    return PGD(eps=eps, **settings, loss=loss, decay=True, stop_early=True)
-
-
-def _accuracy(standing: Tensor) -> Accuracy:
-    return Accuracy(int(standing.sum()), len(standing))
+def _pgd_on_margin(eps: float, norm: str, num_steps: int) -> PGD:
+    return PGD(
+        eps=eps,
+        step_size=min(2 * eps, 1.0) if norm == "linf" else 2 * eps,
+        num_steps=num_steps,
+        norm=norm,
+        loss="margin",
+        decay=True,
+        stop_early=True,
+    )
