@@ -2,13 +2,20 @@
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from engm.attacks import PGD, eval_mode, fooled, margin
-from engm.errors import InputError
+from engm.attacks import (
+    check_batch,
+    check_choice,
+    check_count,
+    check_pixels,
+    checked_logits,
+    eval_mode,
+    fooled,
+    margin,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,24 +41,22 @@ class RandomSearch:
 
     def __post_init__(self) -> None:
         """Refuses settings that are out of range."""
-        PGD(eps=self.eps, step_size=1, norm=self.norm)
-        if not isinstance(self.num_queries, int) or self.num_queries < 1:
-            raise InputError(
-                f"num_queries must be a whole number, 1 or more; got {self.num_queries!r}"
-            )
+        check_choice("norm", self.norm, ("linf", "l2"))
+        check_pixels("eps", self.eps, self.norm)
+        check_count("num_queries", self.num_queries)
 
     @torch.no_grad()
     def __call__(
         self, model: nn.Module, x: Tensor, y: Tensor, *, generator: torch.Generator | None = None
     ) -> Tensor:
         """Attacks a batch, with the arguments and the result of `PGD.__call__`."""
-        PGD(eps=0, step_size=1, norm=self.norm)(model, x, y)  # checks x and y
+        highest = check_batch(x, y)
         best = x.detach().clone()
         if self.eps == 0 or len(x) == 0:
             return best
         with eval_mode(model):
-            logits = model(best)
-            best_loss = margin(logits.float(), y)
+            logits = checked_logits(model, highest, best)
+            best_loss = margin(logits, y)
             rows = (~fooled(logits, y)).nonzero()[:, 0]
             for query in range(self.num_queries):
                 if len(rows) == 0:
@@ -60,8 +65,8 @@ class RandomSearch:
                 share = 0.02 ** (query / self.num_queries)
                 patch = _patches(x[rows], share, generator)
                 there = self._project(best[rows], patch, x[rows])
-                logits = model(there)
-                loss = margin(logits.float(), y[rows])
+                logits = checked_logits(model, highest, there)
+                loss = margin(logits, y[rows])
                 broken = fooled(logits, y[rows])
                 better = broken | (loss > best_loss[rows])
                 best[rows[better]] = there[better]
@@ -84,17 +89,16 @@ def _patches(x: Tensor, share: float, generator: torch.Generator | None) -> Tens
     # 1 or -1 in each channel of a rectangle with `share` of the area, 0 elsewhere
     n, (height, width) = len(x), x.shape[-2:] if x.ndim > 2 else (1, x.shape[-1])
     device = x.device if generator is None else generator.device
-    how: dict[str, Any] = {"device": device, "generator": generator}
     inside = torch.ones(n, 1, 1, 1, dtype=torch.bool, device=x.device)
     for axis, size in ((2, height), (3, width)):
         side = max(1, round(size * math.sqrt(share)))
-        corner = torch.randint(size - side + 1, (n, 1), **how).to(x.device)
-        where = torch.arange(size, device=x.device) - corner
+        corner = torch.randint(size - side + 1, (n, 1), device=device, generator=generator)
+        where = torch.arange(size, device=x.device) - corner.to(x.device)
         shape = (n, 1, size, 1) if axis == 2 else (n, 1, 1, size)
         inside = inside & ((where >= 0) & (where < side)).view(shape)
     channels = x[0].numel() // (height * width)
-    colours = torch.randint(2, (n, channels, 1, 1), **how).to(x.device) * 2 - 1
-    return (inside * colours).to(x.dtype).reshape(x.shape)
+    colours = torch.randint(2, (n, channels, 1, 1), device=device, generator=generator) * 2 - 1
+    return (inside * colours.to(x.device)).to(x.dtype).reshape(x.shape)
 
 
 def _lengths(delta: Tensor) -> Tensor:
