@@ -55,20 +55,17 @@ def kept_results(found: Mapping[str, Attacked], eps: float) -> Check:
     """
     changed = {name: int((a.correct != a.claimed).sum()) for name, a in found.items()}
     worst = max(changed, key=lambda name: changed[name])
-    if changed[worst] > 0:
-        return Check(
-            "recomputed",
-            False,
-            f"{changed[worst]} answers of {worst} differ when they are recomputed from the "
-            "adversarial examples that were kept; the model is random, or the file was changed.",
-        )
     largest = max(attacked.largest_perturbation for attacked in found.values())
-    return Check(
-        "recomputed",
-        True,
+    meaning = (
         f"Accuracies are recomputed from the adversarial examples; perturbations are at most "
-        f"{largest:.6g} long (eps {eps:.6g}), pixels in [0, 1], none nan.",
+        f"{largest:.6g} long (eps {eps:.6g}), pixels in [0, 1], none nan."
     )
+    if changed[worst] > 0:
+        meaning = (
+            f"{changed[worst]} answers of {worst} differ when they are recomputed from the "
+            "adversarial examples that were kept; the model is random, or the file was changed."
+        )
+    return Check("recomputed", changed[worst] == 0, meaning)
 
 
 def more_steps(attacks: Mapping[str, Attack], standing: Mapping[str, Tensor]) -> Check:
@@ -78,16 +75,15 @@ def more_steps(attacks: Mapping[str, Attack], standing: Mapping[str, Tensor]) ->
         attacks: The attacks; those which are no `PGD` or `FGSM` are left out.
         standing: Which examples stand under each, `[n]` booleans.
     """
-    steps = {
-        name: 1 if isinstance(a, FGSM) else a.num_steps * a.restarts
+    kinds = {
+        name: (a.loss, 1 if isinstance(a, FGSM) else a.num_steps * a.restarts)
         for name, a in attacks.items()
         if isinstance(a, PGD | FGSM)
     }
     compared = 0
-    for few, a in ((name, attacks[name]) for name in steps):
-        for many, b in ((name, attacks[name]) for name in steps):
-            same = isinstance(a, PGD | FGSM) and isinstance(b, PGD | FGSM) and a.loss == b.loss
-            if not same or steps[few] >= steps[many]:
+    for few, (loss, fewer) in kinds.items():
+        for many, (other, more) in kinds.items():
+            if loss != other or fewer >= more:
                 continue
             compared += 1
             if clearly_more(standing[many], standing[few]):
@@ -327,15 +323,15 @@ def clean_accuracy(standing: Tensor, y: Tensor, classes: int) -> Check:
     count, n = int(standing.sum()), len(standing)
     constant = y.bincount(minlength=classes).max().item() / n
     passed = wilson(count, n).low > constant
-    seen = f"{count / n:.1%} of the clean images are classified rightly"
+    meaning = f"{count / n:.1%} of the clean images are classified rightly, "
     if passed:
-        return Check("clean accuracy", True, f"{seen}, {constant:.1%} by always the same answer.")
-    return Check(
-        "clean accuracy",
-        False,
-        f"{seen}, no more than by always the same answer ({constant:.1%}); are the pixels scaled "
-        "and the classes numbered as in training?",
-    )
+        meaning += f"{constant:.1%} by always the same answer."
+    else:
+        meaning += (
+            f"no more than by always the same answer ({constant:.1%}); are the pixels scaled "
+        )
+        meaning += "and the classes numbered as in training?"
+    return Check("clean accuracy", passed, meaning)
 
 
 def pixel_scale(
