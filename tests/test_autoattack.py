@@ -108,7 +108,7 @@ def same(one, other):
     [
         ("mlp", "linf", 0.15, 0, None),
         ("quantised", "linf", 0.25, 1, None),
-        ("mlp", "l2", 0.8, 0, None),
+        ("mlp", "l2", 0.55, 0, None),
         ("cnn", "l2", 1.6, 1, None),
         ("mlp", "linf", 0.15, 2, ("fab-t",)),
     ],
