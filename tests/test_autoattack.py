@@ -359,6 +359,23 @@ def test_chunks_of_other_versions_are_not_taken(network, digits, quick, tmp_path
     assert len(list(tmp_path.iterdir())) == 2
 
 
+def test_models_that_differ_in_a_plain_attribute_do_not_share_chunks(network, digits, tmp_path):
+    class Steps(torch.nn.Module):
+        def __init__(self, levels):
+            super().__init__()
+            self.model, self.levels = network["mlp"], levels
+
+        def forward(self, x):
+            return self.model((x * self.levels).round() / self.levels)
+
+    attack = AutoAttack(eps=0.15, attacks=("square",))
+    x, y = digits[0][:8], digits[1][:8]
+    for levels in (2, 64):
+        kept = attack.run(Steps(levels), x, y, save_to=tmp_path)
+        same(kept, attack.run(Steps(levels), x, y))
+    assert len(list(tmp_path.iterdir())) == 2
+
+
 def test_damaged_chunks_are_refused(network, digits, quick, tmp_path):
     attack = AutoAttack(eps=0.2, attacks=("apgd-ce",))
     attack.run(network["mlp"], *digits, save_to=tmp_path)

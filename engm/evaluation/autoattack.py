@@ -145,8 +145,8 @@ class AutoAttack:
             y: `[n]` classes, below K.
             batch_size: Examples of a chunk.
             save_to: Folder that gets a file for each finished chunk, named after a digest of all
-                that decides it: weights, images, classes, settings, versions. The same call, made
-                again after the process was killed, reads what is there and attacks the rest.
+                that decides it: weights, logits, images, classes, settings, versions. The same
+                call, made again after a kill, reads what is there and attacks the rest.
             progress: Show a progress bar over the chunks.
 
         Returns:
@@ -182,7 +182,11 @@ class AutoAttack:
                     rows = slice(start, start + batch_size)
                     path = None
                     if save_to is not None:
-                        path = Path(save_to) / f"{digest(call, model, x[rows], y[rows])}.pt"
+                        torch.manual_seed(self.seed)  # for models that draw
+                        answers = forward(x[rows])
+                        path = (
+                            Path(save_to) / f"{digest(call, model, x[rows], y[rows], answers)}.pt"
+                        )
                     attack = partial(self._chunk, package, forward, classes, x[rows], y[rows])
                     chunk = kept(path, x.device, attack)
                     x_adv[rows][chunk["broken"]] = chunk["x_adv"]
@@ -290,9 +294,13 @@ class AutoAttack:
 # --- chunks
 
 
-def digest(call: str, model: nn.Module, x: Tensor, y: Tensor) -> str:
-    """Returns a name for what decides a chunk: 32 hex digits of the SHA-256 of all of it."""
-    tensors = [("x", x), ("y", y), *model.named_parameters(), *model.named_buffers()]
+def digest(call: str, model: nn.Module, x: Tensor, y: Tensor, logits: Tensor) -> str:
+    """Returns a name for what decides a chunk: 32 hex digits of the SHA-256 of all of it.
+
+    A model is its tensors and what it answers, which plain attributes may decide.
+    """
+    tensors = [("x", x), ("y", y), ("logits", logits)]
+    tensors += [*model.named_parameters(), *model.named_buffers()]
     found = hashlib.sha256(call.encode())
     for name, tensor in tensors:
         found.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
