@@ -11,9 +11,10 @@ from torch.nn import functional as F
 
 from engm.attacks import PGD
 from engm.errors import InputError, NonFiniteLossError
-from engm.lab.diagnostics import FAILS, HOLDS, UNSETTLED, Moments, c1_verdict, gradient_statistics
+from engm.lab.diagnostics import Moments, c1_verdict, gradient_statistics
 from engm.methods import PGDAT, Natural
 from engm.models import preact_resnet18, small_cnn
+from engm.report.verdicts import DOES_NOT_HOLD, HOLDS, NOT_SETTLED
 
 N = 7
 FIELDS = ("mean_norm", "mean_square", "gradient_square", "variance", "signal_to_noise")
@@ -244,8 +245,8 @@ def test_the_claim_holds_where_norm_and_variance_are_higher_in_every_seed():
 
 
 def test_reversed_data_reverses_the_verdict():
-    assert c1_verdict(HIGH, LOW).outcome == FAILS == "the claim does not hold here"
-    assert c1_verdict(LOW, LOW).outcome == FAILS  # equal is not higher
+    assert c1_verdict(HIGH, LOW).outcome == DOES_NOT_HOLD == "the claim does not hold here"
+    assert c1_verdict(LOW, LOW).outcome == DOES_NOT_HOLD  # equal is not higher
 
 
 def test_norm_and_variance_both_count():
@@ -256,16 +257,16 @@ def test_norm_and_variance_both_count():
     wider = [
         [dataclasses.replace(high, mean_norm=low.mean_norm) for low, high in run] for run in pairs
     ]
-    assert c1_verdict(LOW, longer).outcome == FAILS
-    assert c1_verdict(LOW, wider).outcome == FAILS
+    assert c1_verdict(LOW, longer).outcome == DOES_NOT_HOLD
+    assert c1_verdict(LOW, wider).outcome == DOES_NOT_HOLD
 
 
 def test_seeds_that_disagree_or_are_fewer_than_three_settle_nothing():
-    assert c1_verdict([*LOW[:2], HIGH[2]], [*HIGH[:2], LOW[2]]).outcome == UNSETTLED
-    assert c1_verdict([HIGH[0], *LOW[1:]], [LOW[0], *HIGH[1:]]).outcome == UNSETTLED
-    assert c1_verdict(LOW[:2], HIGH[:2]).outcome == UNSETTLED == "not settled at this scale"
-    assert c1_verdict(HIGH[:2], LOW[:2]).outcome == UNSETTLED
-    assert c1_verdict([], []).outcome == UNSETTLED
+    assert c1_verdict([*LOW[:2], HIGH[2]], [*HIGH[:2], LOW[2]]).outcome == NOT_SETTLED
+    assert c1_verdict([HIGH[0], *LOW[1:]], [LOW[0], *HIGH[1:]]).outcome == NOT_SETTLED
+    assert c1_verdict(LOW[:2], HIGH[:2]).outcome == NOT_SETTLED == "not settled at this scale"
+    assert c1_verdict(HIGH[:2], LOW[:2]).outcome == NOT_SETTLED
+    assert c1_verdict([], []).outcome == NOT_SETTLED
 
 
 def test_runs_that_do_not_match_are_refused():

@@ -5,27 +5,10 @@ from matplotlib.colors import to_rgb
 
 from engm import plots
 from engm.norms.inputs import Fit
-from engm.report.records import Quantity
 
 
 def heights(axes):
     return [bar.get_height() for bar in axes.patches]
-
-
-def test_best_and_last_draws_the_means_and_deviations_it_is_given():
-    rows = {
-        "MSGD": {"robust (best)": Quantity(0.5, 0.02, 3), "robust (last)": Quantity(0.4, None, 1)},
-        "ENGM": {"robust (best)": Quantity(0.6, 0.01, 3), "robust (last)": Quantity(0.55, 0.03, 3)},
-    }
-    axes = plots.best_and_last(rows).axes[0]
-    assert heights(axes) == pytest.approx([50, 60, 40, 55])
-    assert [label.get_text() for label in axes.get_xticklabels()] == ["MSGD", "ENGM"]
-    bars = [
-        c.errorbar.lines[2][0].get_segments() for c in axes.containers if hasattr(c, "errorbar")
-    ]
-    lengths = [segment[1][1] - segment[0][1] for segments in bars for segment in segments]
-    assert lengths == pytest.approx([4, 2, 0, 6])
-    assert legend(axes) == ["best", "last"]
 
 
 def test_learning_curves_draw_each_seed_and_their_mean():

@@ -90,11 +90,14 @@ def test_many_pairs_are_drawn_and_come_close_to_the_normal_approximation():
 
 
 @pytest.mark.parametrize(("k", "n"), [(0, 10), (10, 10), (3, 7), (560, 797)])
-def test_wilson_is_scipys(k, n):
-    wanted = stats.binomtest(k, n).proportion_ci(0.95, method="wilson")
-    found = wilson(k, n)
-    assert (found.low, found.high) == pytest.approx((wanted.low, wanted.high), abs=1e-12)
-    assert 0 <= found.low < found.high <= 1
+def test_wilson_ends_where_what_was_seen_is_z_deviations_away(k, n):
+    for level in (0.9, 0.95):
+        z = stats.norm.ppf(0.5 + level / 2)
+        found = wilson(k, n, level)
+        # p with (k / n - p)^2 = z^2 p (1 - p) / n
+        roots = np.roots([1 + z * z / n, -(2 * k + z * z) / n, (k / n) ** 2])
+        assert (found.low, found.high) == pytest.approx(sorted(roots), abs=1e-12)
+        assert 0 <= found.low < found.high <= 1
 
 
 def test_pairs_are_the_seeds_that_both_have():

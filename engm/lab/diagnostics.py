@@ -23,10 +23,7 @@ from engm.errors import InputError, NonFiniteLossError
 from engm.methods import Method
 from engm.norms.measures import Closure, run_closure
 from engm.norms.watch import Watch
-
-HOLDS = "the claim holds here"
-FAILS = "the claim does not hold here"
-UNSETTLED = "not settled at this scale"
+from engm.report import verdicts
 
 
 @dataclass(frozen=True)
@@ -161,7 +158,7 @@ class C1Verdict:
     """Whether claim C1 holds, and what that was decided from.
 
     Attributes:
-        outcome: `HOLDS`, `FAILS` or `UNSETTLED`.
+        outcome: One of those of `engm.report.verdicts`.
         norm_ratios: For each seed the mean example norm of AT over that of NT.
         variance_ratios: Likewise for the variance.
     """
@@ -199,10 +196,7 @@ def c1_verdict(
             found.append(at / nt)
     norms, variances = map(tuple, ratios.values())
     held = [norm > 1 and variance > 1 for norm, variance in zip(norms, variances, strict=True)]
-    outcome = UNSETTLED
-    if len(held) >= 3 and len(set(held)) == 1:
-        outcome = HOLDS if held[0] else FAILS
-    return C1Verdict(outcome, norms, variances)
+    return C1Verdict(verdicts.from_seeds(held), norms, variances)
 
 
 Shares = tuple[Tensor, dict[Tensor, Tensor], dict[Tensor, Tensor]]

@@ -4,7 +4,7 @@ Every function draws on a new pyplot figure and returns it; accuracies go in as 
 shown in percent.
 """
 
-from engm.plots.accuracy import accuracy_curves, best_and_last, learning_curves, lines
+from engm.plots.accuracy import accuracy_curves, learning_curves, lines
 from engm.plots.comparison import best_and_last_rows, difference_intervals
 from engm.plots.convergence import log_curves
 from engm.plots.costs import cost_ratios
@@ -41,7 +41,6 @@ __all__ = [
     "adversarial_examples",
     "against_loss",
     "batch_variance",
-    "best_and_last",
     "best_and_last_rows",
     "best_to_last",
     "corrupted_steps",

@@ -1,4 +1,4 @@
-"""Accuracies over eps, steps, epochs; best against last."""
+"""Accuracies over eps, steps, epochs."""
 
 from collections.abc import Mapping, Sequence
 from itertools import cycle
@@ -8,8 +8,7 @@ import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from engm.plots.style import BLUE, COLOURS, ORANGE, open_axes, percent_axis
-from engm.report.records import Quantity
+from engm.plots.style import COLOURS, open_axes, percent_axis
 
 
 def lines(
@@ -66,30 +65,5 @@ def learning_curves(runs: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]]) -
         percent_axis(axes, f"{kind} accuracy, validation (%)")
         axes.set_xlabel("epoch")
     panels[0].legend(frameon=False)
-    figure.tight_layout()
-    return figure
-
-
-def best_and_last(rows: Mapping[str, Mapping[str, Quantity]]) -> Figure:
-    """Draws robust test accuracy of the best and the last checkpoint, bars with deviations.
-
-    Args:
-        rows: For each name the quantities of `engm.report.records.summarise`.
-    """
-    figure, axes = plt.subplots(figsize=(1.6 + 1.5 * len(rows), 3.4))
-    for shift, which, colour in ((-0.2, "best", BLUE), (0.2, "last", ORANGE)):
-        found = [row[f"robust ({which})"] for row in rows.values()]
-        axes.bar(
-            [index + shift for index in range(len(found))],
-            [100 * quantity.mean for quantity in found],
-            width=0.38,
-            yerr=[100 * (quantity.deviation or 0.0) for quantity in found],
-            capsize=3,
-            color=colour,
-            label=which,
-        )
-    axes.set_xticks(range(len(rows)), list(rows))
-    percent_axis(axes, "robust accuracy, test (%)")
-    axes.legend(frameon=False)
     figure.tight_layout()
     return figure

@@ -48,14 +48,14 @@ class Column:
 
 
 @dataclass(frozen=True)
-class Measured:
+class Entry:
     """An accuracy, and the settings of all attacks that it comes from, in words."""
 
     accuracy: float
     how: str
 
 
-def measured(record: Record) -> tuple[dict[Column, Measured], Counter[str]]:
+def measured(record: Record) -> tuple[dict[Column, Entry], Counter[str]]:
     """Reads what `engm evaluate` wrote in a run directory.
 
     Returns:
@@ -65,7 +65,7 @@ def measured(record: Record) -> tuple[dict[Column, Measured], Counter[str]]:
     Raises:
         InputError: If a file is not what `engm evaluate` writes.
     """
-    found: dict[Column, Measured] = {}
+    found: dict[Column, Entry] = {}
     flags = Counter[str]()
     for which in _WHICH:
         path = record.folder / file_name(which)
@@ -131,7 +131,7 @@ _READING = (
 )
 
 
-def _columns(record: Record, which: str, facts: dict[str, Any]) -> dict[Column, Measured]:
+def _columns(record: Record, which: str, facts: dict[str, Any]) -> dict[Column, Entry]:
     images, budget = facts["num_examples"], (facts["eps"], facts["norm"])
     attacks = {name: f"{name}: {found['settings']}" for name, found in facts["attacks"].items()}
     (margin,) = [name for name in attacks if re.fullmatch(r"PGD-\d+ margin", name)]
@@ -143,9 +143,9 @@ def _columns(record: Record, which: str, facts: dict[str, Any]) -> dict[Column, 
 
     def entry(
         place: int, name: str, counts: dict[str, Any], *parts: str, own: str = ""
-    ) -> tuple[Column, Measured]:
+    ) -> tuple[Column, Entry]:
         column = Column(which, place, name, images, other + own)
-        return column, Measured(_accuracy(counts, images), "; ".join([where, *parts]))
+        return column, Entry(_accuracy(counts, images), "; ".join([where, *parts]))
 
     found = [entry(0, margin, facts["attacks"][margin], attacks[margin])]
     if strongest:
@@ -162,9 +162,7 @@ def _accuracy(counts: dict[str, Any], images: int) -> float:
     return float(accuracy)
 
 
-def _refuse_mixture(
-    head: Column, records: Sequence[Record], cells: Sequence[Measured | None]
-) -> None:
+def _refuse_mixture(head: Column, records: Sequence[Record], cells: Sequence[Entry | None]) -> None:
     ways: dict[str, Record] = {}
     for record, cell in zip(records, cells, strict=True):
         if cell is not None:

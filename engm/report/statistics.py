@@ -198,10 +198,10 @@ def wilson(k: int, n: int, level: float = 0.95) -> Interval:
     if not 0 <= k <= n or n < 1:
         raise InputError(f"k of n must be 0 <= k <= n with n at least 1, got {k} of {n}")
     _check([0.0], level, 1)
-    z = NormalDist().inv_cdf(0.5 + level / 2)
-    middle = (k + z * z / 2) / (n + z * z)
-    half = z / (n + z * z) * (k * (n - k) / n + z * z / 4) ** 0.5
-    return Interval(max(0.0, middle - half), min(1.0, middle + half))
+    from scipy.stats import binomtest
+
+    found = binomtest(k, n).proportion_ci(level, method="wilson")
+    return Interval(float(found.low), float(found.high))
 
 
 def _student_factor(n: int, level: float) -> float:
