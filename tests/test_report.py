@@ -10,7 +10,7 @@ import pytest
 from engm.errors import InputError
 from engm.lab import page as report
 from engm.lab.batch import RESULT_TYPE, NotebookError, NotebookRun
-from engm.lab.offline_html import formula, markdown, offline, plain_text
+from engm.lab.offline_html import exporter, formula, offline
 
 PNG = base64.b64encode(b"\x89PNG not a real picture").decode()
 WIDGET = "application/vnd.jupyter.widget-view+json"
@@ -247,8 +247,9 @@ def test_formulas_that_the_converter_alone_gets_wrong_or_right(tex, tags, text):
 
 @pytest.mark.parametrize("tex", [r"\frac{1}", r"\notacommand{x}", r"\left( x", "a & b", "x^"])
 def test_a_formula_without_mathml_stays_readable(tex):
+    cell = nbformat.v4.new_markdown_cell(f"See ${tex}$ here.")
     with pytest.warns(UserWarning, match="shown as TeX"):
-        html = markdown(f"See ${tex}$ here.", {})
+        html, _ = exporter().from_notebook_node(nbformat.v4.new_notebook(cells=[cell]))
 
     assert f'<code class="tex">{tex.replace("&", "&amp;")}</code>' in html
 
@@ -257,10 +258,6 @@ def test_offline_keeps_embedded_pictures_and_links():
     html = f'<p><img src="data:image/png;base64,{PNG}"/><a href="https://x.org">x</a></p>'
 
     assert str(offline(html)) == html
-
-
-def test_plain_text_is_what_a_terminal_shows():
-    assert plain_text("\x1b[1;31mred\x1b[0m\r\n 10%\r 50%\r100%\nend\n") == "red\n100%\nend"
 
 
 def run_demo(tmp_path, capsys, names, **options):

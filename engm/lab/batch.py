@@ -6,6 +6,7 @@ papermill, which executes them, is not thread-safe: several notebooks at once ne
 import json
 import math
 import os
+import re
 import sys
 import time
 from collections.abc import Mapping
@@ -14,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from engm.errors import InputError
-from engm.lab.offline_html import plain_text
 from engm.lab.parameters import Parameter, check, parameters, parse, read_notebook
 from engm.runs import write_json, write_text
 
@@ -321,8 +321,9 @@ def _unfinished(notebook: Any) -> tuple[int, str, str, list[str]] | None:
 def _record(
     notebook: Any, index: int | None, name: str, value: str, traceback: list[str]
 ) -> NotebookError:
-    tail = "\n".join(plain_text("\n".join(traceback)).splitlines()[-20:])
-    value = plain_text(value)
+    # without the colours that a terminal would show
+    lines, value = (re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", t) for t in ("\n".join(traceback), value))
+    tail = "\n".join(lines.splitlines()[-20:])
     if index is None:
         return NotebookError(None, "", name, value, tail)
     above = [c for c in notebook.cells[: index + 1] if c.cell_type == "code" and c.source.strip()]

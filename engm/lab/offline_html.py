@@ -1,8 +1,7 @@
-"""Pieces of a page that loads nothing: Markdown, formulas as MathML, code, other people's HTML."""
+"""Pieces of a page that loads nothing: a notebook's cells, formulas as MathML, others' HTML."""
 
 import re
 import warnings
-from collections.abc import Mapping
 from html import escape
 from typing import Any
 from xml.etree import ElementTree
@@ -21,17 +20,35 @@ _CHILDREN = {"mfrac": 2, "msub": 2, "msup": 2, "munder": 2, "mover": 2, "msubsup
 _LOADING = ("src", "srcset", "poster", "data", "background", "action", "formaction")
 
 
-def markdown(source: str, attachments: Mapping[str, Any]) -> str:
-    """Jupyter's Markdown as HTML, with raw HTML kept and formulas as MathML.
+# What nbconvert's bare template does not have: numbers, folds, and where the notebook stopped.
+_TEMPLATE = """
+{%- extends "basic/index.html.j2" -%}
+{%- block codecell -%}
+<section class="cell{{ "" if cell.execution_count or cell.metadata.stopped else " not-run" }}">
+<span class="number">[{{ cell.metadata.number }}]</span>{{ super.super() }}</section>
+{%- endblock -%}
+{%- block input_group -%}
+{%- set lines = cell.source.count("\n") + 1 -%}
+{%- if cell.metadata.stopped -%}
+{{ super() }}<p class="alert" id="error">The notebook stopped at this cell.
+{{ cell.metadata.stopped | escape_html }}</p>
+{%- elif lines > 20 -%}
+<details><summary>Code, {{ lines }} lines</summary>{{ super() }}</details>
+{%- else -%}{{ super() }}{%- endif -%}
+{%- endblock -%}
+{%- block markdowncell -%}<div class="prose">{{ cell.source | markdown2html }}</div>{%- endblock -%}
+{%- block data_latex -%}{{ output.data["text/latex"] | markdown2html }}{%- endblock -%}
+"""
 
-    Args:
-        source: The text of a cell.
-        attachments: The pictures that the cell carries, as the notebook stores them.
 
-    Warns:
-        UserWarning: For a formula that has no MathML; its TeX is shown instead.
+def exporter() -> Any:
+    """The exporter of nbconvert to the body of a page, with formulas as MathML.
+
+    A code cell's number is `metadata.number`; `metadata.stopped` says why the notebook ended there.
     """
     try:
+        from jinja2 import pass_context
+        from nbconvert.exporters import HTMLExporter
         from nbconvert.filters.markdown_mistune import IPythonRenderer, MarkdownWithMath
     except ImportError:
         raise InputError('nbconvert is not installed: pip install "engm[batch]"') from None
@@ -49,8 +66,23 @@ def markdown(source: str, attachments: Mapping[str, Any]) -> str:
         def block_html(self, html: str) -> str:  # Jupyter sets formulas in <summary> as well
             return re.sub(r"\$([^$<>]+)\$", lambda found: formula(found[1], "inline"), html)
 
-    renderer = Formulas(escape=False, attachments=dict(attachments), exclude_anchor_links=True)
-    return str(MarkdownWithMath(renderer=renderer).render(source))
+    @pass_context
+    def markdown(context: Any, source: str) -> str:
+        attachments = context["cell"].get("attachments", {})
+        renderer = Formulas(escape=False, attachments=attachments, exclude_anchor_links=True)
+        return str(MarkdownWithMath(renderer=renderer).render(source))
+
+    made = HTMLExporter(
+        template_name="basic",
+        raw_template=_TEMPLATE,
+        filters={"markdown2html": markdown},
+        preprocessors=["nbconvert.preprocessors.CoalesceStreamsPreprocessor"],
+        exclude_input_prompt=True,
+        exclude_output_prompt=True,
+    )
+    kinds = ["image/png", "image/jpeg", "image/svg+xml", "text/html", "text/markdown"]
+    made.config.NbConvertBase.display_data_priority = [*kinds, "text/latex", "text/plain"]
+    return made
 
 
 def formula(tex: str, display: str) -> str:
@@ -73,10 +105,7 @@ def formula(tex: str, display: str) -> str:
             name = node.tag = node.tag.rpartition("}")[2]  # HTML needs no namespace
             if len(node) != _CHILDREN.get(name, len(node)):
                 raise ValueError(f"{name} has {len(node)} parts")
-            if name == "mo" and node.text in (
-                "|",
-                "‖",
-            ):  # encloses; browsers space it as a relation
+            if name == "mo" and node.text in ("|", "‖"):  # browsers space them as relations
                 node.attrib.update(lspace="0", rspace="0")
             elif name == "mi" and node.text in ("~", ":"):  # these two are relations
                 node.tag, node.text = "mo", node.text.replace("~", "∼")
@@ -113,28 +142,13 @@ def offline(html: str) -> Any:
     return soup
 
 
-def highlighted(source: str) -> str:
-    """Python code as HTML with classes for its colours."""
-    from pygments import highlight
-    from pygments.formatters import HtmlFormatter
-    from pygments.lexers import PythonLexer
-
-    return str(highlight(source, PythonLexer(), HtmlFormatter()))
-
-
 def code_style() -> str:
-    """The style sheet for `highlighted`, light and dark."""
+    """The style sheet for the colours of code, light and dark."""
     from pygments.formatters import HtmlFormatter
 
     light = HtmlFormatter(style="default").get_style_defs(".highlight")
     dark = HtmlFormatter(style="github-dark").get_style_defs(".highlight")
     return f"{light}\n@media (prefers-color-scheme: dark) {{\n{dark}\n}}"
-
-
-def plain_text(text: str) -> str:
-    """What a terminal would show: no colour codes, and of an overwritten line the last state."""
-    lines = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text).split("\n")
-    return "\n".join(line.rstrip("\r").rpartition("\r")[2] for line in lines).strip("\n")
 
 
 def slug(text: str) -> str:

@@ -3,14 +3,13 @@
 Formulas are MathML, figures are embedded, there are no scripts: nothing is loaded from anywhere.
 """
 
-import base64
 import importlib.metadata
 import importlib.resources
 import itertools
 import platform
 import re
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -18,12 +17,12 @@ from urllib.parse import unquote
 
 from engm.errors import InputError
 from engm.lab.batch import RESULT_TYPE, NotebookRun, available, check, find, run
-from engm.lab.offline_html import code_style, highlighted, markdown, offline, plain_text, slug
+from engm.lab.offline_html import code_style, exporter, offline, slug
 from engm.lab.parameters import read_notebook
 from engm.runs import write_text
 
 _WIDGET_TYPE = "application/vnd.jupyter.widget-view+json"
-_LONG = 20  # lines; longer code is folded, so that prose and pictures lead
+_UNDESCRIBED = "No description has been provided for this image"  # what nbconvert puts too
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 
 
@@ -86,8 +85,8 @@ def build(
     Warns:
         UserWarning: For a formula that has no MathML; its TeX is shown instead.
     """
-    pages = [_Page(each) for each in runs]
-    articles = _linked(pages)
+    with_mathml = exporter()
+    pages = {each.name: _Page(each, with_mathml) for each in runs}
     failed = sum(not each.ok for each in runs)
     versions = [f"Python {platform.python_version()}", *map(_version, ("engm", "torch"))]
     facts = [time.strftime("%Y-%m-%d %H:%M"), *versions, platform.machine()]
@@ -109,13 +108,13 @@ def build(
 </head>
 <body>
 <nav aria-label="Contents"><details open><summary>Contents</summary>
-<ul><li><a href="#top">Summary</a></li>{"".join(page.contents() for page in pages)}</ul>
+<ul><li><a href="#top">Summary</a></li>{"".join(page.contents() for page in pages.values())}</ul>
 </details></nav>
 <main>
 <header id="top"><h1>{escape(title)}</h1><p class="facts">{escape(" · ".join(facts))}</p>{alert}
 <table class="summary"><thead><tr><th>Notebook</th><th>Status</th><th>Time</th></tr></thead>
-{"".join(page.summary() for page in pages)}</table></header>
-{articles}
+{"".join(page.summary() for page in pages.values())}</table></header>
+{"".join(page.article(pages) for page in pages.values())}
 </main>
 </body>
 </html>
@@ -127,16 +126,39 @@ def build(
 class _Page:
     """One executed notebook on its way to HTML; links are settled when all are there."""
 
-    def __init__(self, run: NotebookRun) -> None:
-        notebook = read_notebook(run.path)
-        states = notebook.metadata.get("widgets", {})
+    def __init__(self, run: NotebookRun, exporter: Any) -> None:
         self.run = run
-        self.widgets = states.get("application/vnd.jupyter.widget-state+json", {}).get("state", {})
         self.ids = {run.name}
         self.headings: list[tuple[int, str, str]] = []
-        self.figures = 0
-        numbers = itertools.count(1)
-        self.body = "".join(self._cell(cell, numbers) for cell in notebook.cells)
+        self.body = offline(exporter.from_notebook_node(_prepared(run))[0])
+        for part in self.body.select(".prose, .output_markdown, .alert"):
+            for tag in [part, *part.find_all(True)]:
+                if "id" in tag.attrs:
+                    tag["id"] = self._place(tag["id"])
+        figures = 0
+        for tag in self.body.select(".prose :is(h1, h2, h3, h4, h5, h6), .output img"):
+            if tag.name != "img":
+                level = min(int(tag.name[1]) + 1, 6)  # the page's own title is the h1
+                text = tag.get_text(" ", strip=True)
+                tag.name, tag["id"] = f"h{level}", self._place(text)
+                self.headings.append((level, tag["id"], text))
+                continue
+            figures += 1
+            if tag.get("alt") in (_UNDESCRIBED, None):
+                tag["alt"] = f"Figure {figures} of {run.name}, in “{self.section}”"
+        for tag in self.body.select(".output pre, .output_html"):
+            tag["tabindex"] = "0"  # what scrolls can be reached by keys
+
+    def _place(self, text: str) -> str:
+        name = f"{self.run.name}--{slug(text)}"
+        names = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
+        free = next(each for each in names if each not in self.ids)
+        self.ids.add(free)
+        return free
+
+    @property
+    def section(self) -> str:
+        return self.headings[-1][2] if self.headings else self.run.name
 
     @property
     def title(self) -> str:
@@ -163,122 +185,66 @@ class _Page:
             + "</tbody>"
         )
 
-    def _cell(self, cell: Any, numbers: Iterable[int]) -> str:
-        if cell.cell_type == "markdown":
-            return self._markdown(cell.source, cell.get("attachments"))
-        if cell.cell_type != "code" or not cell.source.strip():
-            return ""
-        number = next(iter(numbers))
-        error = self.run.error if self.run.error and self.run.error.cell == number else None
-        code = highlighted(cell.source)
-        lines = cell.source.count("\n") + 1
-        if lines > _LONG and not error:
-            code = f"<details><summary>Code, {lines} lines</summary>{code}</details>"
-        failure = ""
-        if error:
-            self.ids.add(f"{self.run.name}--error")
-            failure = (
-                f'<p class="alert" id="{self.run.name}--error">The notebook stopped at this cell. '
-                f"{escape(error.name)}: {escape(error.value)}</p>"
-            )
-        ran = "" if cell.execution_count or error else " not-run"
-        return (
-            f'<section class="cell{ran}"><span class="number">[{number}]</span>{code}{failure}'
-            f"{self._outputs(cell.outputs)}</section>"
-        )
-
-    def _outputs(self, outputs: list[Any]) -> str:
-        html = ""
-        for kind, group in itertools.groupby(outputs, lambda o: (o.output_type, o.get("name"))):
-            if kind[0] == "stream":
-                text = plain_text("".join(output.text for output in group))
-                html += f'<pre class="{kind[1]}" tabindex="0">{escape(text)}</pre>' if text else ""
-            elif kind[0] == "error":
-                text = "\n".join(line for output in group for line in output.traceback)
-                html += f'<pre class="error" tabindex="0">{escape(plain_text(text))}</pre>'
-            else:
-                html += "".join(self._display(output.data, output.metadata) for output in group)
-        return html
-
-    def _display(self, data: Mapping[str, Any], metadata: Mapping[str, Any]) -> str:
-        text = data.get("text/plain", "")
-        if RESULT_TYPE in data:
-            return _result(self.run.result or data[RESULT_TYPE])
-        for kind in ("image/png", "image/jpeg"):
-            if kind in data:
-                return self._image(kind, data[kind], metadata.get(kind, {}))
-        if "image/svg+xml" in data:
-            encoded = base64.b64encode(data["image/svg+xml"].encode()).decode()
-            return self._image("image/svg+xml", encoded, {})
-        if _WIDGET_TYPE in data:
-            if "%|" in text:  # a progress bar that has had its time
-                return ""
-            shown = self._widget(data[_WIDGET_TYPE]["model_id"])
-            note = f"Interactive in the notebook{', where it starts like this:' if shown else '.'}"
-            return f'<div class="widget"><p class="note">{note}</p>{shown}</div>'
-        if "text/html" in data:
-            return f'<div class="html" tabindex="0">{offline(data["text/html"])}</div>'
-        for kind in ("text/markdown", "text/latex"):
-            if kind in data:
-                return self._markdown(data[kind], None)
-        return f'<pre tabindex="0">{escape(plain_text(text))}</pre>'
-
-    def _widget(self, model_id: str) -> str:
-        model = self.widgets.get(model_id, {})
-        state = model.get("state", {})
-        html = self._outputs(state.get("outputs", []))
-        if model.get("model_name") == "ImageModel":
-            for picture in model.get("buffers", []):
-                html += self._image(f"image/{state.get('format', 'png')}", picture["data"], {})
-        children = [child.removeprefix("IPY_MODEL_") for child in state.get("children", [])]
-        return html + "".join(map(self._widget, children))
-
-    def _image(self, kind: str, encoded: str, metadata: Mapping[str, Any]) -> str:
-        self.figures += 1
-        section = self.headings[-1][2] if self.headings else self.run.name
-        alt = metadata.get("alt") or f"Figure {self.figures} of {self.run.name}, in “{section}”"
-        width = f' width="{int(metadata["width"])}"' if "width" in metadata else ""
-        data = "".join(encoded.split())
-        return f'<img src="data:{kind};base64,{data}" alt="{escape(alt)}"{width}>'
-
-    def _markdown(self, source: str, attachments: Any) -> str:
-        soup = offline(markdown(source, attachments or {}))
-        for tag in soup.find_all(id=True):
-            tag["id"] = f"{self.run.name}--{slug(tag['id'])}"
-            self.ids.add(tag["id"])
-        for heading in soup.find_all(re.compile("^h[1-6]$")):
-            level = min(int(heading.name[1]) + 1, 6)  # the page's own title is the h1
-            text = heading.get_text(" ", strip=True)
-            name = f"{self.run.name}--{slug(text)}"
-            for number in itertools.count(2):
-                if name not in self.ids:
-                    break
-                name = f"{self.run.name}--{slug(text)}-{number}"
-            heading.name, heading["id"] = f"h{level}", name
-            self.ids.add(name)
-            self.headings.append((level, name, text))
-        return f'<div class="prose">{soup}</div>'
-
-
-def _linked(pages: Sequence[_Page]) -> str:
-    ids = {page.run.name: page.ids for page in pages}
-    articles = ""
-    for page in pages:
-
-        def settled(match: re.Match[str], own: str = page.run.name) -> str:
-            target = unquote(match[2].replace("&amp;", "&"))
-            file, _, fragment = target.partition("#")
+    def article(self, pages: Mapping[str, "_Page"]) -> str:
+        for link in self.body.find_all("a", href=True):
+            file, _, fragment = unquote(link["href"]).partition("#")
             if re.match("https?:|mailto:", file):
-                return match[0]
-            name = Path(file).stem if file.endswith(".ipynb") else "" if file else own
-            if name not in ids:  # nothing else lies beside the report
-                return match[1]
-            place = f"{name}--{slug(fragment)}"
-            return f'{match[1]} href="#{place if place in ids[name] else name}"'
+                continue
+            name = Path(file).stem if file.endswith(".ipynb") else "" if file else self.run.name
+            if name in pages:
+                place = f"{name}--{slug(fragment)}"
+                link["href"] = f"#{place if place in pages[name].ids else name}"
+            else:  # nothing else lies beside the report
+                del link["href"]
+        return f'<article id="{self.run.name}">{self.body}</article>\n'
 
-        body = re.sub(r'(<a\b[^>]*?) href="([^"]*)"', settled, page.body)
-        articles += f'<article id="{page.run.name}">{body}</article>\n'
-    return articles
+
+def _prepared(run: NotebookRun) -> Any:
+    """The notebook as the exporter wants it: cells with their numbers, widgets as pictures."""
+    notebook = read_notebook(run.path)
+    states = notebook.metadata.pop("widgets", {})
+    widgets = states.get("application/vnd.jupyter.widget-state+json", {}).get("state", {})
+    notebook.cells = [c for c in notebook.cells if c.cell_type != "code" or c.source.strip()]
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    for number, cell in enumerate(code, start=1):
+        error = run.error if run.error and run.error.cell == number else None
+        cell.metadata.number = number
+        cell.metadata.stopped = f"{error.name}: {error.value}" if error else ""
+        cell.metadata.alt = _UNDESCRIBED
+        cell.outputs = list(_outputs(cell.outputs, widgets, run))
+    return notebook
+
+
+def _outputs(outputs: list[Any], widgets: Mapping[str, Any], run: NotebookRun) -> Iterator[Any]:
+    for output in outputs:
+        data = output.get("data", {})
+        if RESULT_TYPE in data:
+            yield _shown("text/html", _result(run.result or data[RESULT_TYPE]))
+        elif _WIDGET_TYPE not in data:
+            if output.get("text") is None or output.text.strip():
+                yield output
+        elif "%|" not in data.get("text/plain", ""):  # a progress bar has had its time
+            shown = list(_widget(data[_WIDGET_TYPE]["model_id"], widgets, run))
+            note = f"Interactive in the notebook{', where it starts like this:' if shown else '.'}"
+            yield _shown("text/html", f'<p class="note">{note}</p>')
+            yield from shown
+
+
+def _widget(model_id: str, widgets: Mapping[str, Any], run: NotebookRun) -> Iterator[Any]:
+    model = widgets.get(model_id, {})
+    state = model.get("state", {})
+    yield from _outputs(state.get("outputs", []), widgets, run)
+    if model.get("model_name") == "ImageModel":
+        for picture in model.get("buffers", []):
+            yield _shown(f"image/{state.get('format', 'png')}", picture["data"])
+    for child in state.get("children", []):
+        yield from _widget(child.removeprefix("IPY_MODEL_"), widgets, run)
+
+
+def _shown(kind: str, data: str) -> Any:
+    from nbformat.v4 import new_output
+
+    return new_output("display_data", data={kind: data})
 
 
 def _result(result: Mapping[str, Any]) -> str:
