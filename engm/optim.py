@@ -6,7 +6,7 @@ All take their step with the same call, whose closure returns one loss per examp
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -25,6 +25,11 @@ from engm.norms.measures import (
     run_closure,
 )
 
+# After so many steps on a GPU the host waits to hear whether one of them failed.
+_ASK_EVERY = 100
+# The running mean of the example norms forgets over about 1 / (1 - 0.99) = 100 steps.
+_SCALE_DECAY = 0.99
+
 # --- the step guard
 
 
@@ -33,9 +38,9 @@ class StepGuard:
 
     On the CPU `check` raises at once. On a GPU to ask would stall the device until the host has had
     its answer. So the host goes on: the device skips the update, and all that follow, because
-    `skip` is the `found_inf` of torch's fused optimizers; the error comes with one of the next
-    steps, as soon as the host can know without waiting, or with `settle`. Either way the weights
-    are then those before the step that failed.
+    `skip` is the `found_inf` of torch's fused optimizers; the error comes with `settle`, which
+    `check` calls every 100 steps. Either way the weights are then those before the step that
+    failed.
 
     Args:
         message: Of the error, with {bad} and {count} for the examples of the batch.
@@ -48,8 +53,7 @@ class StepGuard:
         self.message = message
         self.skip: Tensor | None = None
         self._steps = 0  # updates asked for so far
-        self._record: Tensor | None = None  # of the first failure: step from 1, bad, count
-        self._answer: tuple[Tensor, Any] | None = None  # a copy for the host, under way
+        self._failure: Tensor | None = None  # the first: step from 1, or 0 for none; bad, count
 
     def check(self, failed: Tensor, bad: Tensor) -> None:
         """Takes note of a part of a batch.
@@ -65,13 +69,12 @@ class StepGuard:
             if bool(failed):
                 raise NonFiniteLossError(self.message.format(bad=int(bad.sum()), count=len(bad)))
             return
-        if self._record is None:
-            self._record = torch.zeros(3, dtype=torch.int64, device=bad.device)
-        if not distributed.several():  # they would not hear of it in the same step
-            self._poll()
-        now = [failed * (self._steps + 1), failed * bad.sum(), failed * len(bad)]
-        self._record = torch.where(self._record[0] > 0, self._record, torch.stack(now))
-        self.skip = (self._record[:1] > 0).float()
+        if self._steps and self._steps % _ASK_EVERY == 0:
+            self.settle()
+        now = torch.stack([failed * (self._steps + 1), failed * bad.sum(), failed * len(bad)])
+        first = self._failure
+        self._failure = now if first is None else torch.where(first[0] > 0, first, now)
+        self.skip = (self._failure[:1] > 0).float()
 
     def stepped(self) -> None:
         """Counts an update."""
@@ -83,25 +86,11 @@ class StepGuard:
         Raises:
             NonFiniteLossError: If an update was skipped.
         """
-        self._answer = None
-        if self._record is not None:
-            self._raise(self._record)
-
-    def _poll(self) -> None:
-        assert self._record is not None
-        if self._answer is None:
-            self._answer = _to_host(self._record)
-        copy, done = self._answer
-        if done is None or done.query():
-            self._answer = None
-            self._raise(copy)
-
-    def _raise(self, record: Tensor) -> None:
-        step, bad, count = record.tolist()
-        if step > 0:
+        step, bad, count = (0, 0, 0) if self._failure is None else self._failure.tolist()
+        if step:
             error = NonFiniteLossError(self.message.format(bad=bad, count=count))
             error.steps_ago = self._steps - step + 1
-            self._record, self.skip = None, None
+            self._failure, self.skip = None, None
             raise error
 
 
@@ -110,20 +99,127 @@ def defers(device: torch.device) -> bool:
     return device.type != "cpu"
 
 
-def _to_host(values: Tensor) -> tuple[Tensor, Any]:
-    if values.device.type != "cuda":
-        return values.cpu(), None
-    copy = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
-    copy.copy_(values, non_blocking=True)
-    done = torch.cuda.Event()
-    done.record(torch.cuda.current_stream(values.device))
-    return copy, done
+# --- what the optimizers share
+
+
+class _ExampleSGD(torch.optim.SGD):
+    """`torch.optim.SGD` whose closure returns one loss per example.
+
+    A subclass says in `accumulate` how the losses become a gradient: it calls the guard's `check`,
+    and keeps in `_gradients` what it has of the batch so far, in `_count` of how many examples.
+    """
+
+    max_norm: float | None = None  # of the gradient of a batch, all parameter groups together
+
+    def __init__(self, params: Iterable[Any], message: str, **sgd: Any) -> None:
+        super().__init__(params, **sgd)
+        self._guard = StepGuard(message)
+        self._count = 0
+        self._gradients: dict[Tensor, Tensor] = {}
+
+    def step(  # type: ignore[override]
+        self, closure: Closure | None = None, inputs: Tensor | None = None
+    ) -> Tensor | None:
+        """Takes a step along the gradient of the closure's losses.
+
+        Args:
+            closure: Runs the model and returns one loss per example, `[n]`. May be left out after
+                `accumulate`.
+            inputs: The images that the closure gives to the model; `ENGM(norms="input")` alone
+                needs them, the others take the same call.
+
+        Returns:
+            The losses, `[n]`, detached; `None` without a closure.
+
+        Raises:
+            InputError: If the closure returns something else than one loss per example.
+            NonFiniteLossError: If a loss is inf or nan (under ENGM: if no example has a finite loss
+                and gradient); the parameters are then as before. On a GPU it may come with a later
+                step, see `settle`.
+        """
+        losses = None
+        if closure is not None or not self._count:
+            losses = self.accumulate(closure, inputs)
+        self._take_step()
+        self._forget()
+        return losses
+
+    def accumulate(self, closure: Closure | None, inputs: Tensor | None = None) -> Tensor:
+        """Takes the gradient of a part of a batch, for a `step()` that follows.
+
+        Args:
+            closure: As for `step`, for the part.
+            inputs: As for `step`.
+
+        Returns:
+            The losses of the part, `[n]`, detached.
+        """
+        raise NotImplementedError
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forgets the gradients, and the parts of a batch that no step was taken along."""
+        super().zero_grad(set_to_none)
+        self._forget()
+
+    def settle(self) -> None:
+        """Waits for the device, and raises what steps on a GPU had no answer to yet.
+
+        There a step whose losses are not finite is skipped, with all that follow, and the error
+        comes within 100 steps, or here. Call it before the weights are used or kept.
+
+        Raises:
+            NonFiniteLossError: If a step was skipped.
+        """
+        self._guard.settle()
+
+    def _forget(self) -> None:
+        self._count, self._gradients = 0, {}
+
+    def _take_step(self) -> None:
+        """Updates the weights along the mean over all processes of `_gradients`."""
+        distributed.average(list(self._gradients.values()), self._count)
+        skip = self._guard.skip
+        fused = skip is not None or any(group["fused"] for group in self.param_groups)
+        for parameter, gradient in self._gradients.items():
+            gradient = _laid_out(gradient, parameter) if fused else gradient
+            before = parameter.grad
+            parameter.grad = gradient if before is None else before + gradient
+        if self.max_norm is not None:
+            nn.utils.clip_grad_norm_(self._parameters(), self.max_norm)
+        if fused:
+            self._fuse()
+        if skip is not None:
+            self.found_inf = skip
+        super().step()
+        self._guard.stepped()
+
+    def _fuse(self) -> None:
+        # the fused update alone can be skipped on the device; it needs the momentum from the start
+        for group in self.param_groups:
+            group["fused"], group["foreach"] = True, False
+            for parameter in group["params"] if group["momentum"] else []:
+                buffer = self.state[parameter].get("momentum_buffer")
+                if buffer is not None:
+                    self.state[parameter]["momentum_buffer"] = _laid_out(buffer, parameter)
+                elif group["dampening"]:
+                    self.settle()  # a first step that is skipped would leave it unset
+                else:
+                    self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+
+    def _parameters(self) -> list[Tensor]:
+        return [p for group in self.param_groups for p in group["params"]]
+
+
+def _laid_out(values: Tensor, parameter: Tensor) -> Tensor:
+    # fused kernels run through the memory of both, whatever their strides
+    same = values.stride() == parameter.stride()
+    return values if same else torch.empty_like(parameter).copy_(values)
 
 
 # --- MSGD
 
 
-class MSGD(torch.optim.SGD):
+class MSGD(_ExampleSGD):
     """Momentum SGD, `v <- mu v + mean_i g_i + lambda theta`, `theta <- theta - eta v`.
 
     `torch.optim.SGD` whose closure returns one loss per example, with optional clipping of the
@@ -145,166 +241,33 @@ class MSGD(torch.optim.SGD):
     ) -> None:
         if max_norm is not None and not max_norm > 0:
             raise InputError(f"max_norm must be above 0, or None for no clipping; got {max_norm}")
-        super().__init__(params, lr=lr, **sgd)
+        super().__init__(params, "{bad} of {count} losses are inf or nan; " + NO_STEP, lr=lr, **sgd)
         self.max_norm = max_norm
-        self._guard = StepGuard("{bad} of {count} losses are inf or nan; " + NO_STEP)
-        self._count = 0  # examples of the batch so far, and their mean gradient
-        self._means: dict[Tensor, Tensor] = {}
-
-    def step(  # type: ignore[override]
-        self, closure: Closure | None = None, inputs: Tensor | None = None
-    ) -> Tensor | None:
-        """Takes a step along the mean gradient of the closure's losses.
-
-        Args:
-            closure: Runs the model and returns one loss per example, `[n]`. May be left out after
-                `accumulate`.
-            inputs: Not used; here so that every optimizer takes the same call.
-
-        Returns:
-            The losses, `[n]`, detached; `None` without a closure.
-
-        Raises:
-            InputError: If the closure returns something else than one loss per example.
-            NonFiniteLossError: If a loss is inf or nan; the parameters are then as before. On a GPU
-                it may come with a later step, see `settle`.
-        """
-        losses = None
-        if closure is not None or not self._count:
-            losses = self.accumulate(closure, inputs)
-        distributed.average(list(self._means.values()), self._count)
-        update(self, self._means, self._guard, super().step, self.max_norm)
-        self._count, self._means = 0, {}
-        return losses
 
     def accumulate(self, closure: Closure | None, inputs: Tensor | None = None) -> Tensor:
-        """Takes the gradient of a part of a batch, for a `step()` that follows.
-
-        Args:
-            closure: As for `step`, for the part.
-            inputs: Not used.
-
-        Returns:
-            The losses of the part, `[n]`, detached.
-        """
+        """Takes the mean gradient of a part of a batch, see `step`."""
         losses = run_closure(closure)
         bad = ~losses.detach().isfinite()
         # wherever the losses are, so that no process waits
         self._guard.check(distributed.mean(bad) > 0, bad)
-        parameters = [p for p in _parameters(self) if p.requires_grad]
+        parameters = [p for p in self._parameters() if p.requires_grad]
         gradients = torch.autograd.grad(losses.mean(), parameters, allow_unused=True)
         share = len(losses) / (self._count + len(losses))
         for parameter, gradient in zip(parameters, gradients, strict=True):
-            before = self._means.get(parameter)
+            before = self._gradients.get(parameter)
             if before is not None:
                 after = torch.zeros_like(before) if gradient is None else gradient
-                self._means[parameter] = before.lerp(after, share)
+                self._gradients[parameter] = before.lerp(after, share)
             elif gradient is not None:
-                self._means[parameter] = gradient if share == 1 else gradient * share
+                self._gradients[parameter] = gradient if share == 1 else gradient * share
         self._count += len(losses)
         return losses.detach()
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Forgets the gradients, and the parts of a batch that no step was taken along."""
-        super().zero_grad(set_to_none)
-        self._count, self._means = 0, {}
-
-    def settle(self) -> None:
-        """Waits for the device, and raises what steps on a GPU had no answer to yet.
-
-        See `ENGM.settle`.
-        """
-        self._guard.settle()
-
-
-def update(
-    optimizer: torch.optim.SGD,
-    gradients: dict[Tensor, Tensor],
-    guard: StepGuard,
-    step: Callable[[], Any],
-    max_norm: float | None = None,
-) -> None:
-    """Gives each parameter its gradient and calls `step` of `torch.optim.SGD`.
-
-    Args:
-        optimizer: Whose parameters they are.
-        gradients: What is added to each parameter's `grad`.
-        guard: On a GPU the update is skipped there where this says so.
-        step: The update.
-        max_norm: Longest gradient, all parameters together.
-    """
-    deferred = guard.skip is not None
-    fused = deferred or any(group["fused"] for group in optimizer.param_groups)
-    for parameter, gradient in gradients.items():
-        gradient = _laid_out(gradient, parameter) if fused else gradient
-        before = parameter.grad
-        parameter.grad = gradient if before is None else before + gradient
-    if max_norm is not None:
-        nn.utils.clip_grad_norm_(_parameters(optimizer), max_norm)
-    if deferred:
-        optimizer.found_inf = guard.skip  # type: ignore[attr-defined]
-    for group in optimizer.param_groups if fused else ():
-        group["fused"], group["foreach"] = True, False
-        for parameter in group["params"] if group["momentum"] else ():
-            buffer = optimizer.state[parameter].get("momentum_buffer")
-            if buffer is not None:
-                buffer = _laid_out(buffer, parameter)
-            elif group["dampening"]:
-                guard.settle()  # a first step that is skipped would leave it unset
-                continue
-            else:
-                buffer = torch.zeros_like(parameter)
-            optimizer.state[parameter]["momentum_buffer"] = buffer
-    step()
-    guard.stepped()
-
-
-def _laid_out(values: Tensor, parameter: Tensor) -> Tensor:
-    # fused kernels run through the memory of both, whatever their strides
-    same = values.stride() == parameter.stride()
-    return values if same else torch.empty_like(parameter).copy_(values)
-
-
-def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
-    return [p for group in optimizer.param_groups for p in group["params"]]
 
 
 # --- ENGM
 
-__all__ = ["ENGM", "MSGD", "ExampleWeights", "build", "example_weights"]
 
-# The running mean of the example norms forgets over about 1 / (1 - 0.99) = 100 steps.
-_SCALE_DECAY = 0.99
-
-
-@dataclass(frozen=True)
-class ExampleWeights:
-    """How a step of ENGM weighed its examples.
-
-    Attributes:
-        norms: |g_i| before weighing, or their estimates, `[n]`.
-        weights: w_i, `[n]`; the step followed the mean of the w_i g_i.
-        good: Which examples had a finite loss and gradient, `[n]` booleans; others got weight 0.
-    """
-
-    norms: Tensor
-    weights: Tensor
-    good: Tensor
-    _scale: Tensor
-
-    # read when they are asked for, so that a step on a GPU need not wait for them
-    @property
-    def scale(self) -> float:
-        """c, the longest that a w_i g_i may be."""
-        return float(self._scale)
-
-    @property
-    def excluded(self) -> int:
-        """How many examples had an inf or nan loss or gradient, and got weight 0."""
-        return int((~self.good).sum())
-
-
-class ENGM(torch.optim.SGD):
+class ENGM(_ExampleSGD):
     """Momentum SGD over example-normalised gradients (arXiv 2209.01199, abstract).
 
     MSGD follows the mean of the g_i, the gradients of the examples; ENGM follows the mean of the
@@ -369,7 +332,9 @@ class ENGM(torch.optim.SGD):
         if norms not in ("exact", "input", "loop"):
             raise InputError(f"norms must be 'exact', 'input' or 'loop', got {norms!r}")
         trainable = [p for p in model.parameters() if p.requires_grad]
-        super().__init__(trainable, lr=lr, momentum=momentum, weight_decay=weight_decay, **sgd)
+        message = f"all losses or their gradients are inf or nan; {NO_STEP}"
+        how = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
+        super().__init__(trainable, message, **how, **sgd)
         self.scale, self.floor = scale, floor
         self.last: ExampleWeights | None = None
         self.measure: ExactMeasure | InputMeasure | LoopMeasure
@@ -379,45 +344,8 @@ class ENGM(torch.optim.SGD):
             self.measure = InputMeasure(model, refresh_every)
         else:
             self.measure = LoopMeasure(model)
-        self._guard = StepGuard(f"all losses or their gradients are inf or nan; {NO_STEP}")
         self._mean_norm: Tensor | None = None  # of the steps so far, float64
-        self._pending: list[Tensor] = []  # the norms of each part of the batch so far
-        self._sums: dict[Tensor, Tensor] = {}  # sum_i w_i g_i so far
-
-    def step(  # type: ignore[override]
-        self, closure: Closure | None = None, inputs: Tensor | None = None
-    ) -> Tensor | None:
-        """Takes a step along the mean of the weighted gradients of the closure's losses.
-
-        Args:
-            closure: Runs the model and returns one loss per example, `[n]`. May be left out after
-                `accumulate`.
-            inputs: With `norms="input"` the images that the closure gives to the model.
-
-        Returns:
-            The losses, `[n]`, detached; `None` without a closure.
-
-        Raises:
-            InputError: If the closure returns something else than one loss per example.
-            NonFiniteLossError: If no example has a finite loss and gradient; the parameters are
-                then as before. On a GPU it may come with a later step, see `settle`.
-        """
-        losses = None
-        if closure is not None or not self._pending:
-            losses = self.accumulate(closure, inputs)
-        norms = torch.cat(self._pending)
-        for total in self._sums.values():
-            total.div_(len(norms))
-        distributed.average(list(self._sums.values()), len(norms))
-        update(self, self._sums, self._guard, super().step)
-        mean = distributed.mean(norms, norms.isfinite())
-        before = torch.zeros_like(mean) if self._mean_norm is None else self._mean_norm
-        decay = _SCALE_DECAY * (before > 0).double()
-        after = decay * before + (1 - decay) * mean
-        skip = self._guard.skip
-        self._mean_norm = after if skip is None else torch.where(skip[0] > 0, before, after)
-        self._pending, self._sums = [], {}
-        return losses
+        self._norms: list[Tensor] = []  # of each part of the batch so far; nan where left out
 
     def accumulate(self, closure: Closure | None, inputs: Tensor | None = None) -> Tensor:
         """Takes sum_i w_i g_i of a part of a batch, for a `step()` that follows.
@@ -443,27 +371,12 @@ class ENGM(torch.optim.SGD):
         gradients = weighted(weights, None if all_good else good)
         for parameter, gradient in gradients.items():
             gradient = gradient.to(parameter.dtype)
-            before = self._sums.get(parameter)
-            self._sums[parameter] = gradient if before is None else before + gradient
-        self._pending.append(norms.masked_fill(~good, math.nan))
+            before = self._gradients.get(parameter)
+            self._gradients[parameter] = gradient if before is None else before + gradient
+        self._count += len(losses)
+        self._norms.append(norms.masked_fill(~good, math.nan))
         self.last = ExampleWeights(norms, weights, good, scale)
         return losses
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Forgets the gradients, and the parts of a batch that no step was taken along."""
-        super().zero_grad(set_to_none)
-        self._pending, self._sums = [], {}
-
-    def settle(self) -> None:
-        """Waits for the device, and raises what steps on a GPU had no answer to yet.
-
-        There a step whose losses are not finite is skipped, with all that follow, and the error
-        comes with one of the next steps, or here. Call it before the weights are used or kept.
-
-        Raises:
-            NonFiniteLossError: If a step was skipped.
-        """
-        self._guard.settle()
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the state of `torch.optim.SGD`, the running mean and the estimate's line."""
@@ -480,41 +393,31 @@ class ENGM(torch.optim.SGD):
         self._mean_norm = torch.tensor(mean_norm, dtype=torch.float64, device=device)
         self.measure.load(own.get("measure", {}))
 
+    def _forget(self) -> None:
+        super()._forget()
+        self._norms = []
+
+    def _take_step(self) -> None:
+        for total in self._gradients.values():
+            total.div_(self._count)
+        super()._take_step()
+        norms = torch.cat(self._norms)
+        mean = distributed.mean(norms, norms.isfinite())
+        before = torch.zeros_like(mean) if self._mean_norm is None else self._mean_norm
+        decay = _SCALE_DECAY * (before > 0).double()
+        after = decay * before + (1 - decay) * mean
+        skip = self._guard.skip
+        self._mean_norm = after if skip is None else torch.where(skip[0] > 0, before, after)
+
     def _current_scale(self, norms: Tensor, good: Tensor) -> Tensor:
         if self.scale != "mean":
             return torch.full((), self.scale, dtype=torch.float64, device=norms.device)
-        if self._pending and self.last:
+        if self._count and self.last:
             return self.last._scale  # the first part speaks for all
         mean = distributed.mean(norms, good)
         if self._mean_norm is None:
             return mean
         return torch.where(self._mean_norm > 0, self._mean_norm, mean)
-
-
-def example_weights(norms: Tensor, scale: float | Tensor, floor: float) -> Tensor:
-    """Returns w_i = c / max(|g_i|, f c), so that |w_i g_i| <= c.
-
-    Args:
-        norms: |g_i|, `[n]`.
-        scale: c, a number or a tensor of one. Where it is 0, all gradients are, and the weights
-            are 1.
-        floor: f in (0, 1].
-    """
-    scale = torch.as_tensor(scale, dtype=torch.float64, device=norms.device)
-    weights = norms.clamp(min=floor * scale).reciprocal() * scale
-    return torch.where(scale == 0, 1.0, weights).to(norms.dtype)
-
-
-def build(config: RunConfig, model: nn.Module) -> MSGD | ENGM:
-    """Makes the outer optimizer that a run asks for."""
-    sgd: dict[str, Any] = dict(
-        lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay
-    )
-    if config.optimizer in ("engm", "engm-input"):
-        norms: Any = "exact" if config.optimizer == "engm" else "input"
-        return ENGM(model, **sgd, scale=config.scale, floor=config.floor, norms=norms)
-    max_norm = config.max_norm if config.optimizer == "msgd-clip" else None
-    return MSGD((p for p in model.parameters() if p.requires_grad), **sgd, max_norm=max_norm)
 
 
 def _check_model(model: Any) -> None:
@@ -534,3 +437,71 @@ def _check_model(model: Any) -> None:
         )
     if not any(p.requires_grad for p in model.parameters()):
         raise InputError("the model has no parameter that requires a gradient")
+
+
+# --- the weights of examples
+
+
+@dataclass(frozen=True)
+class ExampleWeights:
+    """How a step of ENGM weighed its examples.
+
+    Attributes:
+        norms: |g_i| before weighing, or their estimates, `[n]`.
+        weights: w_i, `[n]`; the step followed the mean of the w_i g_i.
+        good: Which examples had a finite loss and gradient, `[n]` booleans; others got weight 0.
+    """
+
+    norms: Tensor
+    weights: Tensor
+    good: Tensor
+    _scale: Tensor
+
+    # read when they are asked for, so that a step on a GPU need not wait for them
+    @property
+    def scale(self) -> float:
+        """c, the longest that a w_i g_i may be."""
+        return float(self._scale)
+
+    @property
+    def excluded(self) -> int:
+        """How many examples had an inf or nan loss or gradient, and got weight 0."""
+        return int((~self.good).sum())
+
+
+def example_weights(norms: Tensor, scale: float | Tensor, floor: float) -> Tensor:
+    """Returns w_i = c / max(|g_i|, f c), so that |w_i g_i| <= c.
+
+    Args:
+        norms: |g_i|, `[n]`.
+        scale: c, a number or a tensor of one. Where it is 0, all gradients are, and the weights
+            are 1.
+        floor: f in (0, 1].
+    """
+    scale = torch.as_tensor(scale, dtype=torch.float64, device=norms.device)
+    weights = norms.clamp(min=floor * scale).reciprocal() * scale
+    return torch.where(scale == 0, 1.0, weights).to(norms.dtype)
+
+
+# --- the optimizer of a run
+
+
+def build(config: RunConfig, model: nn.Module) -> MSGD | ENGM:
+    """Makes the outer optimizer that a run asks for."""
+    if config.optimizer in ("engm", "engm-input"):
+        return ENGM(
+            model,
+            config.lr,
+            config.momentum,
+            config.weight_decay,
+            config.scale,
+            config.floor,
+            "exact" if config.optimizer == "engm" else "input",
+        )
+    return MSGD(
+        (p for p in model.parameters() if p.requires_grad),
+        config.lr,
+        momentum=config.momentum,
+        weight_decay=config.weight_decay,
+        max_norm=config.max_norm if config.optimizer == "msgd-clip" else None,
+    )

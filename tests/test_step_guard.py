@@ -7,11 +7,8 @@ import torch
 from torch.nn import functional as F
 
 from engm import AWP, ENGM, FGSM, MSGD, PGD, PGDAT, TRADES, models, optim
-from engm import optim as msgd
-from engm import optim as step_guard
 from engm.device import AttackedModel
 from engm.errors import NonFiniteLossError
-from engm.optim import StepGuard
 from engm.training import train_one_epoch
 
 OPTIMIZERS = {
@@ -25,8 +22,7 @@ OPTIMIZERS = {
 
 @pytest.fixture
 def like_a_gpu(monkeypatch):
-    for module in (step_guard, optim):
-        monkeypatch.setattr(module, "defers", lambda device: True)
+    monkeypatch.setattr(optim, "defers", lambda device: True)
 
 
 def network(dtype=torch.float64, norm="batch"):
@@ -62,8 +58,7 @@ def test_the_steps_are_those_of_the_cpu(name, monkeypatch):
     ends = []
     for deferred in (False, True):
         with monkeypatch.context() as patch:
-            for module in (step_guard, optim):
-                patch.setattr(module, "defers", lambda device, found=deferred: found)
+            patch.setattr(optim, "defers", lambda device, found=deferred: found)
             model = network(norm="group")
             optimizer = OPTIMIZERS[name](model)
             some_bad = [(), (3,), (), (0, 5)] if name in ("engm", "fixed", "input") else [()] * 4
@@ -82,7 +77,7 @@ def test_the_steps_are_those_of_the_cpu(name, monkeypatch):
 
 @pytest.mark.parametrize("first", [True, False])
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_a_failed_step_and_those_after_it_change_nothing(name, first, like_a_gpu, monkeypatch):
+def test_a_failed_step_and_those_after_it_change_nothing(name, first, like_a_gpu):
     model = network()
     optimizer = OPTIMIZERS[name](model)
     taken = 0 if first else 2
@@ -90,7 +85,6 @@ def test_a_failed_step_and_those_after_it_change_nothing(name, first, like_a_gpu
         step(model, optimizer, *batch(seed))
     before, momenta = weights(model), buffers(optimizer)
     own = optimizer.state_dict().get("engm")
-    monkeypatch.setattr(StepGuard, "_poll", lambda guard: None)  # the host knows nothing yet
     everything = tuple(range(8))
     step(model, optimizer, *batch(7, bad=everything))
     for seed in (8, 9):
@@ -119,8 +113,7 @@ def test_what_was_kept_on_a_gpu_goes_on_elsewhere(name, monkeypatch):
         model = network(norm="group")
         kept = None
         for found in deferred:
-            for module in (step_guard, optim):
-                monkeypatch.setattr(module, "defers", lambda device, found=found: found)
+            monkeypatch.setattr(optim, "defers", lambda device, found=found: found)
             optimizer = OPTIMIZERS[name](model)
             if kept is not None:
                 optimizer.load_state_dict(kept)
@@ -134,8 +127,7 @@ def test_what_was_kept_on_a_gpu_goes_on_elsewhere(name, monkeypatch):
 
 
 @pytest.mark.parametrize("fails", [True, False])
-def test_with_dampening_the_first_step_is_waited_for(fails, like_a_gpu, monkeypatch):
-    monkeypatch.setattr(StepGuard, "_poll", lambda guard: None)
+def test_with_dampening_the_first_step_is_waited_for(fails, like_a_gpu):
     model, plain = network(), network()
     dampened = dict(lr=0.1, momentum=0.9, dampening=0.5)
     optimizer = MSGD(model.parameters(), **dampened)
@@ -154,47 +146,21 @@ def test_with_dampening_the_first_step_is_waited_for(fails, like_a_gpu, monkeypa
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)
 
 
-def test_the_error_comes_with_a_later_step(like_a_gpu):
+def test_the_error_comes_within_so_many_steps_even_if_nobody_asks(like_a_gpu, monkeypatch):
+    monkeypatch.setattr(optim, "_ASK_EVERY", 4)
     model = network()
     optimizer = OPTIMIZERS["msgd"](model)
-    step(model, optimizer, *batch(0))
-    step(model, optimizer, *batch(1, bad=(2, 4)))
+    for seed in range(6):
+        step(model, optimizer, *batch(seed, bad=(2, 4) if seed == 5 else ()))
+    for seed in (6, 7):
+        step(model, optimizer, *batch(seed))
     with pytest.raises(NonFiniteLossError, match="2 of 8 losses") as error:
-        step(model, optimizer, *batch(2))
-    assert error.value.steps_ago == 1
-
-
-def test_the_host_asks_again_when_the_answer_has_come(like_a_gpu, monkeypatch):
-    class Event:
-        ready = False
-
-        def query(self):
-            return self.ready
-
-    copies = []
-
-    def to_host(values):
-        copies.append(values.clone())
-        return copies[-1], Event()
-
-    monkeypatch.setattr(step_guard, "_to_host", to_host)
-    guard = StepGuard("{bad} of {count}")
-    bad = torch.tensor([False, True, False])
-    for k in range(4):
-        guard.check(torch.tensor(k == 1), bad)
-        guard.stepped()
-    assert len(copies) == 1 and float(guard.skip) == 1
-    Event.ready = True
-    guard.check(torch.tensor(False), bad)  # the first answer, from before the failure
-    guard.stepped()
-    with pytest.raises(NonFiniteLossError, match="1 of 3") as error:
-        guard.check(torch.tensor(False), bad)
-    assert (len(copies), error.value.steps_ago) == (2, 4)
+        step(model, optimizer, *batch(8))
+    assert error.value.steps_ago == 3  # the 6th, the 7th and the 8th
 
 
 @pytest.mark.parametrize("spoilt", [0, 2])
-def test_a_bad_part_of_a_batch_fails_the_step(spoilt, like_a_gpu, monkeypatch):
-    monkeypatch.setattr(StepGuard, "_poll", lambda guard: None)
+def test_a_bad_part_of_a_batch_fails_the_step(spoilt, like_a_gpu):
     model = network()
     optimizer = OPTIMIZERS["msgd"](model)
     before = weights(model)
@@ -233,18 +199,12 @@ def test_an_epoch_names_the_step_that_failed(when, like_a_gpu):
 
 @pytest.fixture
 def without_values(monkeypatch):
-    monkeypatch.setattr(StepGuard, "_poll", lambda guard: None)
-    monkeypatch.setattr(msgd, "update", update_without_values)
-    monkeypatch.setattr(optim, "update", update_without_values)
+    def update(optimizer, closure=None):
+        """In place of the fused update, which "meta" does not know."""
+        assert optimizer.found_inf.shape == (1,)
+        assert all(group["fused"] for group in optimizer.param_groups)
 
-
-def update_without_values(optimizer, gradients, guard, step, max_norm=None):
-    """As `msgd.update`, but for the fused update itself, which "meta" does not know."""
-    real(optimizer, gradients, guard, lambda: None, max_norm)
-    assert guard.skip.shape == (1,)
-
-
-real = msgd.update
+    monkeypatch.setattr(torch.optim.SGD, "step", update)
 
 
 @pytest.mark.parametrize("norm", ["batch", "group"])
