@@ -47,12 +47,13 @@ class StepGuard:
 
     Attributes:
         skip: `[1]`, above 0 once a step has failed; `None` on the CPU.
+        steps: How many updates were asked for so far; the optimizer counts them.
     """
 
     def __init__(self, message: str) -> None:
         self.message = message
         self.skip: Tensor | None = None
-        self._steps = 0  # updates asked for so far
+        self.steps = 0
         self._failure: Tensor | None = None  # the first: step from 1, or 0 for none; bad, count
 
     def check(self, failed: Tensor, bad: Tensor) -> None:
@@ -69,16 +70,12 @@ class StepGuard:
             if bool(failed):
                 raise NonFiniteLossError(self.message.format(bad=int(bad.sum()), count=len(bad)))
             return
-        if self._steps and self._steps % _ASK_EVERY == 0:
+        if self.steps and self.steps % _ASK_EVERY == 0:
             self.settle()
-        now = torch.stack([failed * (self._steps + 1), failed * bad.sum(), failed * len(bad)])
+        now = torch.stack([failed * (self.steps + 1), failed * bad.sum(), failed * len(bad)])
         first = self._failure
         self._failure = now if first is None else torch.where(first[0] > 0, first, now)
         self.skip = (self._failure[:1] > 0).float()
-
-    def stepped(self) -> None:
-        """Counts an update."""
-        self._steps += 1
 
     def settle(self) -> None:
         """Waits for the device, and raises what `check` could not yet.
@@ -89,7 +86,7 @@ class StepGuard:
         step, bad, count = (0, 0, 0) if self._failure is None else self._failure.tolist()
         if step:
             error = NonFiniteLossError(self.message.format(bad=bad, count=count))
-            error.steps_ago = self._steps - step + 1
+            error.steps_ago = self.steps - step + 1
             self._failure, self.skip = None, None
             raise error
 
@@ -145,15 +142,7 @@ class _ExampleSGD(torch.optim.SGD):
         return losses
 
     def accumulate(self, closure: Closure | None, inputs: Tensor | None = None) -> Tensor:
-        """Takes the gradient of a part of a batch, for a `step()` that follows.
-
-        Args:
-            closure: As for `step`, for the part.
-            inputs: As for `step`.
-
-        Returns:
-            The losses of the part, `[n]`, detached.
-        """
+        """Takes the gradient of a part of a batch, for a `step()` that follows."""
         raise NotImplementedError
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -191,7 +180,7 @@ class _ExampleSGD(torch.optim.SGD):
         if skip is not None:
             self.found_inf = skip
         super().step()
-        self._guard.stepped()
+        self._guard.steps += 1
 
     def _fuse(self) -> None:
         # the fused update alone can be skipped on the device; it needs the momentum from the start
@@ -245,7 +234,15 @@ class MSGD(_ExampleSGD):
         self.max_norm = max_norm
 
     def accumulate(self, closure: Closure | None, inputs: Tensor | None = None) -> Tensor:
-        """Takes the mean gradient of a part of a batch, see `step`."""
+        """Takes the mean gradient of a part of a batch, for a `step()` that follows.
+
+        Args:
+            closure: As for `step`, for the part.
+            inputs: As for `step`.
+
+        Returns:
+            The losses of the part, `[n]`, detached.
+        """
         losses = run_closure(closure)
         bad = ~losses.detach().isfinite()
         # wherever the losses are, so that no process waits
@@ -352,14 +349,8 @@ class ENGM(_ExampleSGD):
 
         A batch that does not fit into memory is given in parts; the step is the same as with the
         whole, since c is fixed by the steps before (under "mean", in the very first step, by the
-        first part). BatchNorm in train mode sees the parts, not the whole.
-
-        Args:
-            closure: As for `step`, for the part.
-            inputs: As for `step`.
-
-        Returns:
-            The losses of the part, `[n]`, detached.
+        first part). BatchNorm in train mode sees the parts, not the whole. Arguments and result
+        are those of `MSGD.accumulate`.
         """
         losses, norms, weighted = self.measure(closure, inputs)
         good = norms.isfinite() & losses.isfinite()
@@ -491,16 +482,16 @@ def build(config: RunConfig, model: nn.Module) -> MSGD | ENGM:
     if config.optimizer in ("engm", "engm-input"):
         return ENGM(
             model,
-            config.lr,
-            config.momentum,
-            config.weight_decay,
-            config.scale,
-            config.floor,
-            "exact" if config.optimizer == "engm" else "input",
+            lr=config.lr,
+            momentum=config.momentum,
+            weight_decay=config.weight_decay,
+            scale=config.scale,
+            floor=config.floor,
+            norms="exact" if config.optimizer == "engm" else "input",
         )
     return MSGD(
         (p for p in model.parameters() if p.requires_grad),
-        config.lr,
+        lr=config.lr,
         momentum=config.momentum,
         weight_decay=config.weight_decay,
         max_norm=config.max_norm if config.optimizer == "msgd-clip" else None,
