@@ -49,8 +49,19 @@ def no_attack(model: nn.Module, x: Tensor, y: Tensor, rows: slice | None = None)
     return x if rows is None else x[rows]
 
 
+class _Checked:
+    beta = label_smoothing = 0.0
+
+    def __post_init__(self) -> None:
+        """Refuses a beta below 0 and a label smoothing that is no fraction."""
+        _check_amount("beta", self.beta)
+        if not 0 <= self.label_smoothing < 1:
+            value = self.label_smoothing
+            raise InputError(f"label_smoothing must be in [0, 1), got {value!r}; 0.1 is usual")
+
+
 @dataclass(frozen=True)
-class Natural:
+class Natural(_Checked):
     """Natural training (NT): cross-entropy on the clean images.
 
     Args:
@@ -60,17 +71,13 @@ class Natural:
     attack: Attack = no_attack
     label_smoothing: float = 0.0
 
-    def __post_init__(self) -> None:
-        """Refuses a fraction that is none."""
-        _check_smoothing(self.label_smoothing)
-
     def losses(self, model: nn.Module, x: Tensor, x_adv: Tensor, y: Tensor) -> Tensor:
         """Returns the cross-entropy of each clean example, `[n]`."""
         return _cross_entropy(_logits(model, x), y, self.label_smoothing)
 
 
 @dataclass(frozen=True)
-class PGDAT:
+class PGDAT(_Checked):
     """Adversarial training with PGD (Madry et al. 2018, arXiv 1706.06083).
 
     With a single step of `1.25 * eps` it is the fast AT of Wong et al. 2020 (arXiv 2001.03994):
@@ -84,17 +91,13 @@ class PGDAT:
     attack: Attack
     label_smoothing: float = 0.0
 
-    def __post_init__(self) -> None:
-        """Refuses a fraction that is none."""
-        _check_smoothing(self.label_smoothing)
-
     def losses(self, model: nn.Module, x: Tensor, x_adv: Tensor, y: Tensor) -> Tensor:
         """Returns the cross-entropy of each adversarial example, `[n]`."""
         return _cross_entropy(_logits(model, x_adv), y, self.label_smoothing)
 
 
 @dataclass(frozen=True)
-class TRADES:
+class TRADES(_Checked):
     """Clean cross-entropy plus beta times KL(p(x) || p(x_adv)) (Zhang et al. 2019, 1901.08573).
 
     The attack climbs the same divergence from x plus a little normal noise, without the label:
@@ -110,11 +113,6 @@ class TRADES:
     beta: float = 6.0
     label_smoothing: float = 0.0
 
-    def __post_init__(self) -> None:
-        """Refuses a beta below 0 and a fraction that is none."""
-        _check_beta(self.beta)
-        _check_smoothing(self.label_smoothing)
-
     def losses(self, model: nn.Module, x: Tensor, x_adv: Tensor, y: Tensor) -> Tensor:
         """Returns the loss of each pair of a clean and an adversarial example, `[n]`."""
         logits = _logits(model, x)
@@ -123,7 +121,7 @@ class TRADES:
 
 
 @dataclass(frozen=True)
-class MART:
+class MART(_Checked):
     """Misclassification-aware AT (Wang et al., ICLR 2020).
 
     The loss of an example is
@@ -140,18 +138,14 @@ class MART:
     attack: Attack
     beta: float = 5.0
 
-    def __post_init__(self) -> None:
-        """Refuses a beta below 0."""
-        _check_beta(self.beta)
-
     def losses(self, model: nn.Module, x: Tensor, x_adv: Tensor, y: Tensor) -> Tensor:
         """Returns the loss of each pair of a clean and an adversarial example, `[n]`."""
         logits, logits_adv = _logits(model, x), _logits(model, x_adv)
         true = y[:, None]
         # the wrong class that x_adv is most taken for
-        rival = logits_adv.scatter(1, true, -float("inf")).argmax(1, keepdim=True)
+        rival = logits_adv.scatter(1, true, -math.inf).argmax(1, keepdim=True)
         # log(1 - p_k): all the other classes together
-        rest = logits_adv.scatter(1, rival, -float("inf")).logsumexp(1) - logits_adv.logsumexp(1)
+        rest = logits_adv.scatter(1, rival, -math.inf).logsumexp(1) - logits_adv.logsumexp(1)
         missed = 1 - logits.softmax(1).gather(1, true)[:, 0]
         boosted = F.cross_entropy(logits_adv, y, reduction="none") - rest
         return boosted + self.beta * missed * kl(logits_adv, logits)
@@ -171,13 +165,12 @@ def build(config: RunConfig) -> Method:
         loss="kl" if config.method == "trades" else "ce",
         start_noise=0.001 if config.method == "trades" else 0.0,
     )
-    match config.method:
-        case "trades":
-            assert config.beta is not None
-            return TRADES(attack, config.beta, config.label_smoothing)
-        case "mart":
-            assert config.beta is not None
-            return MART(attack, config.beta)
+    if config.method == "trades":
+        assert config.beta is not None
+        return TRADES(attack, config.beta, config.label_smoothing)
+    if config.method == "mart":
+        assert config.beta is not None
+        return MART(attack, config.beta)
     return PGDAT(attack, config.label_smoothing)
 
 
@@ -191,14 +184,9 @@ def _cross_entropy(logits: Tensor, y: Tensor, label_smoothing: float) -> Tensor:
     return F.cross_entropy(logits, y, reduction="none", label_smoothing=label_smoothing)
 
 
-def _check_beta(value: float) -> None:
-    if not 0 <= value < float("inf"):
-        raise InputError(f"beta must be a number, 0 or more; got {value!r}")
-
-
-def _check_smoothing(value: float) -> None:
-    if not 0 <= value < 1:
-        raise InputError(f"label_smoothing must be in [0, 1), got {value!r}; 0.1 is usual")
+def _check_amount(name: str, value: float) -> None:
+    if not 0 <= value < math.inf:
+        raise InputError(f"{name} must be a number, 0 or more; got {value!r}")
 
 
 # --- adversarial weight perturbation
@@ -226,8 +214,7 @@ class AWP:
 
     def __post_init__(self) -> None:
         """Refuses a gamma below 0."""
-        if not 0 <= self.gamma < math.inf:
-            raise InputError(f"gamma must be a number, 0 or more; got {self.gamma!r}")
+        _check_amount("gamma", self.gamma)
 
     @contextmanager
     def __call__(self, model: nn.Module, closure: Closure) -> Iterator[None]:
@@ -261,12 +248,11 @@ class AWP:
                 finite = losses.isfinite()
                 count = finite.sum().clamp(min=1)
                 mean = torch.where(finite, losses, 0).sum() / count
-                found = torch.autograd.grad(mean, weights, allow_unused=True)
+                gradients = torch.autograd.grad(
+                    mean, weights, allow_unused=True, materialize_grads=True
+                )
         finally:
             _put_back(buffers, kept)
-        gradients = [
-            torch.zeros_like(w) if g is None else g for w, g in zip(weights, found, strict=True)
-        ]
         distributed.average(gradients, finite.sum())
         steps = []
         for weight, gradient in zip(weights, gradients, strict=True):
