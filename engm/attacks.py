@@ -25,71 +25,9 @@ from torch.nn import functional as F
 from engm.device import AttackedModel
 from engm.errors import InputError
 
-# --- attacks
-
-
-def cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
-    """Cross-entropy of each example, from `[n, K]` logits and `[n]` classes to `[n]`."""
-    return F.cross_entropy(logits, y, reduction="none")
-
-
-def margin(logits: Tensor, y: Tensor) -> Tensor:
-    """Largest other logit minus the true one, `[n]`: above 0 where the model is wrong.
-
-    Source: Carlini and Wagner 2017, arXiv 1608.04644, without the confidence term.
-    """
-    others = logits.scatter(1, y[:, None], -math.inf)
-    return others.amax(1) - logits.gather(1, y[:, None])[:, 0]
-
-
-def dlr(logits: Tensor, y: Tensor) -> Tensor:
-    """Difference of logits ratio, `[n]`: the margin over (largest minus third largest logit).
-
-    Scaling or shifting all logits does not change it, so large logits cannot flatten its gradient
-    as they flatten that of the cross-entropy. Source: Croce and Hein 2020, arXiv 2003.01690.
-
-    Raises:
-        InputError: If there are fewer than three classes.
-    """
-    if logits.shape[1] < 3:
-        raise InputError(f"loss 'dlr' needs 3 classes, here are {logits.shape[1]}; use 'margin'")
-    top = logits.topk(3, dim=1).values
-    return margin(logits, y) / (top[:, 0] - top[:, 2] + 1e-12)
-
-
-def kl(logits: Tensor, clean_logits: Tensor) -> Tensor:
-    """KL divergence from the prediction on x to that on x_adv, `[n]`, both from `[n, K]` logits.
-
-    Source: TRADES, arXiv 1901.08573.
-    """
-    log_q, log_p = logits.log_softmax(1), clean_logits.log_softmax(1)
-    return F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(1)
-
-
 _Forward = Callable[[Tensor], Tensor]
-_LOSSES = {"ce": cross_entropy, "margin": margin, "dlr": dlr, "kl": kl}
 
-
-def fooled(logits: Tensor, y: Tensor) -> Tensor:
-    """Where the model does not answer `y`, `[n]` booleans.
-
-    Logits with a nan are no answer and count as fooled; `argmax` alone would call a row of nans
-    right wherever y is 0.
-    """
-    return (logits.argmax(1) != y) | logits.isnan().any(1)
-
-
-@contextmanager
-def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Puts every module of `model` into eval mode, then each back as it was, even on an error."""
-    before = [(module, module.training) for module in model.modules()]
-    try:
-        for module, _ in before:
-            module.training = False
-        yield
-    finally:
-        for module, training in before:
-            module.training = training
+# --- attacks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,13 +74,12 @@ class PGD:
         """Refuses settings that are out of range."""
         check_choice("norm", self.norm, ("linf", "l2"))
         check_choice("loss", self.loss, tuple(_LOSSES))
-        check_pixels("eps", self.eps, self.norm)
-        check_pixels("step_size", self.step_size, self.norm)
+        for name in ("eps", "step_size", "start_noise"):
+            check_pixels(name, getattr(self, name), self.norm)
+        for name in ("num_steps", "restarts"):
+            check_count(name, getattr(self, name))
         if self.step_size == 0:
             raise InputError("step_size is 0, so the attack would not move; try eps / 4")
-        check_pixels("start_noise", self.start_noise, self.norm)
-        check_count("num_steps", self.num_steps)
-        check_count("restarts", self.restarts)
         if self.start_noise and not self.random_start:
             raise InputError("start_noise is a random start; leave random_start at True")
         if self.restarts > 1 and not self.random_start:
@@ -241,15 +178,11 @@ class PGD:
         here = x_adv.detach().requires_grad_()
         logits = logits_of(here)
         direction = self._direction(_LOSSES[self.loss](logits, target), here)
-        return self._project(here.detach() + self._length(step) * direction, x), logits
+        shrunk = math.cos(math.pi / 2 * step / self.num_steps) if self.decay else 1
+        return self._project(here.detach() + self.step_size * shrunk * direction, x), logits
 
     def _mean_loss(self, logits_of: _Forward, target: Tensor, x_adv: Tensor) -> Tensor:
         return _LOSSES[self.loss](logits_of(x_adv), target).mean()
-
-    def _length(self, step: int) -> float:
-        if not self.decay:
-            return self.step_size
-        return self.step_size * math.cos(math.pi / 2 * step / self.num_steps)
 
     def _start(self, x: Tensor, generator: torch.Generator | None) -> Tensor:
         if not self.random_start:
@@ -343,27 +276,73 @@ def _unit(vectors: Tensor) -> Tensor:
     return vectors / _per_example(vectors.flatten(1).norm(dim=1).clamp(min=1), vectors)
 
 
-# --- what attacks accept
+# --- the losses that they climb
 
 
-def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    """Refuses a value that is not one of `choices`."""
-    if value not in choices:
-        raise InputError(f"unknown {name} {value!r}; choose one of {', '.join(choices)}")
+def cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
+    """Cross-entropy of each example, from `[n, K]` logits and `[n]` classes to `[n]`."""
+    return F.cross_entropy(logits, y, reduction="none")
 
 
-def check_pixels(name: str, value: float, norm: str) -> None:
-    """Refuses a length that is no number of pixel units, 0 or more, at most 1 under linf."""
-    if not isinstance(value, int | float) or not 0 <= value < math.inf:
-        raise InputError(f"{name} must be a number, 0 or more; got {value!r}")
-    if norm == "linf" and value > 1:
-        raise InputError(f"{name} is {value}, but pixels are in [0, 1]: write 8/255, not 8")
+def margin(logits: Tensor, y: Tensor) -> Tensor:
+    """Largest other logit minus the true one, `[n]`: above 0 where the model is wrong.
+
+    Source: Carlini and Wagner 2017, arXiv 1608.04644, without the confidence term.
+    """
+    others = logits.scatter(1, y[:, None], -math.inf)
+    return others.amax(1) - logits.gather(1, y[:, None])[:, 0]
 
 
-def check_count(name: str, value: int) -> None:
-    """Refuses what is not a whole number, 1 or more."""
-    if not isinstance(value, int) or value < 1:
-        raise InputError(f"{name} must be a whole number, 1 or more; got {value!r}")
+def dlr(logits: Tensor, y: Tensor) -> Tensor:
+    """Difference of logits ratio, `[n]`: the margin over (largest minus third largest logit).
+
+    Scaling or shifting all logits does not change it, so large logits cannot flatten its gradient
+    as they flatten that of the cross-entropy. Source: Croce and Hein 2020, arXiv 2003.01690.
+
+    Raises:
+        InputError: If there are fewer than three classes.
+    """
+    if logits.shape[1] < 3:
+        raise InputError(f"loss 'dlr' needs 3 classes, here are {logits.shape[1]}; use 'margin'")
+    top = logits.topk(3, dim=1).values
+    return margin(logits, y) / (top[:, 0] - top[:, 2] + 1e-12)
+
+
+def kl(logits: Tensor, clean_logits: Tensor) -> Tensor:
+    """KL divergence from the prediction on x to that on x_adv, `[n]`, both from `[n, K]` logits.
+
+    Source: TRADES, arXiv 1901.08573.
+    """
+    log_q, log_p = logits.log_softmax(1), clean_logits.log_softmax(1)
+    return F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(1)
+
+
+_LOSSES = {"ce": cross_entropy, "margin": margin, "dlr": dlr, "kl": kl}
+
+
+# --- the model and the batch
+
+
+def fooled(logits: Tensor, y: Tensor) -> Tensor:
+    """Where the model does not answer `y`, `[n]` booleans.
+
+    Logits with a nan are no answer and count as fooled; `argmax` alone would call a row of nans
+    right wherever y is 0.
+    """
+    return (logits.argmax(1) != y) | logits.isnan().any(1)
+
+
+@contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Puts every module of `model` into eval mode, then each back as it was, even on an error."""
+    before = [(module, module.training) for module in model.modules()]
+    try:
+        for module, _ in before:
+            module.training = False
+        yield
+    finally:
+        for module, training in before:
+            module.training = training
 
 
 def check_batch(x: Tensor, y: Tensor, look: bool = True) -> int:
@@ -413,3 +392,26 @@ def checked_logits(model: nn.Module, highest: int, images: Tensor) -> Tensor:
         )
     # in bfloat16 the losses of two restarts would hardly differ
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+# --- settings
+
+
+def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    """Refuses a value that is not one of `choices`."""
+    if value not in choices:
+        raise InputError(f"unknown {name} {value!r}; choose one of {', '.join(choices)}")
+
+
+def check_pixels(name: str, value: float, norm: str) -> None:
+    """Refuses a length that is no number of pixel units, 0 or more, at most 1 under linf."""
+    if not isinstance(value, int | float) or not 0 <= value < math.inf:
+        raise InputError(f"{name} must be a number, 0 or more; got {value!r}")
+    if norm == "linf" and value > 1:
+        raise InputError(f"{name} is {value}, but pixels are in [0, 1]: write 8/255, not 8")
+
+
+def check_count(name: str, value: int) -> None:
+    """Refuses what is not a whole number, 1 or more."""
+    if not isinstance(value, int) or value < 1:
+        raise InputError(f"{name} must be a whole number, 1 or more; got {value!r}")
