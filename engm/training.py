@@ -139,8 +139,7 @@ class Trainer:
         self.config = config = config.resolved()
         if dataset is None:
             dataset = load_data(config).to(device or pick_device("auto"))
-        if dataset.name != config.dataset:
-            raise InputError(f"the run is on {config.dataset}; it was given {dataset.name}")
+        _check_data(config, dataset)
         self.dataset, self.examples = dataset, dataset.train
         self.device = dataset.train.images.device
         if config.label_noise:
@@ -256,6 +255,19 @@ def load_data(config: RunConfig, root: Path | None = None) -> data.Dataset:
         validation=config.validation_images,
         test=config.test_images,
     )
+
+
+def _check_data(config: RunConfig, dataset: data.Dataset) -> None:
+    if dataset.name != config.dataset:
+        raise InputError(f"the run is on {config.dataset}; it was given {dataset.name}")
+    counts = {
+        "subset": (config.subset, dataset.train),
+        "validation_images": (config.validation_images, dataset.validation),
+        "test_images": (config.test_images, dataset.test),
+    }
+    for name, (wanted, split) in counts.items():
+        if wanted not in (None, len(split)):
+            raise InputError(f"{name} is {wanted}, but the data have {len(split)}; load as many")
 
 
 @contextmanager

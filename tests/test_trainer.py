@@ -117,6 +117,12 @@ def test_what_cannot_be_honoured_is_refused(name):
         list(Trainer(replace(TINY, **{name: REFUSED[name]}), digits))
 
 
+@pytest.mark.parametrize("name", ["subset", "validation_images", "test_images"])
+def test_data_of_another_size_than_the_settings_say_are_refused(name):
+    with pytest.raises(InputError, match=f"{name} is 30"):
+        Trainer(replace(TINY, **{name: 30}), data.load("digits", subset=40))
+
+
 def test_it_loads_its_data_leaves_the_random_state_alone_and_goes_on(tmp_path):
     state = torch.get_rng_state()
     whole = Trainer(replace(TINY, validation_images=30), device=torch.device("cpu"))
