@@ -13,10 +13,10 @@ Sources: Goodfellow 2015 (arXiv 1510.01799) for the norm of a linear layer's sha
 large; that convolutions are done without unfolding, and BatchNorm in train mode, is this kit's.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import Any, Protocol
+from functools import partial, reduce
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,16 +29,6 @@ Calls = Sequence[tuple[Tensor, Tensor]]  # (a, b) of each call of a layer
 _MEMORY_COST = 24
 
 
-class Share(Protocol):
-    """The shares of all examples in one parameter."""
-
-    def squares(self) -> Tensor:
-        """Returns the square of each share's length, `[n]`."""
-
-    def weighted(self, weights: Tensor, keep: Tensor | None) -> Tensor:
-        """Returns sum_i w_i share_i in the parameter's shape, of the rows to `keep` where given."""
-
-
 @dataclass(frozen=True)
 class Stored:
     """Shares as they are, `[n, ...]`; `arrange` gives their sum the parameter's shape."""
@@ -47,12 +37,12 @@ class Stored:
     arrange: Callable[[Tensor], Tensor] = lambda total: total
 
     def squares(self) -> Tensor:
-        """As for `Share`."""
+        """Returns the square of each share's length, `[n]`."""
         flat = self.shares.flatten(1)
         return torch.linalg.vector_norm(flat, dim=1, dtype=_precise(flat.dtype)).square()
 
     def weighted(self, weights: Tensor, keep: Tensor | None) -> Tensor:
-        """As for `Share`."""
+        """Returns sum_i w_i share_i in the parameter's shape, of the rows to `keep` where given."""
         shares = _kept(self.shares, keep)
         return self.arrange((weights.to(shares.dtype) @ shares.flatten(1)).view(shares.shape[1:]))
 
@@ -72,26 +62,32 @@ class Factors:
     product: Callable[[Tensor, Tensor], Tensor]
 
     def squares(self) -> Tensor:
-        """As for `Share`."""
+        """Returns the square of each share's length, `[n]`."""
         calls = [(a.to(_precise(a.dtype)), b.to(_precise(b.dtype))) for a, b in self.calls]
         # |sum of the calls' shares|^2 = the sum over all pairs of calls
         total = _total(self.inner(*one, *other) for one in calls for other in calls)
         return total.clamp(min=0)
 
     def weighted(self, weights: Tensor, keep: Tensor | None) -> Tensor:
-        """As for `Share`."""
-        total: Any = 0
-        for a, b in self.calls:
-            w = weights.to(b.dtype).view(-1, *[1] * (b.dim() - 1))
-            total = total + self.product(_kept(a, keep), _kept(b, keep) * w)
-        return total
+        """Returns sum_i w_i share_i in the parameter's shape, of the rows to `keep` where given."""
+        return _total(
+            self.product(_kept(a, keep), _kept(b, keep) * _per_row(weights.to(b.dtype), b))
+            for a, b in self.calls
+        )
+
+
+Share = Stored | Factors  # the shares of all examples in one parameter
 
 
 def _kept(values: Tensor, keep: Tensor | None) -> Tensor:
     # zeros for the other rows: 0 times nan is nan, and to pick rows would wait for a GPU
     if keep is None:
         return values
-    return torch.where(keep.view(-1, *[1] * (values.dim() - 1)), values, 0)
+    return torch.where(_per_row(keep, values), values, 0)
+
+
+def _per_row(numbers: Tensor, values: Tensor) -> Tensor:
+    return numbers.view(-1, *[1] * (values.dim() - 1))
 
 
 def shares_of(module: nn.Module, calls: Calls, measure: bool) -> dict[str, Share]:
@@ -102,12 +98,12 @@ def shares_of(module: nn.Module, calls: Calls, measure: bool) -> dict[str, Share
         calls: Its input and the gradient of its output, for each time it was called.
         measure: Whether the shares' lengths will be asked for.
     """
-    weight_of, bias_dims = FORMULAS[type(module)]
     found: dict[str, Share] = {}
     if getattr(module, "weight", None) is not None and module.weight.requires_grad:
-        found["weight"] = weight_of(module, [(a.to(b.dtype), b) for a, b in calls], measure)
+        typed = [(a.to(b.dtype), b) for a, b in calls]
+        found["weight"] = FORMULAS[type(module)](module, typed, measure)
     if getattr(module, "bias", None) is not None and module.bias.requires_grad:
-        found["bias"] = Stored(_total(_reduced(b, bias_dims(module, b)) for _, b in calls))
+        found["bias"] = Stored(_total(_bias_shares(module, b) for _, b in calls))
     return found
 
 
@@ -136,10 +132,16 @@ def _linear_inner(a: Tensor, b: Tensor, other_a: Tensor, other_b: Tensor) -> Ten
 def _conv2d(module: Any, calls: Calls, measure: bool) -> Share:
     groups, (height, width) = module.groups, module.kernel_size
     outputs, inputs = module.out_channels // groups, module.in_channels // groups
-    spread: dict[str, Any] = dict(dilation=module.dilation, stride=module.stride)
 
     def product(a: Tensor, b: Tensor) -> Tensor:
-        return conv2d_weight(_padded(module, a), module.weight.shape, b, **spread, groups=groups)
+        return conv2d_weight(
+            _padded(module, a),
+            module.weight.shape,
+            b,
+            stride=module.stride,
+            dilation=module.dilation,
+            groups=groups,
+        )
 
     pixels_a = sum(a.shape[2] * a.shape[3] for a, _ in calls)
     pixels_b = sum(b.shape[2] * b.shape[3] for _, b in calls)
@@ -222,7 +224,7 @@ def _conv2d_shares(module: Any, a: Tensor, b: Tensor) -> Tensor:
 def _norm(module: Any, calls: Calls, measure: bool) -> Share:
     def share(a: Tensor, b: Tensor) -> Tensor:
         a, b = a.to(_precise(a.dtype)), b.to(_precise(b.dtype))
-        return _reduced(b * _normalised(module, a), FORMULAS[type(module)][1](module, b))
+        return _bias_shares(module, b * _normalised(module, a))
 
     return Stored(_total(share(a, b) for a, b in calls))
 
@@ -243,40 +245,31 @@ def _precise(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def _total(parts: Any) -> Tensor:
-    first, *others = parts
-    return sum(others, first)
+def _total(parts: Iterable[Tensor]) -> Tensor:
+    return reduce(torch.add, parts)
 
 
-def _reduced(values: Tensor, dims: Sequence[int]) -> Tensor:
-    return values.sum(tuple(dims)) if dims else values
+def _bias_shares(module: Any, values: Tensor) -> Tensor:
+    """Returns the sums over all positions, `[n, ...]`: only rows and the bias's own sizes stay."""
+    if isinstance(module, nn.LayerNorm):
+        positions = range(1, values.dim() - len(module.normalized_shape))
+    elif isinstance(module, nn.Linear):
+        positions = range(1, values.dim() - 1)
+    else:  # channels come second
+        positions = range(2, values.dim())
+    return values.sum(tuple(positions)) if positions else values
 
 
-def _between(module: Any, b: Tensor) -> Sequence[int]:
-    return range(1, b.dim() - 1)
-
-
-def _beyond_channels(module: Any, b: Tensor) -> Sequence[int]:
-    return range(2, b.dim())
-
-
-def _leading(module: Any, b: Tensor) -> Sequence[int]:
-    return range(1, b.dim() - len(module.normalized_shape))
-
-
-# Exact types: a subclass may compute something else. For each the weight's share, and the
-# dimensions that the bias's share sums over.
-FORMULAS: dict[
-    type, tuple[Callable[[Any, Calls, bool], Share], Callable[[Any, Tensor], Sequence[int]]]
-] = {
-    nn.Linear: (_linear, _between),
-    nn.Conv2d: (_conv2d, _beyond_channels),
-    nn.BatchNorm1d: (_norm, _beyond_channels),
-    nn.BatchNorm2d: (_norm, _beyond_channels),
-    nn.BatchNorm3d: (_norm, _beyond_channels),
-    nn.GroupNorm: (_norm, _beyond_channels),
-    nn.InstanceNorm1d: (_norm, _beyond_channels),
-    nn.InstanceNorm2d: (_norm, _beyond_channels),
-    nn.InstanceNorm3d: (_norm, _beyond_channels),
-    nn.LayerNorm: (_norm, _leading),
+# Exact types: a subclass may compute something else. For each the weight's share.
+FORMULAS: dict[type, Callable[[Any, Calls, bool], Share]] = {
+    nn.Linear: _linear,
+    nn.Conv2d: _conv2d,
+    nn.BatchNorm1d: _norm,
+    nn.BatchNorm2d: _norm,
+    nn.BatchNorm3d: _norm,
+    nn.GroupNorm: _norm,
+    nn.InstanceNorm1d: _norm,
+    nn.InstanceNorm2d: _norm,
+    nn.InstanceNorm3d: _norm,
+    nn.LayerNorm: _norm,
 }

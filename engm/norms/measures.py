@@ -21,7 +21,16 @@ Measured = tuple[Tensor, Tensor, Weighted]
 NO_STEP = "no step was taken."
 
 
-class ExactMeasure:
+class _Stateless:
+    def state(self) -> dict[str, Any]:
+        """Returns what a `state_dict` keeps: nothing."""
+        return {}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Takes what `state` returned."""
+
+
+class ExactMeasure(_Stateless):
     """Exact norms from one forward and one backward pass, see `Watch`."""
 
     def __init__(self, model: nn.Module) -> None:
@@ -34,13 +43,6 @@ class ExactMeasure:
             losses = run_closure(closure)
         watch.backward(losses)
         return losses.detach(), watch.norms(), watch.weighted
-
-    def state(self) -> dict[str, Any]:
-        """Returns what a `state_dict` keeps: nothing."""
-        return {}
-
-    def load(self, state: dict[str, Any]) -> None:
-        """Takes what `state` returned."""
 
 
 class InputMeasure:
@@ -95,7 +97,7 @@ class InputMeasure:
         self.estimate.load(state.get("fit", []))
 
 
-class LoopMeasure:
+class LoopMeasure(_Stateless):
     """Norms by one backward pass an example, see `loop_norms`; then one more for the gradient."""
 
     def __init__(self, model: nn.Module) -> None:
@@ -121,13 +123,6 @@ class LoopMeasure:
             return gradients
 
         return losses.detach(), norms, weighted
-
-    def state(self) -> dict[str, Any]:
-        """Returns what a `state_dict` keeps: nothing."""
-        return {}
-
-    def load(self, state: dict[str, Any]) -> None:
-        """Takes what `state` returned."""
 
 
 def run_closure(closure: Closure | None) -> Tensor:
