@@ -5,6 +5,7 @@ import io
 import re
 import subprocess
 import sys
+from copy import deepcopy
 from pathlib import Path
 
 import nbformat
@@ -15,62 +16,37 @@ from engm.lab import batch as notebooks
 from engm.lab import notebook_map
 
 FOLDER = Path(__file__).parents[1] / "notebooks"
-# For each notebook two sets of parameters, other than its own and cheap.
-PARAMETERS: dict[str, tuple[dict, dict]] = {
-    "00_tour": (dict(subset=300, epochs=8), dict(eps=0.1, epochs=6, seed=1)),
-    "01_attacks": (dict(subset=300, epochs=6), dict(eps=0.1, epochs=5, seed=1)),
-    "02_gradient_variance": (
-        dict(seeds=[0], epochs=2),
-        dict(
-            **dict(seeds=[1, 2], epochs=2, eps=0.05, batch_size=100, measured=100, lr=0.02),
-            **dict(width=8, precision="bfloat16"),
-        ),
+# Other parameters for each notebook than its own, and cheap.
+PARAMETERS: dict[str, dict] = {
+    "00_tour": dict(subset=300, epochs=8, eps=0.1, seed=1),
+    "01_attacks": dict(subset=300, eps=0.1, epochs=5, seed=1),
+    "02_gradient_variance": dict(
+        **dict(seeds=[1, 2], epochs=2, eps=0.05, batch_size=100, measured=100, lr=0.02),
+        **dict(width=8, precision="bfloat16"),
     ),
-    "03_engm_step_by_step": (
-        dict(subset=200, epochs=3),
-        dict(epochs=2, eps=0.1, lr=0.1, floor=1.0, seed=1),
+    "03_engm_step_by_step": dict(subset=200, epochs=2, eps=0.1, lr=0.1, floor=1.0, seed=1),
+    "04_convergence": dict(
+        **dict(ripple=2.0, degrees_of_freedom=1.2, noise_seeds=2, steps=64),
+        **dict(sigmas=[0.1, 0.3, 1.0, 3.0], network_seeds=[1, 4], epochs=2, look_every=1),
+        **dict(lrs=[0.1], subset=50, measured=50, width=4),
     ),
-    "04_convergence": (
-        dict(
-            **dict(ripple=0.0, degrees_of_freedom=2.5, noise_seeds=2, steps=64),
-            **dict(sigmas=[0.1, 0.3, 1.0, 3.0], network_seeds=[0], epochs=2, look_every=1),
-            **dict(lrs=[0.1], subset=50, measured=50, width=4),
-        ),
-        dict(
-            **dict(ripple=2.0, degrees_of_freedom=1.2, noise_seeds=2, steps=64),
-            **dict(sigmas=[0.1, 0.3, 1.0, 3.0], network_seeds=[1, 4], epochs=2, look_every=1),
-            **dict(lrs=[0.1], subset=50, measured=50, width=4),
-        ),
+    "05_norms_from_inputs": dict(
+        **dict(subset=300, epochs=2, seeds=[3, 1], lr=0.1, eps=0.1, width=8),
+        **dict(refresh_every=5, precision="bfloat16"),
     ),
-    "05_norms_from_inputs": (
-        dict(subset=300, epochs=3, seeds=[0], refresh_every=5),
-        dict(epochs=2, seeds=[3, 1], lr=0.1, eps=0.1, width=8, precision="bfloat16"),
+    "06_cifar": dict(
+        **dict(subset=50, epochs=1, seeds=[2, 3], eval_steps=2, eps=0.1, awp=0.01),
+        **dict(methods=["mart"], optimizers=["msgd", "engm-input"], batch_size=25),
     ),
-    "06_cifar": (
-        dict(subset=100, epochs=1, seeds=[0], eval_steps=2, method="trades", optimizer="engm"),
-        dict(
-            **dict(subset=50, epochs=1, seeds=[2, 3], eval_steps=2, eps=0.1, awp=0.01),
-            **dict(methods=["mart"], optimizers=["msgd", "engm-input"], batch_size=25),
-        ),
+    "07_tiny_imagenet": dict(
+        **dict(subset=50, width=4, epochs=1, seeds=[1, 2], eval_steps=2, image_sizes=[8, 16]),
+        **dict(methods=["TRADES", "AWP"], lr=0.05, eps=0.1),
     ),
-    "07_tiny_imagenet": (
-        dict(subset=100, width=4, epochs=1, seeds=[0], eval_steps=2, image_sizes=[8, 16]),
-        dict(
-            **dict(subset=50, width=4, epochs=1, seeds=[1, 2], eval_steps=2, image_sizes=[16]),
-            **dict(methods=["TRADES", "AWP"], lr=0.05, eps=0.1),
-        ),
+    "08_overfitting_and_sensitivity": dict(
+        **dict(subset=50, width=4, epochs=2, seeds=[1, 2], grid_epochs=1, lr=0.05),
+        **dict(lrs=[0.03, 0.1], weight_decays=[0.001, 0.1], eval_steps=2),
     ),
-    "08_overfitting_and_sensitivity": (
-        dict(
-            **dict(subset=100, width=4, epochs=2, seeds=[0], grid_epochs=1),
-            **dict(lrs=[0.03, 0.1], weight_decays=[0.001], eval_steps=2),
-        ),
-        dict(
-            **dict(subset=50, width=4, epochs=2, seeds=[1, 2], grid_epochs=1, lr=0.05),
-            **dict(lrs=[0.1], weight_decays=[0.001, 0.1], eval_steps=2),
-        ),
-    ),
-    "09_results": (dict(search=["lr", "weight_decay"]), dict(baseline="msgd-clip")),
+    "09_results": dict(baseline="msgd-clip", search=["lr", "weight_decay"]),
 }
 NAMES = sorted(PARAMETERS)
 THERE = [name for name in NAMES if (FOLDER / f"{name}.ipynb").is_file()]
@@ -96,29 +72,25 @@ def said(cells):
     return ["".join(output.get("text", output.output_type) for output in each) for each in outputs]
 
 
-def answered(name, answer_of, folder):
-    """A copy of the notebook with a cell that answers after each exercise."""
+def answered(name, folder):
+    """A copy of the notebook in which each check meets a wrong answer, then the solution."""
     notebook = nbformat.read(FOLDER / f"{name}.ipynb", as_version=4)
+    wrong = iter(["exercise_1 = 'wrong'", "exercise_2 = -1.5", "exercise_3 = lambda *_: -1.5"])
     cells = []
     for i, cell in enumerate(notebook.cells):
+        if "check" in cell.metadata.get("tags", []):
+            cells += [nbformat.v4.new_code_cell(next(wrong)), deepcopy(cell)]
+            cells.append(nbformat.v4.new_code_cell(solution_of(notebook.cells[i + 1])))
         cells.append(cell)
-        if "exercise" in cell.metadata.get("tags", []):
-            cells.append(nbformat.v4.new_code_cell(answer_of(notebook.cells, i)))
     notebook.cells = cells
     folder.mkdir(exist_ok=True)
     nbformat.write(notebook, folder / f"{name}.ipynb")
     return folder / f"{name}.ipynb"
 
 
-def fits_seeds(result, parameters):
-    """One or two seeds settle nothing."""
-    few = len(parameters.get("seeds", [1, 2, 3])) < 3
-    return "not settled at this scale" in result["verdict"] if few else True
-
-
 def test_the_notebooks_are_those_of_the_walkthrough():
     assert {path.stem for path in notebooks.available()} <= set(NAMES)
-    assert all(all(PARAMETERS[name]) for name in THERE)  # neither is empty
+    assert all(PARAMETERS.values())
     assert [name[:2] for name in NAMES] == [f"{number:02}" for number in range(10)]
 
 
@@ -160,26 +132,16 @@ def test_three_exercises_each_of_a_task_a_stub_a_check_and_a_folded_solution(nam
 
 
 @pytest.mark.parametrize("name", THERE)
-def test_with_other_parameters_the_solutions_are_right(name, tmp_path):
-    path = answered(name, lambda cells, i: solution_of(cells[i + 2]), tmp_path / "source")
-    run = notebooks.run(path, PARAMETERS[name][0], output_dir=tmp_path / "out", progress=False)
-    assert run.ok, run.error
-    assert said(nbformat.read(run.path, as_version=4).cells) == ["right\n"] * 3
-    assert run.result["summary"]
-    assert fits_seeds(run.result, PARAMETERS[name][0])
-
-
-@pytest.mark.parametrize("name", THERE)
-def test_with_other_parameters_a_wrong_answer_is_told_so(name, tmp_path):
-    wrong = iter(["exercise_1 = 'wrong'", "exercise_2 = -1.5", "exercise_3 = lambda *_: -1.5"])
-    path = answered(name, lambda cells, i: next(wrong), tmp_path / "source")
-    run = notebooks.run(path, PARAMETERS[name][1], output_dir=tmp_path / "out", progress=False)
+def test_with_other_parameters_solutions_are_right_and_wrong_answers_told(name, tmp_path):
+    path = answered(name, tmp_path / "source")
+    run = notebooks.run(path, PARAMETERS[name], output_dir=tmp_path / "out", progress=False)
     assert run.ok, run.error
     answers = said(nbformat.read(run.path, as_version=4).cells)
-    assert len(answers) == 3
-    assert all(answer.startswith("not yet: ") for answer in answers), answers
+    assert answers[1::2] == ["right\n"] * 3
+    assert all(answer.startswith("not yet: ") for answer in answers[::2]), answers
     assert run.result["summary"]
-    assert fits_seeds(run.result, PARAMETERS[name][1])
+    if len(PARAMETERS[name].get("seeds", [1, 2, 3])) < 3:  # one or two seeds settle nothing
+        assert "not settled at this scale" in run.result["verdict"]
 
 
 def test_plain_papermill_runs_a_notebook_too(tmp_path):
