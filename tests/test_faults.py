@@ -1,7 +1,7 @@
 """Full disks, other processes, wrong clocks, damaged files: nothing that was complete is lost.
 
 `kill -9` of a training run, files cut by it and the checks of single files are tested beside the
-code they are about, in test_training.py, test_run_directory.py, test_files.py and test_data.py.
+code they are about, in test_training.py, test_runs.py, test_files.py and test_data.py.
 """
 
 import ctypes
@@ -23,9 +23,8 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from engm import data, training
+from engm import data, runs
 from engm import data as data_cache
-from engm import runs as run_directory
 from engm.cli import main
 from engm.config import RunConfig
 from engm.errors import InputError
@@ -104,10 +103,10 @@ hours = itertools.count(110_000, -1)
 time.time = lambda: 3600.0 * next(hours)
 time.time_ns = lambda: 3600 * 10**9 * next(hours)
 import sys, torch
-from engm import training
+from engm import runs, training
 from engm.config import RunConfig
 torch.set_num_threads({threads})
-append = training.append_metrics
+append = runs.append_metrics
 
 def pausing(folder, line):
     append(folder, line)
@@ -115,7 +114,7 @@ def pausing(folder, line):
         print("paused", flush=True)
         sys.stdin.readline()
 
-training.append_metrics = pausing
+runs.append_metrics = pausing
 training.fit(RunConfig(**{config!r}), {out!r}, device="cpu", progress=False)
 """
 
@@ -184,12 +183,12 @@ def files_of_at_most(size):
 @pytest.mark.parametrize(
     ("module", "writer", "name", "time"),
     [
-        (run_directory, "write_json", "config.json", 1),
-        (training, "append_metrics", "metrics.jsonl", 2),
-        (training, "save_tensors", "checkpoint-best.pt", 1),
-        (training, "save_tensors", "checkpoint-last.pt", 2),
+        (runs, "write_json", "config.json", 1),
+        (runs, "append_metrics", "metrics.jsonl", 2),
+        (runs, "save_tensors", "checkpoint-best.pt", 1),
+        (runs, "save_tensors", "checkpoint-last.pt", 2),
         (evaluation, "save_tensors", "adversarial-best.pt", 1),
-        (training, "write_json", "result.json", 1),
+        (runs, "write_json", "result.json", 1),
     ],
 )
 def test_a_write_that_is_cut_short_costs_nothing(
