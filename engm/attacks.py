@@ -370,10 +370,10 @@ def check_batch(x: Tensor, y: Tensor, look: bool = True) -> int:
     ends = torch.stack([end.float() for end in (x.min(), x.max(), y.min(), y.max())])
     low, high, lowest, highest = ends.tolist()
     if not (low >= 0 and high <= 1):
-        raise InputError(
-            f"x goes from {low:.8g} to {high:.8g}, but pixels are in [0, 1]; normalise inside the "
-            "model, and clamp what augmentation pushes out"
-        )
+        remedy = "normalise inside the model, and clamp what augmentation pushes out"
+        if low >= 0 and 2 < high <= 255:
+            remedy = "divide by 255"
+        raise InputError(f"x goes from {low:.8g} to {high:.8g}, but pixels are in [0, 1]; {remedy}")
     if lowest < 0:
         raise InputError(f"y has the class {lowest:.0f}; classes count from 0")
     return int(highest)

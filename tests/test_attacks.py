@@ -585,7 +585,7 @@ def test_fgsm_checks_its_settings_when_it_is_made():
         (lambda x, y: ((255 * x).to(torch.uint8), y), r"x.float\(\) / 255"),
         (lambda x, y: (x[0, 0, 0], y[:8]), r"\[n, ...\]"),
         (lambda x, y: (2 * x - 1, y), "normalise inside"),
-        (lambda x, y: (x * 255, y), "normalise inside"),
+        (lambda x, y: (x * 255, y), "divide by 255"),
         (lambda x, y: (x * math.nan, y), "normalise inside"),
         (lambda x, y: (x, y.int()), r"y.long\(\)"),
         (lambda x, y: (x, y.double()), r"y.long\(\)"),

@@ -369,6 +369,11 @@ def test_a_worker_that_is_not_fit_is_refused(version, threads, reason, tmp_path,
     assert not list(tmp_path.iterdir())
 
 
+def test_a_sweep_without_workers_is_refused(tmp_path):
+    with pytest.raises(InputError, match="workers must be 1 or more, got 0"):
+        sweep.run(plan(TRAIN, {}, settings=FIXED), tmp_path, sweep.Options(workers=0))
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -122,6 +122,8 @@ def run(tasks: Sequence[Task], out: Path, options: Options | None = None) -> lis
 
 
 def _check(tasks: Sequence[Task], options: Options) -> None:
+    if options.workers < 1:
+        raise InputError(f"workers must be 1 or more, got {options.workers}")
     training = [task.target == TRAIN for task in tasks]
     if any(training) and options.timeout is not None:
         raise InputError("timeout is for notebooks; training is limited by its epochs")
