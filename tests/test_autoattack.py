@@ -270,7 +270,7 @@ def test_resume_after_an_exception(network, digits, quick, tmp_path):
     assert kept[:2] == [0, 0] and 0 < kept[2] < 4 and kept[-1] == 4
     done, forwards = interrupted(model, 0)
     same(attack.run(done, *digits, batch_size=8, save_to=str(tmp_path / "whole")), expected)
-    assert forwards() < 15  # nothing but predictions
+    assert forwards() < 20  # nothing but predictions
 
 
 def test_resume_after_a_kill(network, digits, tmp_path):
