@@ -8,9 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-import warnings
 from contextlib import ExitStack, contextmanager
-from importlib import metadata
 from pathlib import Path
 
 import dask
@@ -18,7 +16,7 @@ import psutil
 import pytest
 import torch
 from click.testing import CliRunner
-from distributed import LocalCluster  # also fills dask.config with its defaults
+from distributed.client import Client  # noqa: F401  (fills dask.config with its defaults)
 from filelock import FileLock
 
 from engm import sweep
@@ -26,7 +24,8 @@ from engm.cli import main
 from engm.errors import InputError
 from engm.report.records import collect, summarise, to_markdown
 from engm.runs import load_tensors, read_config, write_json
-from engm.sweep import TRAIN, engine, plan
+from engm.sweep import clusters
+from engm.sweep.plan import TRAIN, code_version, plan
 
 FIXED = {"subset": 40, "width": 2, "num_steps": 1, "eval_steps": 1}
 SETTINGS = [part for name, value in FIXED.items() for part in ("--set", name, str(value))]
@@ -266,7 +265,8 @@ def call(*arguments):
     return CliRunner().invoke(main, ["sweep", *map(str, arguments)])
 
 
-def test_a_scheduler_elsewhere_may_be_killed_and_started_again(tmp_path):
+def test_a_scheduler_elsewhere_may_be_killed_and_started_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(sweep, "_PATIENCE", 3)
     port = free_port()
     what = [TRAIN, *SETTINGS, "--set", "epochs", 60, "--seeds", 4, "--out", tmp_path]
     what += ["--device", "cpu", "--scheduler", f"tcp://127.0.0.1:{port}"]
@@ -278,9 +278,11 @@ def test_a_scheduler_elsewhere_may_be_killed_and_started_again(tmp_path):
         until(lambda: results(tmp_path) and at_work(tmp_path))
         scheduler.kill()
 
+    monkeypatch.setattr(sweep, "_PATIENCE", 30)
     with cluster(port) as scheduler:
         killer = threading.Thread(target=kill, args=[scheduler])
         killer.start()
+        monkeypatch.setattr(clusters, "_wait_for_connection", impatient)
         found = call(*what)
         killer.join()
     assert found.exit_code == 1, found.output
@@ -296,11 +298,18 @@ def test_a_scheduler_elsewhere_may_be_killed_and_started_again(tmp_path):
     assert {path: after[path] for path in before} == before
 
 
+wait_for_connection = clusters._wait_for_connection
+
+
+def impatient(client, patience):
+    wait_for_connection(client, 1)
+
+
 def test_a_worker_has_its_threads_and_its_gpu_and_is_replaced_when_it_dies(monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
     monkeypatch.setattr("dask.system.CPU_COUNT", 6)
-    before = dict(os.environ)
+    monkeypatch.setattr(clusters, "_gpus", lambda: ["3", "5"])
+    before, seen = dict(os.environ), []
 
     def about():
         import psutil
@@ -310,68 +319,65 @@ def test_a_worker_has_its_threads_and_its_gpu_and_is_replaced_when_it_dies(monke
 
     with (
         dask.config.set({"distributed.scheduler.allowed-failures": 0}),
-        engine._local(2) as client,
+        clusters.local(2) as client,
     ):
         assert sorted(client.run(about).values()) == [("3", "3"), ("3", "5")]
-        deadly = client.submit(os._exit, 1)
-        assert "died again and again" in engine._reason(deadly.exception())
+        deadly = clusters.submit(client, os._exit, 1, key="deadly")
+        harmless = clusters.submit(client, time.sleep, 0.01, key="harmless")
+        show = lambda running, workers: seen.append((running, workers))  # noqa: E731
+        ended = {f.key: f for f in clusters.finished(client, [deadly, harmless], 1, show)}
+        assert ended["harmless"].status == "finished"
+        assert "died again and again" in sweep._reason(ended["deadly"])
         client.wait_for_workers(2, timeout=PATIENCE)
-        assert client.submit(abs, -1).result() == 1
     assert dict(os.environ) == before
+    assert all(running <= workers <= 2 for running, workers in seen)
 
 
-def test_a_run_that_is_at_work_already_is_waited_for_and_taken(tmp_path):
-    [task] = plan(TRAIN, {}, settings=FIXED | {"epochs": 1})
-    folder = sweep.folder_of(tmp_path) / task.name
-    folder.mkdir(parents=True)
-    found = []
-    other = threading.Thread(target=lambda: found.extend(sweep.run([task], tmp_path)))
+def test_a_task_that_is_at_work_already_is_waited_for(tmp_path, monkeypatch):
+    [task] = plan(TRAIN, {}, settings=FIXED)
+    folder = tmp_path / task.name
+    folder.mkdir()
+    monkeypatch.setattr(clusters, "check_worker", lambda version: None)
+    monkeypatch.setattr(sweep, "_train", lambda *_: pytest.fail("was run"))
+    arguments = (task, tmp_path, sweep.Options(), code_version())
+    other = threading.Thread(target=sweep._work, args=arguments)
     with FileLock(folder / ".sweep.lock"):
         other.start()
-        other.join(8)
-        assert other.is_alive() and not found
+        other.join(0.3)
+        assert other.is_alive()
         write_json(folder / "result.json", {})
-    other.join(PATIENCE)
-    assert found == [sweep.Outcome(task, folder)]
+    other.join(30)
+    assert not other.is_alive()
     assert [path.name for path in folder.iterdir()] == ["result.json"]
 
 
-def test_runs_of_other_code_are_warned_of_and_kept(tmp_path):
-    [task] = plan(TRAIN, {}, settings=FIXED | {"epochs": 1})
-    folder = sweep.folder_of(tmp_path)
-    assert folder.name == f"engm-{metadata.version('engm')}"
-    write_json(folder / "code.json", {"code": ["engm-0.1.0-older"]})
-    with pytest.warns(UserWarning, match="has runs of other code .engm-0.1.0-older; this is"):
-        sweep.run([task], tmp_path)
-    used = json.loads((folder / "code.json").read_text())["code"]
-    assert used == ["engm-0.1.0-older", engine.code_version()]
-    assert engine.code_version().startswith(folder.name + "-")
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        sweep.run([task], tmp_path)  # nothing is left to run
-    assert collect(tmp_path)[0]
-
-
 @pytest.mark.parametrize(
-    ("version", "threads", "reason"),
+    ("theirs", "threads", "reason"),
     [("engm-0", 1, "and the sweep is of engm-0; update the code"), (None, 2, "--nthreads 1")],
 )
-def test_a_worker_that_is_not_fit_is_refused(version, threads, reason, tmp_path, monkeypatch):
-    tasks = plan(TRAIN, {}, settings=FIXED | {"epochs": 1})
-    with LocalCluster(1, threads_per_worker=threads, processes=False, dashboard_address=None) as c:
-        if version is not None:
-            address = c.workers[0].address
-            with pytest.raises(InputError, match=f"the worker {address} runs .*{reason}"):
-                engine._check_worker(version, c.workers[0])
-        else:
-            with pytest.raises(InputError, match=f"the worker .* runs .*{reason}"):
-                sweep.run(tasks, tmp_path, sweep.Options(scheduler=c.scheduler_address))
-    assert not list(tmp_path.iterdir())
+def test_a_worker_that_is_not_fit_is_refused(theirs, threads, reason, monkeypatch):
+    from types import SimpleNamespace
+
+    worker = SimpleNamespace(address="tcp://w", state=SimpleNamespace(nthreads=threads))
+    monkeypatch.setattr("distributed.get_worker", lambda: worker)
+    with pytest.raises(InputError, match=reason):
+        clusters.check_worker(theirs or code_version())
+    found = SimpleNamespace(
+        nthreads=lambda: {"tcp://w": threads}, run=lambda *_, **__: {"tcp://w": theirs}
+    )
+    with pytest.raises(InputError, match="the worker tcp://w runs"):
+        clusters._check_workers(found)
 
 
-def test_a_sweep_without_workers_is_refused(tmp_path):
-    with pytest.raises(InputError, match="workers must be 1 or more, got 0"):
-        sweep.run(plan(TRAIN, {}, settings=FIXED), tmp_path, sweep.Options(workers=0))
+def test_a_worker_without_the_kit_is_named(tmp_path, monkeypatch):
+    from types import SimpleNamespace
+
+    missing = ModuleNotFoundError("No module named 'engm'")
+    found = SimpleNamespace(nthreads=dict, run=lambda *_, **__: {"tcp://w": missing})
+    with pytest.raises(InputError, match="the worker tcp://w has no engm"):
+        clusters._check_workers(found)
+    future = SimpleNamespace(exception=lambda: missing)
+    assert "its worker has no engm (No module named 'engm')" in sweep._reason(future)
 
 
 @pytest.mark.parametrize(
@@ -412,12 +418,18 @@ def test_a_plan_and_its_options_arrive(tmp_path, monkeypatch):
         *("plan.yaml", "--out", "runs", "--workers", 3, "--device", "cpu", "--data-root", "d"),
         "--no-save-adversarial",
     )
-    assert "runs of other versions stay beside it: engm-0.0.1-old" in found.output
+    assert "runs of other versions of the code stay beside it: engm-0.0.1-old" in found.output
     call("train", "--set", "batch-size", 7)
     tasks = plan(TRAIN, {}, settings={"epochs": 4}, seeds=2)
-    here = sweep.Options(workers=3, device="cpu", data_root=Path("d"), save_adversarial=False)
+    here = sweep.Options(workers=3, device="cpu", data_root=tmp_path / "d", save_adversarial=False)
     assert seen == [
         (tasks, Path("there"), sweep.Options(scheduler="tcp://a:1")),
         (tasks, Path("runs"), here),
         (plan(TRAIN, {}, settings={"batch_size": 7}), Path("runs"), sweep.Options()),
     ]
+
+
+@pytest.mark.parametrize("wrong", [{"workers": 0}, {"timeout": 0}, {"timeout": float("nan")}])
+def test_options_out_of_range_are_refused(wrong):
+    with pytest.raises(InputError, match=f"{next(iter(wrong))} must be"):
+        sweep.Options(**wrong)

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from engm.config import RunConfig
 from engm.errors import InputError
-from engm.sweep.plan import TRAIN, parse_grid, plan, read_plan
+from engm.sweep.plan import TRAIN, code_version, parse_grid, plan, read_plan
 
 
 def notebook(folder, parameters):
@@ -169,3 +169,20 @@ def test_any_file_is_read_or_refused(content):
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(InputError, match="there is no file .*plan.yaml"):
         read_plan(tmp_path / "plan.yaml")
+
+
+def test_the_code_has_a_name_that_follows_its_source(tmp_path, monkeypatch):
+    from engm.sweep import plan as sweep_plan
+
+    package = tmp_path / "engm"
+    package.mkdir()
+    (package / "sweep_plan.py").write_text("a = 1")
+    monkeypatch.setattr(sweep_plan, "__file__", str(package / "sweep_plan.py"))
+    names = []
+    for content in ("a = 1", "a = 2", "a = 1"):
+        (package / "sweep_plan.py").write_text(content)
+        code_version.cache_clear()
+        names.append(code_version())
+    code_version.cache_clear()
+    assert names[0] == names[2] != names[1]
+    assert names[0].startswith("engm-0.")

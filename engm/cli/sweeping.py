@@ -10,7 +10,8 @@ from engm.cli.options import Command, PathType, data_root_option, device_option
 from engm.errors import InputError
 
 if TYPE_CHECKING:
-    from engm.sweep import Outcome, Task
+    from engm.sweep import Outcome
+    from engm.sweep.plan import Task
 
 
 @click.command(cls=Command)
@@ -58,21 +59,16 @@ def sweep(
     planned = target.endswith((".yaml", ".yml"))
     if planned and (grid or settings or seeds is not None):
         raise click.UsageError("a plan has its own grid, settings and seeds; write them there")
+    tasks, out = _tasks(target, planned, grid, settings, seeds, out)
 
     from engm import sweep as sweeps
 
-    if planned:
-        tasks, place = sweeps.read_plan(Path(target))
-        out = out or place
-    else:
-        tasks = _tasks(target, grid, settings, seeds)
-    out = out or Path("runs")
     how = sweeps.Options(workers=workers or 1, scheduler=scheduler, **options)
     folder = sweeps.folder_of(out)
     done = sum(sweeps.is_done(task, folder) for task in tasks)
     click.echo(f"{_count(len(tasks))}, {done} done already, in {click.format_filename(folder)}")
-    if others := [p.name for p in folder.parent.glob("engm-*") if p != folder]:
-        click.echo(f"runs of other versions stay beside it: {', '.join(others)}")
+    if others := [p.name for p in folder.parent.glob("engm-*-*") if p != folder]:
+        click.echo(f"runs of other versions of the code stay beside it: {', '.join(others)}")
     try:
         outcomes = sweeps.run(tasks, out, how)
     except KeyboardInterrupt:
@@ -85,19 +81,24 @@ def sweep(
 
 def _tasks(
     target: str,
+    planned: bool,
     grid: tuple[str, ...],
     settings: tuple[tuple[str, str], ...],
     seeds: int | None,
-) -> list["Task"]:
-    from engm.sweep import parse_grid, plan
+    out: Path | None,
+) -> tuple[list["Task"], Path]:
+    from engm.sweep.plan import parse_grid, plan, read_plan
 
+    if planned:
+        tasks, place = read_plan(Path(target))
+        return tasks, out or place or Path("runs")
     names = [name for name, _ in settings]
     if twice := [name for name in names if names.count(name) > 1]:
         raise InputError(f"{twice[0]} is set twice; --grid {twice[0]}=A,B tries both")
     # options are written with dashes, settings with underscores
     axes = {_name(target, name): values for name, values in parse_grid(grid).items()}
     fixed = {_name(target, name): value for name, value in settings}
-    return plan(target, axes, settings=fixed, seeds=seeds)
+    return plan(target, axes, settings=fixed, seeds=seeds), out or Path("runs")
 
 
 def _name(target: str, name: str) -> str:
@@ -107,7 +108,7 @@ def _name(target: str, name: str) -> str:
 def _tell(outcomes: list["Outcome"], folder: Path) -> None:
     from engm.report.records import Record, summarise, to_markdown
     from engm.runs import read_config, read_result
-    from engm.sweep import TRAIN
+    from engm.sweep.plan import TRAIN
 
     whole = [outcome for outcome in outcomes if outcome.error is None]
     failed = [outcome for outcome in outcomes if outcome.error is not None]

@@ -7,6 +7,8 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cache
+from importlib import metadata
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -30,6 +32,19 @@ class Task:
     name: str
     target: str
     settings: dict[str, Any]
+
+
+@cache
+def code_version() -> str:
+    """Returns the version of the package and a digest of its source.
+
+    Runs of other code are other runs: a sweep keeps them in a folder of this name.
+    """
+    package = Path(__file__).parents[1]
+    digest = hashlib.sha256()
+    for path in sorted(package.rglob("*.py")):
+        digest.update(path.relative_to(package).as_posix().encode() + b"\0" + path.read_bytes())
+    return f"engm-{metadata.version('engm')}-{digest.hexdigest()[:8]}"
 
 
 def plan(
