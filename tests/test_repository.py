@@ -6,6 +6,7 @@ import shlex
 import sys
 import tomllib
 from collections import defaultdict
+from graphlib import TopologicalSorter
 from importlib.metadata import packages_distributions
 from pathlib import Path
 from statistics import mean
@@ -42,6 +43,23 @@ def test_environment_yml_installs_this_package_with_everything_and_nothing_else(
     named = re.search(r"\[(.*)\]", extras["all"][0]).group(1).split(",")
     # peers: only `engm bench` compares with them, and does without
     assert set(named) == set(extras) - {"all", "peers"}
+
+
+def test_rooms_import_one_way_and_packages_only_re_export():
+    arrows = defaultdict(set)
+    for path in (ROOT / "engm").rglob("*.py"):
+        inside = path.relative_to(ROOT / "engm").parts
+        body = ast.parse(path.read_text()).body
+        if path.name == "__init__.py" and len(inside) > 1:
+            assert not [n.name for n in body if isinstance(n, ast.FunctionDef | ast.ClassDef)], path
+        for node in body:
+            if isinstance(node, ast.ImportFrom) and node.module.split(".")[0] == "engm":
+                _, *within = node.module.split(".")
+                rooms = within[:1] or [alias.name for alias in node.names]
+                arrows[inside[0].removesuffix(".py")].update(rooms)
+    for room, others in arrows.items():
+        others.discard(room)
+    TopologicalSorter(arrows).prepare()  # raises where there is a circle
 
 
 def test_everything_that_is_imported_is_declared():

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from engm.errors import InputError
-from engm.lab.sensitivity import NearBest, lessens_overfitting, lessens_sensitivity, near_best
+from engm.report.sensitivity import NearBest, lessens_overfitting, lessens_sensitivity, near_best
 from engm.report.verdicts import DOES_NOT_HOLD, HOLDS, NOT_SETTLED
 
 NAN = math.nan

@@ -255,13 +255,15 @@ def test_on_a_gpu_torch_sees_no_wait_either(name):
     train()
     if name == "input":
         optimizer.measure.load({"calls": 1, "fit": [FIT]})  # between two fits
+    before = weights(model)
     torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
+    torch.cuda.set_sync_debug_mode("error")  # torch raises where the host would wait
     try:
         train()
     finally:
         torch.cuda.set_sync_debug_mode("default")
     optimizer.settle()
+    assert any(not torch.equal(a, b) for a, b in zip(before, weights(model), strict=True))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

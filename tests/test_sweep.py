@@ -24,7 +24,7 @@ from engm.cli import main
 from engm.errors import InputError
 from engm.report.records import collect, summarise, to_markdown
 from engm.runs import load_tensors, read_config, write_json
-from engm.sweep import clusters
+from engm.sweep import clusters, running
 from engm.sweep.plan import TRAIN, code_version, plan
 
 FIXED = {"subset": 40, "width": 2, "num_steps": 1, "eval_steps": 1}
@@ -266,7 +266,7 @@ def call(*arguments):
 
 
 def test_a_scheduler_elsewhere_may_be_killed_and_started_again(tmp_path, monkeypatch):
-    monkeypatch.setattr(sweep, "_PATIENCE", 3)
+    monkeypatch.setattr(running, "_PATIENCE", 3)
     port = free_port()
     what = [TRAIN, *SETTINGS, "--set", "epochs", 60, "--seeds", 4, "--out", tmp_path]
     what += ["--device", "cpu", "--scheduler", f"tcp://127.0.0.1:{port}"]
@@ -278,7 +278,7 @@ def test_a_scheduler_elsewhere_may_be_killed_and_started_again(tmp_path, monkeyp
         until(lambda: results(tmp_path) and at_work(tmp_path))
         scheduler.kill()
 
-    monkeypatch.setattr(sweep, "_PATIENCE", 30)
+    monkeypatch.setattr(running, "_PATIENCE", 30)
     with cluster(port) as scheduler:
         killer = threading.Thread(target=kill, args=[scheduler])
         killer.start()
@@ -327,7 +327,7 @@ def test_a_worker_has_its_threads_and_its_gpu_and_is_replaced_when_it_dies(monke
         show = lambda running, workers: seen.append((running, workers))  # noqa: E731
         ended = {f.key: f for f in clusters.finished(client, [deadly, harmless], 1, show)}
         assert ended["harmless"].status == "finished"
-        assert "died again and again" in sweep._reason(ended["deadly"])
+        assert "died again and again" in running._reason(ended["deadly"])
         client.wait_for_workers(2, timeout=PATIENCE)
     assert dict(os.environ) == before
     assert all(running <= workers <= 2 for running, workers in seen)
@@ -338,9 +338,9 @@ def test_a_task_that_is_at_work_already_is_waited_for(tmp_path, monkeypatch):
     folder = tmp_path / task.name
     folder.mkdir()
     monkeypatch.setattr(clusters, "check_worker", lambda version: None)
-    monkeypatch.setattr(sweep, "_train", lambda *_: pytest.fail("was run"))
+    monkeypatch.setattr(running, "_train", lambda *_: pytest.fail("was run"))
     arguments = (task, tmp_path, sweep.Options(), code_version())
-    other = threading.Thread(target=sweep._work, args=arguments)
+    other = threading.Thread(target=running._work, args=arguments)
     with FileLock(folder / ".sweep.lock"):
         other.start()
         other.join(0.3)
@@ -377,7 +377,7 @@ def test_a_worker_without_the_kit_is_named(tmp_path, monkeypatch):
     with pytest.raises(InputError, match="the worker tcp://w has no engm"):
         clusters._check_workers(found)
     future = SimpleNamespace(exception=lambda: missing)
-    assert "its worker has no engm (No module named 'engm')" in sweep._reason(future)
+    assert "its worker has no engm (No module named 'engm')" in running._reason(future)
 
 
 @pytest.mark.parametrize(

@@ -1,23 +1,5 @@
 """The command `engm`. Torch is imported when a command needs it, so `--help` answers at once."""
 
-import click
+from engm.cli.command import main
 
-from engm.cli import measuring, notebooks, runs, sweeping
-from engm.cli.options import Group
-
-
-@click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(package_name="engm")
-def main() -> None:
-    """Learn, test and use ENGM, the outer optimizer for adversarial training.
-
-    The usual order: `engm train` makes a run directory, `engm evaluate` attacks what it holds,
-    `engm report` puts many of them into one table. `engm run` runs a notebook with parameters.
-    """
-
-
-for command in (
-    *(runs.train, runs.evaluate, runs.report, measuring.bench),
-    *(notebooks.run, notebooks.demo, notebooks.colab, sweeping.sweep),
-):
-    main.add_command(command)
+__all__ = ["main"]

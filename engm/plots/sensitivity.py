@@ -9,8 +9,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from engm.lab.sensitivity import near_best
 from engm.plots.style import COLOURS, RED, percent_axis
+from engm.report.sensitivity import near_best
 
 _MARKERS = ("o", "s", "^", "D", "v", "P")
 
@@ -59,7 +59,7 @@ def accuracy_heat_maps(
         grids: Fractions, `[weight decays, learning rates]`, nan for a collapsed run.
         lrs: The columns, rising.
         weight_decays: The rows, rising.
-        within: The margin, as for `engm.lab.sensitivity.near_best`.
+        within: The margin, as for `engm.report.sensitivity.near_best`.
     """
     every = np.stack([100 * np.asarray(grid, dtype=float) for grid in grids.values()])
     some = np.isfinite(every).any()
