@@ -90,8 +90,9 @@ class Kit:
         self, model: nn.Module, split: data.Split, config: RunConfig, variant: Variant
     ) -> None:
         config = RunConfig(**config.to_dict() | asdict(variant)).resolved()
-        unused = tuple(map(str, range(10))), (0.0,), (1.0,)  # names, mean, deviation: of a model
-        dataset = data.Dataset(config.dataset, split, split, split, *unused, title="images")
+        names = tuple(map(str, range(data.SPECS[config.dataset].num_classes)))
+        # mean and deviation are those of the model, which is there already
+        dataset = data.Dataset(config.dataset, split, split, split, names, mean=(), std=())
         self.trainer = Trainer(config, dataset, model=model)
         assert config.batch_size is not None
         self.batches = _endless(split, config.batch_size, config.seed)
