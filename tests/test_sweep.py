@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 
 import dask
@@ -39,7 +40,11 @@ class Sweep:
     def __init__(self, *arguments):
         command = [sys.executable, "-m", "engm", "sweep", *map(str, arguments)]
         pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        self.process = subprocess.Popen(command, env=ENVIRONMENT, start_new_session=True, **pipes)
+        # tests that run in the background of a shell hand on that Ctrl-C is ignored
+        heed = partial(signal.signal, signal.SIGINT, signal.default_int_handler)
+        self.process = subprocess.Popen(
+            command, env=ENVIRONMENT, start_new_session=True, preexec_fn=heed, **pipes
+        )
 
     def family(self):
         return psutil.Process(self.process.pid).children(recursive=True)
