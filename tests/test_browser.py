@@ -17,6 +17,9 @@ from pathlib import Path
 import nbformat
 import pytest
 
+from engm.lab.batch import RESULT_TYPE, NotebookRun, available
+from engm.lab.page import build
+
 pytest.importorskip("playwright")
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 CHROMIUM = next((found for found in map(shutil.which, NAMES) if found), None)
@@ -191,4 +194,18 @@ def test_the_lab_shows_training_as_it_goes_and_stops(browser, server):
     page.get_by_text("Stopped; whole epochs").wait_for()
     assert start.is_enabled() and stop.is_disabled()
     assert_no_error(page)
+    page.close()
+
+
+@pytest.mark.parametrize("width", [1280, 400])
+def test_the_report_of_all_notebooks_fits_the_window(browser, width, tmp_path):
+    runs = []
+    for path in available():
+        cells = [cell for cell in nbformat.read(path, as_version=4).cells if "outputs" in cell]
+        data = [output.get("data", {}) for cell in cells for output in cell.outputs]
+        results = [each[RESULT_TYPE] for each in data if RESULT_TYPE in each]
+        runs.append(NotebookRun(path.stem, path, 1.0, result=results[-1]))
+    page = browser.new_page(viewport={"width": width, "height": 900})
+    page.goto(build(runs, tmp_path / "index.html").as_uri())
+    assert page.evaluate("document.documentElement.scrollWidth") == width
     page.close()
