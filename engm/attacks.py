@@ -16,16 +16,16 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from numbers import Real
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from engm.device import AttackedModel
-from engm.errors import InputError
+from engm.errors import InputError, check_choice, check_count
 
-_Forward = Callable[[Tensor], Tensor]
+Model = Callable[[Tensor], Tensor]
 
 # --- attacks
 
@@ -36,7 +36,8 @@ class PGD:
 
     `attack(model, x, y)` returns x_adv. A run gives its last iterate, as in Madry et al. 2018
     (arXiv 1706.06083). Of several runs, each example keeps the first x_adv that fools the model, or
-    else the one of highest loss. |x_adv - x| <= eps holds up to rounding, 1e-7 a pixel in float32.
+    else the one of highest loss. |x_adv - x| <= eps holds up to 1e-7 a pixel, the rounding of
+    float32; half-precision images are moved in float32, and rounded so that they stay in the ball.
     Without `stop_early`, nothing after the check of x and y waits for the device; an
     `engm.device.AttackedModel` spares that check, and more.
 
@@ -71,13 +72,13 @@ class PGD:
     stop_early: bool = False
 
     def __post_init__(self) -> None:
-        """Refuses settings that are out of range."""
+        """Refuses settings that are out of range, and takes numbers of numpy as Python's."""
         check_choice("norm", self.norm, ("linf", "l2"))
-        check_choice("loss", self.loss, tuple(_LOSSES))
+        check_choice("loss", self.loss, _LOSSES)
         for name in ("eps", "step_size", "start_noise"):
-            check_pixels(name, getattr(self, name), self.norm)
+            object.__setattr__(self, name, check_pixels(name, getattr(self, name), self.norm))
         for name in ("num_steps", "restarts"):
-            check_count(name, getattr(self, name))
+            object.__setattr__(self, name, check_count(name, getattr(self, name)))
         if self.step_size == 0:
             raise InputError("step_size is 0, so the attack would not move; try eps / 4")
         if self.start_noise and not self.random_start:
@@ -92,7 +93,7 @@ class PGD:
 
     def __call__(
         self,
-        model: nn.Module,
+        model: Model,
         x: Tensor,
         y: Tensor,
         *,
@@ -102,7 +103,8 @@ class PGD:
         """Attacks a batch.
 
         Args:
-            model: From `[n, ...]` pixels to `[n, K]` logits. It is left as it was.
+            model: From `[n, ...]` pixels to `[n, K]` logits, a module or a function. It is left as
+                it was.
             x: `[n, ...]` floats in [0, 1].
             y: `[n]` int64 classes, below K.
             generator: What random starts are drawn from, in place of the global generator. One on
@@ -116,10 +118,16 @@ class PGD:
             InputError: If x, y or the logits are not as above.
         """
         attacked = model if isinstance(model, AttackedModel) else None
-        highest = check_batch(x, y, look=attacked is None or attacked.begin(x))
-        logits_of = partial(checked_logits, model, highest)
+        check_tensors(x, y)
+        highest = check_values(x, y) if attacked is None or attacked.begin(x) else 0
         if self.eps == 0 or len(x) == 0:
             return (x if rows is None else x[rows]).detach().clone()
+        if isinstance(model, nn.Module) and any(p.is_inference() for p in model.parameters()):
+            raise InputError(
+                "the model was made in inference mode, so autograd refuses it for good; attack "
+                "copy.deepcopy(model) instead"
+            )
+        logits_of = partial(checked_logits, model, highest)
         # autograd refuses tensors that the caller made in inference mode, but not their copies
         with eval_mode(model), torch.inference_mode(False), torch.enable_grad():
             whole = x.detach().clone()
@@ -133,9 +141,9 @@ class PGD:
                 start = self._start(whole, generator)[chosen][standing]
                 left = x[standing], target[standing]
                 if self.stop_early:
-                    x_adv = self._run_until_fooled(logits_of, start, left[0], y[standing], left[1])
+                    x_adv = self._run_until_fooled(logits_of, start, *left, y[standing])
                 elif attacked is not None:
-                    loss = partial(self._mean_loss, logits_of, left[1])
+                    loss = partial(self._mean_loss, logits_of, *left)
                     x_adv = attacked.run(self, partial(self._run, logits_of), loss, start, *left)
                 else:
                     x_adv = self._run(logits_of, start, *left)
@@ -154,13 +162,13 @@ class PGD:
                         break
             return best
 
-    def _run(self, logits_of: _Forward, x_adv: Tensor, x: Tensor, target: Tensor) -> Tensor:
+    def _run(self, logits_of: Model, x_adv: Tensor, x: Tensor, target: Tensor) -> Tensor:
         for step in range(self.num_steps):
             x_adv, _ = self._step(logits_of, step, x_adv, x, target)
-        return x_adv
+        return self._stored(x_adv, x)
 
     def _run_until_fooled(
-        self, logits_of: _Forward, x_adv: Tensor, x: Tensor, y: Tensor, target: Tensor
+        self, logits_of: Model, x_adv: Tensor, x: Tensor, target: Tensor, y: Tensor
     ) -> Tensor:
         rows = torch.arange(len(x), device=x.device)
         for step in range(self.num_steps):
@@ -170,33 +178,35 @@ class PGD:
             if len(rows) == 0:
                 break
             x_adv[rows] = there[standing]
-        return x_adv
+        return self._stored(x_adv, x)
 
     def _step(
-        self, logits_of: _Forward, step: int, x_adv: Tensor, x: Tensor, target: Tensor
+        self, logits_of: Model, step: int, x_adv: Tensor, x: Tensor, target: Tensor
     ) -> tuple[Tensor, Tensor]:
-        here = x_adv.detach().requires_grad_()
+        here = self._stored(x_adv, x).detach().requires_grad_()
         logits = logits_of(here)
-        direction = self._direction(_LOSSES[self.loss](logits, target), here)
+        direction = self._direction(_LOSSES[self.loss](logits, target), here).to(x_adv.dtype)
         shrunk = math.cos(math.pi / 2 * step / self.num_steps) if self.decay else 1
-        return self._project(here.detach() + self.step_size * shrunk * direction, x), logits
+        return self._project(x_adv + self.step_size * shrunk * direction, x), logits
 
-    def _mean_loss(self, logits_of: _Forward, target: Tensor, x_adv: Tensor) -> Tensor:
-        return _LOSSES[self.loss](logits_of(x_adv), target).mean()
+    def _mean_loss(self, logits_of: Model, x: Tensor, target: Tensor, x_adv: Tensor) -> Tensor:
+        return _LOSSES[self.loss](logits_of(self._stored(x_adv, x)), target).mean()
 
     def _start(self, x: Tensor, generator: torch.Generator | None) -> Tensor:
+        dtype = torch.promote_types(x.dtype, torch.float32)
         if not self.random_start:
-            return x.clone()
+            return x.to(dtype, copy=True)
         device = x.device if generator is None else generator.device
-        how: dict[str, Any] = {"dtype": x.dtype, "device": device, "generator": generator}
+        uniform = partial(torch.rand, dtype=dtype, device=device, generator=generator)
+        normal = partial(torch.randn, dtype=dtype, device=device, generator=generator)
         if self.start_noise:
-            noise = torch.randn(x.shape, **how) * (self.start_noise / self.eps)
+            noise = normal(x.shape) * (self.start_noise / self.eps)
         elif self.norm == "linf":
-            noise = 2 * torch.rand(x.shape, **how) - 1
+            noise = 2 * uniform(x.shape) - 1
         else:
             # volume grows as radius^d: the radius of a uniform draw is u^(1/d)
-            radius = torch.rand(len(x), **how) ** (1 / x[0].numel())
-            noise = _unit(torch.randn(x.shape, **how)) * _per_example(radius, x)
+            radius = uniform(len(x)) ** (1 / x[0].numel())
+            noise = _unit(normal(x.shape)) * _per_example(radius, x)
         return self._project(x + self.eps * noise.to(x.device), x)
 
     def _direction(self, losses: Tensor, here: Tensor) -> Tensor:
@@ -222,6 +232,21 @@ class PGD:
         # x is in [0, 1], so this moves every pixel towards x: x_adv stays in the ball
         return (x + delta).clamp(0, 1)
 
+    def _stored(self, x_adv: Tensor, x: Tensor) -> Tensor:
+        # in the dtype of x; pixels that rounding takes out of the ball go to the next number inside
+        if x_adv.dtype == x.dtype:
+            return x_adv
+        near = x_adv.to(x.dtype)
+        moved = (near.to(x_adv.dtype) - x).abs()
+        outside = moved > self.eps
+        if self.norm == "l2":
+            outside = _per_example(moved.flatten(1).norm(dim=1) > self.eps, x)
+        outside = outside & (moved > (x_adv - x).abs())
+        # the bits of halves from 0 on are ordered as the numbers are
+        bits = near.view(torch.int16)
+        bits = torch.where(outside, torch.where(x > near, bits + 1, bits - 1), bits)
+        return bits.view(x.dtype)
+
 
 @dataclass(frozen=True, kw_only=True)
 class FGSM:
@@ -230,12 +255,7 @@ class FGSM:
     Source: Goodfellow et al. 2015, arXiv 1412.6572. The variant for training by Wong et al. 2020
     (arXiv 2001.03994) is `PGD(eps=eps, step_size=1.25 * eps, num_steps=1)`.
 
-    Attributes:
-        eps: Radius of the ball and length of the step, in pixels.
-        norm: As for `PGD`, like `loss` and `random_start`.
-
-    Raises:
-        InputError: If a setting is out of range.
+    The attributes and errors are those of `PGD`; `eps` is the length of the step, too.
     """
 
     eps: float
@@ -245,11 +265,11 @@ class FGSM:
 
     def __post_init__(self) -> None:
         """Refuses settings that are out of range."""
-        self._one_step()
+        object.__setattr__(self, "eps", self._one_step().eps)
 
     def __call__(
         self,
-        model: nn.Module,
+        model: Model,
         x: Tensor,
         y: Tensor,
         *,
@@ -269,6 +289,7 @@ def _per_example(values: Tensor, x: Tensor) -> Tensor:
 
 
 def _unit(vectors: Tensor) -> Tensor:
+    vectors = vectors.to(torch.promote_types(vectors.dtype, torch.float32))
     # by the largest entry first, so that no square vanishes or overflows; zeros stay zeros
     largest = vectors.flatten(1).abs().amax(1).clamp(min=torch.finfo(vectors.dtype).tiny)
     vectors = vectors / _per_example(largest, vectors)
@@ -333,9 +354,13 @@ def fooled(logits: Tensor, y: Tensor) -> Tensor:
 
 
 @contextmanager
-def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Puts every module of `model` into eval mode, then each back as it was, even on an error."""
-    before = [(module, module.training) for module in model.modules()]
+def eval_mode(model: Model) -> Iterator[None]:
+    """Puts every module of `model` into eval mode, then each back as it was, even on an error.
+
+    A function has no modes and is run as it is.
+    """
+    modules = model.modules() if isinstance(model, nn.Module) else ()
+    before = [(module, module.training) for module in modules]
     try:
         for module, _ in before:
             module.training = False
@@ -345,14 +370,19 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def check_batch(x: Tensor, y: Tensor, look: bool = True) -> int:
-    """Returns the highest class of a batch; refuses one that is not as attacks want it.
+def check_batch(x: Tensor, y: Tensor) -> int:
+    """Returns the highest class of a batch; refuses one that is not as attacks want it."""
+    check_tensors(x, y)
+    return check_values(x, y)
 
-    Args:
-        x: Images.
-        y: Classes.
-        look: Whether to look at the values too, which waits for the device. If not, returns 0.
-    """
+
+def check_tensors(x: Tensor, y: Tensor) -> None:
+    """Refuses what is not `[n, ...]` floats and `[n]` int64 on one device; waits for no device."""
+    for name, value in (("x", x), ("y", y)):
+        if not isinstance(value, Tensor):
+            raise InputError(
+                f"{name} is a {type(value).__name__}; give a tensor, as in torch.tensor({name})"
+            )
     if not x.is_floating_point() or x.ndim < 2:
         raise InputError(
             f"x is {x.dtype} of shape {list(x.shape)}; give [n, ...] floats in [0, 1], "
@@ -364,7 +394,11 @@ def check_batch(x: Tensor, y: Tensor, look: bool = True) -> int:
         )
     if y.device != x.device:
         raise InputError(f"x is on {x.device} and y on {y.device}; move them to one device")
-    if len(x) == 0 or not look:
+
+
+def check_values(x: Tensor, y: Tensor) -> int:
+    """Returns the highest class, 0 of none; refuses pixels outside [0, 1] and classes below 0."""
+    if len(x) == 0:
         return 0
     # the one wait for the device
     ends = torch.stack([end.float() for end in (x.min(), x.max(), y.min(), y.max())])
@@ -379,7 +413,7 @@ def check_batch(x: Tensor, y: Tensor, look: bool = True) -> int:
     return int(highest)
 
 
-def checked_logits(model: nn.Module, highest: int, images: Tensor) -> Tensor:
+def checked_logits(model: Model, highest: int, images: Tensor) -> Tensor:
     """Returns logits, at least float32; refuses what is not `[n, K]` with K above `highest`."""
     logits = model(images)
     if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(images):
@@ -394,24 +428,14 @@ def checked_logits(model: nn.Module, highest: int, images: Tensor) -> Tensor:
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
-# --- settings
+def check_pixels(name: str, value: float, norm: str) -> float:
+    """Returns a length in pixels, Python's number for numpy's; refuses one that is none.
 
-
-def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    """Refuses a value that is not one of `choices`."""
-    if value not in choices:
-        raise InputError(f"unknown {name} {value!r}; choose one of {', '.join(choices)}")
-
-
-def check_pixels(name: str, value: float, norm: str) -> None:
-    """Refuses a length that is no number of pixel units, 0 or more, at most 1 under linf."""
-    if not isinstance(value, int | float) or not 0 <= value < math.inf:
-        raise InputError(f"{name} must be a number, 0 or more; got {value!r}")
+    Raises:
+        InputError: If it is not a number, 0 or more, and at most 1 under linf.
+    """
+    if not isinstance(value, Real) or isinstance(value, bool) or not 0 <= value < math.inf:
+        raise InputError(f"{name} must be a number, 0 or more, as in 8 / 255; got {value!r}")
     if norm == "linf" and value > 1:
         raise InputError(f"{name} is {value}, but pixels are in [0, 1]: write 8/255, not 8")
-
-
-def check_count(name: str, value: int) -> None:
-    """Refuses what is not a whole number, 1 or more."""
-    if not isinstance(value, int) or value < 1:
-        raise InputError(f"{name} must be a whole number, 1 or more; got {value!r}")
+    return value if isinstance(value, int) else float(value)

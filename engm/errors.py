@@ -1,4 +1,7 @@
-"""The two errors that a user of the kit meets on purpose."""
+"""The two errors that a user of the kit meets on purpose, and two checks that all rooms share."""
+
+from collections.abc import Iterable
+from numbers import Integral
 
 
 class InputError(ValueError):
@@ -18,3 +21,18 @@ class NonFiniteLossError(FloatingPointError):
     """
 
     steps_ago = 0
+
+
+def check_count(name: str, value: int, low: int = 1, high: int | None = None) -> int:
+    """Returns a whole number as an `int`; refuses all else, and what is not in low to high."""
+    whole = isinstance(value, Integral) and not isinstance(value, bool)
+    if not whole or value < low or (high is not None and value > high):
+        limits = f"{low} or more" if high is None else f"{low} to {high}"
+        raise InputError(f"{name} must be a whole number, {limits}; got {value!r}")
+    return int(value)
+
+
+def check_choice(name: str, value: str, choices: Iterable[str]) -> None:
+    """Refuses a value that is not one of `choices`."""
+    if value not in choices:
+        raise InputError(f"unknown {name} {value!r}; choose one of {', '.join(choices)}")

@@ -15,29 +15,39 @@ from torch.nn import functional as F
 
 from engm.config import RunConfig
 from engm.data import Dataset
-from engm.errors import InputError
+from engm.errors import InputError, check_choice, check_count
 
 Floats = Sequence[float] | None
 
 
 def build(name: str, **settings: Any) -> nn.Module:
-    """Builds the model called `name`.
+    """Builds the model called `name`: "small_cnn", "preact_resnet18" or "wide_resnet34_10".
 
     Args:
-        name: "small_cnn", "preact_resnet18" or "wide_resnet34_10".
+        name: Which one.
         **settings: Handed on: `num_classes`, `width`, `norm`, `in_channels`, `mean`, `std`.
 
     Raises:
         InputError: If there is no such model, or a setting is out of range.
     """
-    models = {
-        "small_cnn": small_cnn,
-        "preact_resnet18": preact_resnet18,
-        "wide_resnet34_10": wide_resnet34_10,
-    }
-    if name not in models:
-        raise InputError(f"unknown model {name!r}; choose one of {', '.join(models)}")
+    models = {make.__name__: make for make in (small_cnn, preact_resnet18, wide_resnet34_10)}
+    check_choice("model", name, models)
     return models[name](**settings)
+
+
+def build_model(config: RunConfig, dataset: Dataset) -> nn.Module:
+    """Makes the untrained model of a run, for the classes and the channels of its dataset."""
+    config = config.resolved()
+    assert config.model is not None
+    return build(
+        config.model,
+        num_classes=dataset.num_classes,
+        width=config.width,
+        norm=config.model_norm,
+        in_channels=dataset.image_shape[0],
+        mean=dataset.mean,
+        std=dataset.std,
+    )
 
 
 def small_cnn(
@@ -68,7 +78,7 @@ def small_cnn(
     Raises:
         InputError: If a setting is out of range; when called, if the images do not fit.
     """
-    _check(norm, ("none", "batch", "group"), width=width, num_classes=num_classes)
+    _check(norm, ("none", "batch", "group"), width, num_classes)
     layers: OrderedDict[str, nn.Module] = OrderedDict(pixels=_Pixels(in_channels, mean, std))
     channels = in_channels
     for number, (wider, stride) in enumerate([(width, 1), (2 * width, 2), (4 * width, 2)], start=1):
@@ -135,18 +145,17 @@ class _Pixels(nn.Module):
 
     def __init__(self, in_channels: int, mean: Floats, std: Floats) -> None:
         super().__init__()
-        if not isinstance(in_channels, int) or in_channels < 1:
-            raise InputError(f"in_channels must be a whole number, 1 or more; got {in_channels!r}")
+        in_channels = check_count("in_channels", in_channels)
         if (mean is None) != (std is None):
             raise InputError("give both mean and std, or neither to leave the pixels as they are")
         for name, values, default in (("mean", mean, 0.0), ("std", std, 1.0)):
             given = [default] * in_channels if values is None else [float(v) for v in values]
-            if len(given) != in_channels:
+            sound = all(math.isfinite(v) and (name == "mean" or v > 0) for v in given)
+            if len(given) != in_channels or not sound:
                 raise InputError(
-                    f"{name} has {len(given)} values for {in_channels} channels; give one for each"
+                    f"{name} must be {in_channels} finite numbers, one for each channel, std above "
+                    f"0; got {given}"
                 )
-            if not all(math.isfinite(v) and (name == "mean" or v > 0) for v in given):
-                raise InputError(f"{name} must be finite, and std above 0; got {given}")
             self.register_buffer(name, torch.tensor(given).view(1, -1, 1, 1))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -186,7 +195,7 @@ def _residual(
     norm: str,
     num_classes: int,
 ) -> nn.Module:
-    _check(norm, ("batch", "group"), width=width, num_classes=num_classes)
+    _check(norm, ("batch", "group"), width, num_classes)
     stem = _conv3x3(pixels.mean.shape[1], channels)
     blocks = []
     for multiple, length, first_stride in stages:
@@ -228,25 +237,7 @@ def _initialise(model: nn.Module, fan: Any) -> nn.Module:
     return model
 
 
-def _check(norm: str, norms: tuple[str, ...], **counts: int) -> None:
-    if norm not in norms:
-        raise InputError(f"unknown norm {norm!r} for this model; choose one of {', '.join(norms)}")
-    for name, value in counts.items():
-        least = 2 if name == "num_classes" else 1
-        if not isinstance(value, int) or value < least:
-            raise InputError(f"{name} must be a whole number, {least} or more; got {value!r}")
-
-
-def build_model(config: RunConfig, dataset: Dataset) -> nn.Module:
-    """Makes the untrained model of a run, for the classes and the channels of its dataset."""
-    config = config.resolved()
-    assert config.model is not None
-    return build(
-        config.model,
-        num_classes=dataset.num_classes,
-        width=config.width,
-        norm=config.model_norm,
-        in_channels=dataset.image_shape[0],
-        mean=dataset.mean,
-        std=dataset.std,
-    )
+def _check(norm: str, norms: tuple[str, ...], width: int, num_classes: int) -> None:
+    check_choice("norm", norm, norms)
+    check_count("width", width)
+    check_count("num_classes", num_classes, 2)

@@ -465,6 +465,24 @@ def test_a_bfloat16_batch(trained, norm, autocast):
     assert (length((x_adv - x).double(), norm) <= 0.5 + room).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("norm", "eps"), [("linf", 8 / 255), ("l2", 0.5)])
+@pytest.mark.parametrize("stop_early", [False, True])
+def test_halves_use_the_ball_as_float32_does_and_never_leave_it(dtype, norm, eps, stop_early):
+    torch.manual_seed(0)
+    x, y = torch.rand(64, 3, 8, 8), torch.arange(64) % 5
+    weight = torch.randn(5, 192) * 1e-6  # such gradients are below what float16 can divide by
+    attack = partial(PGD, eps=eps, step_size=eps / 4, norm=norm, stop_early=stop_early)
+    lengths = {}
+    for kind in (torch.float64, dtype):
+        start = torch.Generator().manual_seed(0)
+        x_adv = attack(restarts=2)(Linear(weight.to(kind)), x.to(kind), y, generator=start)
+        assert x_adv.dtype == kind and x_adv.min() >= 0 and x_adv.max() <= 1
+        lengths[kind] = length(x_adv.double() - x.to(kind).double(), norm)
+    assert lengths[dtype].max() <= eps + 1e-7
+    assert lengths[dtype].mean() > 0.95 * lengths[torch.float64].mean()
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     shape=st.lists(st.integers(1, 5), min_size=2, max_size=4),
@@ -555,7 +573,9 @@ def test_integers_are_good_numbers_and_equal_attacks_are_equal():
         ({"eps": -0.1}, "eps must be"),
         ({"eps": math.nan}, "eps must be"),
         ({"eps": math.inf, "norm": "l2"}, "eps must be"),
-        ({"eps": "8/255"}, "eps must be"),
+        ({"eps": "8/255"}, "eps must be a number"),
+        ({"eps": True}, "eps must be"),
+        ({"eps": torch.tensor(0.1)}, "eps must be"),
         ({"step_size": 0}, "step_size is 0"),
         ({"step_size": -1}, "step_size must be"),
         ({"num_steps": 0}, "num_steps must be"),
@@ -572,6 +592,29 @@ def test_wrong_settings(settings, words):
         PGD(**{"eps": 0.1, "step_size": 0.1, **settings})
 
 
+@pytest.mark.parametrize("attack", [PGD, partial(FGSM)])
+def test_numbers_of_numpy_are_good_numbers(attack):
+    steps = {"step_size": np.float32(0.25), "num_steps": np.int64(3)} if attack is PGD else {}
+    made = attack(eps=np.float32(0.5), **steps)
+    plain = attack(eps=0.5, **{name: value.item() for name, value in steps.items()})
+    assert repr(made) == repr(plain)  # reports keep what an attack calls itself
+
+
+def test_a_function_is_a_model(trained):
+    model, x, y = trained
+    found = FGSM(eps=0.1)(lambda images: model(images), x, y)
+    assert torch.equal(found, FGSM(eps=0.1)(model, x, y))
+
+
+def test_a_model_made_in_inference_mode_is_refused_with_a_way_out():
+    with torch.inference_mode():
+        model = models.small_cnn(4, 2, in_channels=1)
+    x, y = torch.rand(4, 1, 8, 8), torch.arange(4)
+    with pytest.raises(InputError, match="deepcopy"):
+        FGSM(eps=0.1)(model, x, y)
+    assert not torch.equal(FGSM(eps=0.1)(copy.deepcopy(model), x, y), x)
+
+
 def test_fgsm_checks_its_settings_when_it_is_made():
     for wrong in ({"eps": 8}, {"eps": 0.1, "norm": "l1"}, {"eps": 0.1, "loss": "kl"}):
         with pytest.raises(InputError):
@@ -583,6 +626,8 @@ def test_fgsm_checks_its_settings_when_it_is_made():
     ("change", "words"),
     [
         (lambda x, y: ((255 * x).to(torch.uint8), y), r"x.float\(\) / 255"),
+        (lambda x, y: (x.tolist(), y), r"x is a list; give a tensor"),
+        (lambda x, y: (x, y.numpy()), r"y is a ndarray; give a tensor"),
         (lambda x, y: (x[0, 0, 0], y[:8]), r"\[n, ...\]"),
         (lambda x, y: (2 * x - 1, y), "normalise inside"),
         (lambda x, y: (x * 255, y), "divide by 255"),

@@ -179,9 +179,9 @@ def test_every_parameter_sits_in_a_layer_that_hooks_see_once(name, norm):
         ({"num_classes": 1}, "num_classes must be"),
         ({"in_channels": 0}, "in_channels must be"),
         ({"mean": (0.5, 0.5, 0.5)}, "both mean and std"),
-        ({"mean": (0.5,), "std": (0.5, 0.5, 0.5)}, "mean has 1 values for 3 channels"),
-        ({"mean": (0.5,) * 3, "std": (0.5, 0.0, 0.5)}, "above 0"),
-        ({"mean": (0.5, math.nan, 0.5), "std": (0.5,) * 3}, "finite"),
+        ({"mean": (0.5,), "std": (0.5, 0.5, 0.5)}, "mean must be 3 finite numbers"),
+        ({"mean": (0.5,) * 3, "std": (0.5, 0.0, 0.5)}, "std must be"),
+        ({"mean": (0.5, math.nan, 0.5), "std": (0.5,) * 3}, "mean must be"),
     ],
 )
 def test_wrong_settings(settings, words):
