@@ -6,7 +6,6 @@ import shlex
 import zipfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from engm.errors import InputError
+from engm.errors import InputError, check_choice, check_count
 from engm.runs import read_json
 
 # --- data sets
@@ -79,6 +78,8 @@ class Dataset:
         mean: Of each channel, over all official training images, of pixels in [0, 1].
         std: Standard deviation, likewise.
         title: What tables call it, with what sets it apart: "CIFAR-10 (JPEG)".
+        digest: SHA-256 of the cache it was read from, which a run keeps: images of the same name
+            can be other ones. None for images that are in no cache.
     """
 
     name: str
@@ -89,6 +90,7 @@ class Dataset:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     title: str = ""
+    digest: str | None = None
 
     @property
     def num_classes(self) -> int:
@@ -103,8 +105,8 @@ class Dataset:
 
     def to(self, device: torch.device | str) -> "Dataset":
         """The same data set with its three splits on `device`."""
-        parts = ("train", "validation", "test")
-        return replace(self, **{part: getattr(self, part).to(device) for part in parts})
+        train, validation, test = (s.to(device) for s in (self.train, self.validation, self.test))
+        return replace(self, train=train, validation=validation, test=test)
 
 
 def load(
@@ -135,18 +137,17 @@ def load(
         InputError: If the name is unknown, the cache is missing or damaged (the message names the
             command that makes it), or a count is not to be had.
     """
-    if name not in SPECS:
-        raise InputError(f"there is no data set {name!r}; choose from {', '.join(SPECS)}")
+    check_choice("data set", name, SPECS)
     arrays, record = read_arrays(SPECS[name], root)
-
     pool = len(arrays["train_labels"])
     default = 200 if name == "digits" else min(1000, pool // 10)
-    held_out = _whole("validation", default if validation is None else validation, 1, pool - 1)
-    kept = _whole("subset", pool - held_out if subset is None else subset, 1, pool - held_out)
-    order = stratified_order(arrays["train_labels"], _whole("split_seed", split_seed, 0))
+    held_out = check_count("validation", default if validation is None else validation, 1, pool - 1)
+    left = pool - held_out
+    kept = check_count("subset", left if subset is None else subset, 1, left)
+    order = stratified_order(arrays["train_labels"], check_count("split_seed", split_seed, 0))
     tested: np.ndarray | slice = slice(None)
     if test is not None:
-        count = _whole("test", test, 1, len(arrays["test_labels"]))
+        count = check_count("test", test, 1, len(arrays["test_labels"]))
         tested = stratified_order(arrays["test_labels"], split_seed)[:count]
 
     def split(part: str, index: np.ndarray | slice) -> Split:
@@ -160,6 +161,7 @@ def load(
         test=split("test", tested),
         **{key: tuple(record[key]) for key in ("class_names", "mean", "std")},
         title=record["title"],
+        digest=record["cache_sha256"],
     )
 
 
@@ -227,10 +229,10 @@ def batches(
         InputError: At once, if a value is out of range or there would be no batch.
     """
     count = len(split)
-    _whole("batch_size", batch_size, 1)
+    check_count("batch_size", batch_size)
     if count < (batch_size if drop_last else 1):
         raise InputError(f"{count} images make no batch of {batch_size}; lower batch_size")
-    mixed = np.random.SeedSequence([_whole("seed", seed, 0), _whole("epoch", epoch, 0)])
+    mixed = np.random.SeedSequence([check_count("seed", seed, 0), check_count("epoch", epoch, 0)])
     generator = torch.Generator().manual_seed(int(mixed.generate_state(1, np.uint64)[0]))
     order = torch.randperm(count, generator=generator) if shuffle else torch.arange(count)
     corner = torch.randint(2 * PADDING + 1, (count, 2), generator=generator)
@@ -262,14 +264,6 @@ def _crop_and_mirror(images: Tensor, corner: Tensor, mirror: Tensor) -> Tensor:
     image = torch.arange(count, device=device)[:, None, None, None]
     channel = torch.arange(channels, device=device)[:, None, None]
     return padded[image, channel, rows[:, None, :, None], columns[:, None, None, :]]
-
-
-def _whole(name: str, value: int, low: int, high: int | None = None) -> int:
-    whole = isinstance(value, Integral) and not isinstance(value, bool)
-    if not whole or value < low or (high is not None and value > high):
-        limits = f"at least {low}" if high is None else f"{low} to {high} (what there is)"
-        raise InputError(f"{name} must be a whole number, {limits}; got {value!r}")
-    return int(value)
 
 
 # --- the cache
@@ -349,7 +343,7 @@ def stratified_order(labels: np.ndarray, seed: int) -> np.ndarray:
 
 
 def read_arrays(spec: DatasetSpec, root: Path | str | None) -> tuple[Arrays, dict[str, Any]]:
-    """Reads a data set whole.
+    """Reads a data set whole, from its cache; the digits from scikit-learn.
 
     Args:
         spec: Which one.
@@ -357,31 +351,13 @@ def read_arrays(spec: DatasetSpec, root: Path | str | None) -> tuple[Arrays, dic
 
     Returns:
         `train_images`, `train_labels`, `test_images` and `test_labels`, all uint8, and a record
-        with `title`, `class_names`, `mean` and `std`.
+        with `title`, `class_names`, `mean`, `std` and `cache_sha256`.
 
     Raises:
         InputError: If the cache is missing or damaged; the message names the command that makes it.
     """
-    return _digits(spec) if spec.name == "digits" else _read_cache(spec, root)
-
-
-def _digits(spec: DatasetSpec) -> tuple[Arrays, dict[str, Any]]:
-    from sklearn.datasets import load_digits
-
-    bunch = load_digits()
-    # 0..16 -> 0..255
-    images = np.rint(bunch.images * 255 / 16).astype(np.uint8)[:, None]
-    labels = bunch.target.astype(np.uint8)
-    order = stratified_order(labels, seed=0)
-    arrays = {}
-    for part, index in (("test", order[: spec.test_count]), ("train", order[spec.test_count :])):
-        arrays[f"{part}_images"], arrays[f"{part}_labels"] = images[index], labels[index]
-    pixels = arrays["train_images"] / 255
-    mean, std = [float(pixels.mean())], [float(pixels.std())]
-    return arrays, {"title": spec.title, "class_names": spec.class_names, "mean": mean, "std": std}
-
-
-def _read_cache(spec: DatasetSpec, root: Path | str | None) -> tuple[Arrays, dict[str, Any]]:
+    if spec.name == "digits":
+        return _digits(spec)
     folder = data_root(root)
     record_path, cache_path = folder / f"{spec.name}.json", folder / f"{spec.name}.npz"
     command = f"python data_scripts/prepare.py {spec.name}"
@@ -407,6 +383,27 @@ def _read_cache(spec: DatasetSpec, root: Path | str | None) -> tuple[Arrays, dic
     return arrays, record
 
 
+def _digits(spec: DatasetSpec) -> tuple[Arrays, dict[str, Any]]:
+    from sklearn.datasets import load_digits
+
+    bunch = load_digits()
+    # 0..16 -> 0..255
+    images = np.rint(bunch.images * 255 / 16).astype(np.uint8)[:, None]
+    labels = bunch.target.astype(np.uint8)
+    order = stratified_order(labels, seed=0)
+    arrays = {}
+    for part, index in (("test", order[: spec.test_count]), ("train", order[spec.test_count :])):
+        arrays[f"{part}_images"], arrays[f"{part}_labels"] = images[index], labels[index]
+    pixels = arrays["train_images"] / 255
+    return arrays, {
+        "title": spec.title,
+        "class_names": spec.class_names,
+        "mean": [float(pixels.mean())],
+        "std": [float(pixels.std())],
+        "cache_sha256": hashlib.sha256(images.tobytes() + labels.tobytes()).hexdigest(),
+    }
+
+
 def _check_cache(spec: DatasetSpec, arrays: Arrays, record: dict[str, Any]) -> None:
     names, channels = list(record["class_names"]), spec.image_shape[0]
     holds = {
@@ -414,12 +411,12 @@ def _check_cache(spec: DatasetSpec, arrays: Arrays, record: dict[str, Any]) -> N
         "class_names": len(names) == spec.num_classes and names == list(spec.class_names or names),
         "mean": [0 <= value <= 1 for value in record["mean"]] == [True] * channels,
         "std": [0 < value <= 1 for value in record["std"]] == [True] * channels,
+        "dtype": {array.dtype for array in arrays.values()} == {np.dtype(np.uint8)},
     }
     for part, count in (("train", spec.train_count), ("test", spec.test_count)):
         images, labels = arrays[f"{part}_images"], arrays[f"{part}_labels"]
         holds[f"{part}_images"] = images.shape == (count, *spec.image_shape)
         holds[f"{part}_labels"] = labels.shape == (count,) and labels.max() < spec.num_classes
-        holds["dtype"] = holds.get("dtype", True) and images.dtype == labels.dtype == np.uint8
     wrong = [key for key, right in holds.items() if not right]
     if wrong:
         raise InputError(f"{', '.join(wrong)} cannot be that of {spec.title}")

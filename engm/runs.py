@@ -1,6 +1,6 @@
 """What a run leaves on disk: config, metrics, checkpoints, result.
 
-    config.json          the resolved config, and the environment it ran in
+    config.json          the resolved config, and the environment it ran in with its data's digest
     metrics.jsonl        one line an epoch
     checkpoint-last.pt   everything that goes on from the last whole epoch
     checkpoint-best.pt   the weights of the best epoch by robust accuracy on the validation split
@@ -62,16 +62,26 @@ def locked(folder: Path) -> Iterator[None]:
         lock.release()
 
 
-def write_config(folder: Path, config: RunConfig, device: torch.device) -> None:
+def write_config(
+    folder: Path, config: RunConfig, device: torch.device, digest: str | None = None
+) -> None:
     """Writes `config.json`, unless the folder has one of the same config already.
 
+    Args:
+        folder: The run directory.
+        config: The resolved config.
+        device: Where it runs.
+        digest: Of the data, see `engm.data.Dataset`.
+
     Raises:
-        InputError: If the folder holds a run of another config.
+        InputError: If the folder holds a run of another config, or on other data.
     """
     if (folder / CONFIG).exists():
         check_config(folder, config)
+        check_data(folder, digest)
     else:
-        write_json(folder / CONFIG, {**config.to_dict(), "environment": environment(device)})
+        origin = environment(device) | {"data_sha256": digest}
+        write_json(folder / CONFIG, {**config.to_dict(), "environment": origin})
 
 
 def check_config(folder: Path, config: RunConfig) -> None:
@@ -82,6 +92,24 @@ def check_config(folder: Path, config: RunConfig) -> None:
     """
     if read_config(folder) != config:
         raise InputError(f"{folder} holds a run of another config; choose another folder")
+
+
+def check_data(folder: Path, digest: str | None) -> None:
+    """Refuses data that are not those of the run in `folder`, though they have the same name.
+
+    Runs from before digests were kept, and images that are in no cache, are not told apart.
+
+    Raises:
+        InputError: If the run was on the data of another digest.
+    """
+    origin = read_json(folder / CONFIG).get("environment")
+    recorded = origin.get("data_sha256") if isinstance(origin, dict) else None
+    if digest and recorded and recorded != digest:
+        raise InputError(
+            f"{folder} is a run on other images of that name: {CONFIG} has the sha256 "
+            f"{str(recorded)[:12]}, the cache that was read {digest[:12]}; name the folder of the "
+            "run's own cache (--data-root, ENGM_DATA), or run again elsewhere"
+        )
 
 
 def read_config(folder: Path) -> RunConfig:

@@ -357,7 +357,7 @@ def _fit(
     trainer = Trainer(config, load_data(config, data_root).to(device))
     with runs.locked(folder) if first else nullcontext():  # what cannot start leaves no folder
         if first:
-            runs.write_config(folder, config, device)
+            runs.write_config(folder, config, device, trainer.dataset.digest)
         distributed.wait()
         _resume(trainer, folder)
         _train(trainer, folder, progress and first)
@@ -415,7 +415,7 @@ def _evaluate(trainer: Trainer, folder: Path, keep: bool, progress: bool) -> dic
     return {
         **result,
         "robust_overfitting_gap": gap,
-        "environment": runs.environment(trainer.device),
+        "environment": runs.environment(trainer.device) | {"data_sha256": trainer.dataset.digest},
     }
 
 

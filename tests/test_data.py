@@ -12,8 +12,11 @@ import pytest
 import torch
 
 from engm import data as data_cache
+from engm.config import RunConfig
 from engm.data import Split, batches, load, stratified_order, to_float, with_wrong_labels
 from engm.errors import InputError
+from engm.evaluation.suite import evaluate_checkpoint
+from engm.training import fit
 
 
 def contents(*splits: Split) -> Counter:
@@ -138,14 +141,14 @@ def test_stratified_order_goes_round_the_classes_until_they_are_used_up():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"name": "cifar"}, "there is no data set 'cifar'; choose from digits, fashion-mnist"),
-        ({"subset": 801}, r"subset must be a whole number, 1 to 800 \(what there is\); got 801"),
+        ({"name": "cifar"}, "unknown data set 'cifar'; choose one of digits, fashion-mnist"),
+        ({"subset": 801}, "subset must be a whole number, 1 to 800; got 801"),
         ({"subset": 0}, "subset must be .* got 0"),
         ({"subset": 2.5}, "subset must be .* got 2.5"),
         ({"subset": True}, "subset must be .* got True"),
         ({"subset": 901, "validation": 100}, "1 to 900"),
         ({"validation": 1000}, "validation must be a whole number, 1 to 999"),
-        ({"split_seed": -1}, "split_seed must be a whole number, at least 0; got -1"),
+        ({"split_seed": -1}, "split_seed must be a whole number, 0 or more; got -1"),
     ],
 )
 def test_load_explains_what_it_cannot_do(arguments, message):
@@ -300,10 +303,10 @@ def test_labels_stay_with_their_images_when_shuffled_and_augmented():
 @pytest.mark.parametrize(
     ("size", "options", "message"),
     [
-        (0, {}, "batch_size must be a whole number, at least 1; got 0"),
+        (0, {}, "batch_size must be a whole number, 1 or more; got 0"),
         (1.5, {}, "batch_size"),
-        (8, {"seed": -1}, "seed must be a whole number, at least 0; got -1"),
-        (8, {"epoch": None}, "epoch must be a whole number, at least 0; got None"),
+        (8, {"seed": -1}, "seed must be a whole number, 0 or more; got -1"),
+        (8, {"epoch": None}, "epoch must be a whole number, 0 or more; got None"),
         (301, {"drop_last": True}, "300 images make no batch of 301; lower batch_size"),
     ],
 )
@@ -398,6 +401,37 @@ def change_a_byte(folder: Path) -> None:
     content = bytearray(cache.read_bytes())
     content[len(content) // 2] ^= 1
     cache.write_bytes(content)
+
+
+def test_a_run_is_resumed_and_evaluated_on_its_own_images_alone(cached):
+    counts = dict(subset=20, validation_images=10, test_images=10, batch_size=10)
+    small = dict(model="small_cnn", width=4, num_steps=1, eval_steps=1, epochs=1)
+    config = RunConfig(dataset="cifar10", **counts, **small)
+
+    def train():
+        return fit(config, cached / "runs", device="cpu", progress=False).folder
+
+    folder, digest = train(), json.loads((cached / "cifar10.json").read_text())["cache_sha256"]
+    for file in ("config.json", "result.json"):
+        assert json.loads((folder / file).read_text())["environment"]["data_sha256"] == digest
+    options = dict(images=10, num_steps=1)
+    evaluate_checkpoint(folder, "last", load("cifar10"), **options)
+    assert json.loads((folder / "evaluation-last.json").read_text())["data_sha256"] == digest
+    for file in ("result.json", "checkpoint-last.pt"):  # as if it had been cut off
+        (folder / file).unlink()
+    metrics = (folder / "metrics.jsonl").read_bytes()
+    rewrite(cached, {"test_images": np.zeros((40, 3, 32, 32), np.uint8)})
+    for call in (train, lambda: evaluate_checkpoint(folder, "best", load("cifar10"), **options)):
+        with pytest.raises(InputError, match="a run on other images of that name.*--data-root"):
+            call()
+    assert (folder / "metrics.jsonl").read_bytes() == metrics
+    # runs from before digests were kept
+    values = json.loads((folder / "config.json").read_text())
+    del values["environment"]["data_sha256"]
+    for old in (values, {**values, "environment": None}):
+        (folder / "config.json").write_text(json.dumps(old))
+        evaluate_checkpoint(folder, "best", load("cifar10"), **options)
+    train()
 
 
 class Malicious:

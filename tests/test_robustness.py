@@ -461,7 +461,7 @@ def test_a_checkpoint_is_evaluated_with_the_settings_of_its_run(tmp_path, monkey
     }
     assert split.labels.bincount().tolist() == [5] * 10
     kept = json.loads((tmp_path / "evaluation-best.json").read_text())
-    what = {"checkpoint": "best", "epoch": 7}
+    what = {"checkpoint": "best", "epoch": 7, "data_sha256": dataset.digest}
     assert kept == what | json.loads(json.dumps(found.to_dict()))
     assert (tmp_path / "robustness-best.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(InputError, match="eps must be above 0, got 0"):

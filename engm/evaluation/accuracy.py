@@ -13,7 +13,14 @@ from engm.config import RunConfig
 from engm.data import Dataset, Split, to_float
 from engm.errors import InputError
 from engm.models import build_model
-from engm.runs import CHECKPOINTS, fits_config, load_tensors, read_config, save_tensors
+from engm.runs import (
+    CHECKPOINTS,
+    check_data,
+    fits_config,
+    load_tensors,
+    read_config,
+    save_tensors,
+)
 
 # float32 rounds x + perturbation: |x_adv - x| may exceed eps by some 1e-7
 _ROUNDING = 1e-5
@@ -269,6 +276,7 @@ def load_model(folder: Path, which: str, dataset: Dataset) -> nn.Module:
     config = read_config(folder)
     if dataset.name != config.dataset:
         raise InputError(f"{folder} is a run on {config.dataset}; it was given {dataset.name}")
+    check_data(folder, dataset.digest)
     model = build_model(config, dataset)
     path = folder / CHECKPOINTS[which]
     state = load_tensors(path)

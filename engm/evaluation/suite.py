@@ -420,7 +420,8 @@ def evaluate_checkpoint(
         save_to=folder / f"evaluation-{which}",
         progress=progress,
     )
-    what = {"checkpoint": which, "epoch": load_tensors(folder / CHECKPOINTS[which])["epoch"]}
+    epoch = load_tensors(folder / CHECKPOINTS[which])["epoch"]
+    what = {"checkpoint": which, "epoch": epoch, "data_sha256": dataset.digest}
     write_json(folder / f"evaluation-{which}.json", what | report.to_dict())
     from engm.plots import robustness_curve, to_png
 
