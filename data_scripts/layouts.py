@@ -5,14 +5,14 @@ import io
 import pickle
 import re
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
 from archives import list_files, read_files
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from tqdm.auto import tqdm
 
 from engm.data import DatasetSpec, stratified_order
@@ -82,17 +82,21 @@ def read_dataset(spec: DatasetSpec, path: Path) -> Contents:
         found = ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
         raise InputError(
             f"{path} does not look like {spec.title}. Understood are the official files "
-            f"({_UNDERSTOOD[spec.name]}), and image files as train/<class>/*.png with "
-            f"test/<class>/*.png. Found {len(names)} files: {found or 'none'}"
+            f"({_UNDERSTOOD[spec.name]}), and its images as train/<class>/*.png with "
+            "test/<class>/*.png; images of one's own are no data set of the kit. "
+            f"Found {len(names)} files: {found or 'none'}"
         )
-    _check_counts(spec, path, contents)
+    labels = {part: contents.arrays[f"{part}_labels"] for part in ("train", "test")}
+    _check_counts(spec, path, contents.class_names, labels)
     return contents
 
 
-def _check_counts(spec: DatasetSpec, path: Path, contents: Contents) -> None:
-    _check_class_count(spec, path, len(contents.class_names))
+def _check_counts(
+    spec: DatasetSpec, path: Path, class_names: Sequence[str], by_part: Mapping[str, np.ndarray]
+) -> None:
+    _check_class_count(spec, path, len(class_names))
     for part, count in (("train", spec.train_count), ("test", spec.test_count)):
-        labels = contents.arrays[f"{part}_labels"]
+        labels = by_part[part]
         if labels.max() >= spec.num_classes:
             raise InputError(
                 f"{path} has a {part} image of label {labels.max()}, the labels of {spec.title} "
@@ -104,7 +108,7 @@ def _check_counts(spec: DatasetSpec, path: Path, contents: Contents) -> None:
         if len(wrong):
             raise InputError(
                 f"{path} has {found[wrong[0]]:,} {part} images of the class "
-                f"{contents.class_names[wrong[0]]!r}, {spec.title} has {each:,} of each class"
+                f"{class_names[wrong[0]]!r}, {spec.title} has {each:,} of each class"
             )
 
 
@@ -289,24 +293,28 @@ def _read_images(
 ) -> dict[str, np.ndarray]:
     _check_class_count(spec, path, len(class_names))
     label_of = {name: label for label, name in enumerate(class_names)}
-    arrays: dict[str, np.ndarray] = {}
-    row_of: dict[str, tuple[np.ndarray, int]] = {}
+    files: dict[str, list[str]] = {}
+    labels: dict[str, np.ndarray] = {}
     for part, count in (("train", spec.train_count), ("test", spec.test_count)):
         unknown = sorted(set(parts[part].values()) - set(label_of))
         if unknown:
             raise InputError(f"{path} has {part} images of {unknown[0]!r}, which is not a class")
-        files = sorted(parts[part], key=lambda name: (label_of[parts[part][name]], name))
-        labels = np.array([label_of[parts[part][name]] for name in files], np.uint8)
-        if len(files) != count:
+        files[part] = sorted(parts[part], key=lambda name: (label_of[parts[part][name]], name))
+        labels[part] = np.array([label_of[parts[part][name]] for name in files[part]], np.uint8)
+        if len(files[part]) != count:
             raise InputError(
-                f"{path} has {len(files):,} {part} images, {spec.title} has {count:,}; "
+                f"{path} has {len(files[part]):,} {part} images, {spec.title} has {count:,}; "
                 "it is not whole, or it is another data set"
             )
-        images = np.empty((count, *spec.image_shape), np.uint8)
+    _check_counts(spec, path, class_names, labels)  # before minutes of decoding
+    arrays: dict[str, np.ndarray] = {}
+    row_of: dict[str, tuple[np.ndarray, int]] = {}
+    for part in files:
+        images = np.empty((len(files[part]), *spec.image_shape), np.uint8)
         # files lie class by class; stored in turns, the first images of a split are of all classes
-        order = stratified_order(labels, seed=0)
-        row_of.update({files[index]: (images, row) for row, index in enumerate(order)})
-        arrays[f"{part}_images"], arrays[f"{part}_labels"] = images, labels[order]
+        order = stratified_order(labels[part], seed=0)
+        row_of.update({files[part][index]: (images, row) for row, index in enumerate(order)})
+        arrays[f"{part}_images"], arrays[f"{part}_labels"] = images, labels[part][order]
     for name, content in tqdm(read_files(path, row_of), total=len(row_of), desc=path.name):
         images, row = row_of[name]
         images[row] = _decoded(spec, name, content)
@@ -318,9 +326,13 @@ def _decoded(spec: DatasetSpec, name: str, content: bytes) -> np.ndarray:
     try:
         with Image.open(io.BytesIO(content), formats=("JPEG", "PNG", "BMP", "WEBP")) as image:
             size, mode = image.size, image.mode
+            if image.format == "PNG" and content[24] == 16:  # the bit depth; Pillow would drop half
+                mode = f"{mode} of 16 bits"
             if size == (width, height) and mode in ("1", "L", "LA", "P", "RGB", "RGBA", "CMYK"):
                 pixels = np.asarray(image.convert("RGB" if channels == 3 else "L"))
                 return pixels.reshape(height, width, channels).transpose(2, 0, 1)
+    except UnidentifiedImageError:
+        raise InputError(f"{name} is no JPEG, PNG, BMP or WEBP file, whatever its name") from None
     except Exception as error:  # a broken image raises nearly anything
         raise InputError(f"{name} is not an image that can be read ({error})") from None
     raise InputError(
