@@ -185,7 +185,17 @@ class PGD:
     ) -> tuple[Tensor, Tensor]:
         here = self._stored(x_adv, x).detach().requires_grad_()
         logits = logits_of(here)
-        direction = self._direction(_LOSSES[self.loss](logits, target), here).to(x_adv.dtype)
+        losses, gradient = _LOSSES[self.loss](logits, target), None
+        if losses.requires_grad:
+            (gradient,) = torch.autograd.grad(losses.sum(), here, allow_unused=True)
+        if gradient is None:
+            raise InputError(
+                "no gradient flows from the logits to the images; take detach, argmax and no_grad "
+                "out of the model's forward"
+            )
+        # a nan points nowhere: such a pixel stays where it is
+        gradient = gradient.nan_to_num().to(x_adv.dtype)
+        direction = gradient.sign() if self.norm == "linf" else _unit(gradient)
         shrunk = math.cos(math.pi / 2 * step / self.num_steps) if self.decay else 1
         return self._project(x_adv + self.step_size * shrunk * direction, x), logits
 
@@ -208,19 +218,6 @@ class PGD:
             radius = uniform(len(x)) ** (1 / x[0].numel())
             noise = _unit(normal(x.shape)) * _per_example(radius, x)
         return self._project(x + self.eps * noise.to(x.device), x)
-
-    def _direction(self, losses: Tensor, here: Tensor) -> Tensor:
-        gradient = None
-        if losses.requires_grad:
-            (gradient,) = torch.autograd.grad(losses.sum(), here, allow_unused=True)
-        if gradient is None:
-            raise InputError(
-                "no gradient flows from the logits to the images; take detach, argmax and no_grad "
-                "out of the model's forward"
-            )
-        # a nan points nowhere: such a pixel stays where it is
-        gradient = gradient.nan_to_num()
-        return gradient.sign() if self.norm == "linf" else _unit(gradient)
 
     def _project(self, x_adv: Tensor, x: Tensor) -> Tensor:
         delta = x_adv - x
@@ -289,7 +286,6 @@ def _per_example(values: Tensor, x: Tensor) -> Tensor:
 
 
 def _unit(vectors: Tensor) -> Tensor:
-    vectors = vectors.to(torch.promote_types(vectors.dtype, torch.float32))
     # by the largest entry first, so that no square vanishes or overflows; zeros stay zeros
     largest = vectors.flatten(1).abs().amax(1).clamp(min=torch.finfo(vectors.dtype).tiny)
     vectors = vectors / _per_example(largest, vectors)

@@ -40,8 +40,8 @@ class Split:
     def __post_init__(self) -> None:
         """Checks the types and shapes."""
         images, labels = self.images, self.labels
-        right = images.dtype == torch.uint8 and labels.dtype == torch.int64
-        if not (right and images.ndim == 4 and labels.shape == images.shape[:1]):
+        types = images.dtype, labels.dtype, images.ndim
+        if types != (torch.uint8, torch.int64, 4) or labels.shape != images.shape[:1]:
             found = f"{images.dtype} {list(images.shape)}, {labels.dtype} {list(labels.shape)}"
             raise InputError(f"a split needs uint8 [n, c, h, w] and int64 [n], these are {found}")
 
@@ -130,7 +130,7 @@ def load(
         subset: How many of the remaining training images to keep, evenly over the classes. A
             larger subset holds the smaller ones, and the validation images stay the same.
         validation: How many validation images.
-        test: How many of the test images to keep, evenly over the classes; by default all.
+        test: How many test images to keep, evenly over the classes; by default all.
         split_seed: Draws the validation images and the subsets.
 
     Raises:
@@ -166,16 +166,10 @@ def load(
 
 
 def with_wrong_labels(split: Split, fraction: float, num_classes: int, *, seed: int) -> Split:
-    """Returns a split in which a fraction of the labels is wrong.
+    """Returns a split in which a `fraction`, in [0, 1], of the labels is wrong.
 
-    Which images, and which of the other classes each gets, is drawn from `seed`, uniformly. A
-    larger fraction spoils the images of a smaller one, in the same way.
-
-    Args:
-        split: What to spoil; it stays as it is.
-        fraction: Of the images, in [0, 1].
-        num_classes: K; labels are below it.
-        seed: At least 0.
+    Which images, and which of the other `num_classes` each gets, is drawn from `seed`, uniformly.
+    A larger fraction spoils the images of a smaller one, in the same way.
     """
     generator = torch.Generator().manual_seed(seed)
     chosen = torch.randperm(len(split), generator=generator)[: round(fraction * len(split))]
@@ -187,11 +181,7 @@ def with_wrong_labels(split: Split, fraction: float, num_classes: int, *, seed: 
 
 
 def to_float(images: Tensor) -> Tensor:
-    """Turns uint8 images, 0 to 255, into float32 pixels in [0, 1] of the same shape.
-
-    Raises:
-        InputError: If `images` are not uint8, so that nothing is scaled twice.
-    """
+    """Turns uint8 images, 0 to 255, into float32 pixels in [0, 1]; refuses to scale twice."""
     if images.dtype != torch.uint8:
         raise InputError(f"to_float takes uint8 images, 0 to 255; these are {images.dtype}")
     return images.float() / 255
@@ -216,7 +206,7 @@ def batches(
     Args:
         split: What to cut.
         batch_size: Images a batch; the last one may be smaller.
-        seed: At least 0, as `epoch`.
+        seed: 0 or more, as `epoch`.
         epoch: Every epoch of a seed is drawn anew.
         shuffle: Whether the order is drawn, too.
         augment: Crop at random after padding with `PADDING` zero pixels, and mirror one in two.
@@ -325,11 +315,8 @@ def data_root(root: Path | str | None = None) -> Path:
 def stratified_order(labels: np.ndarray, seed: int) -> np.ndarray:
     """A permutation of the indices of `labels` that goes round the classes in turn.
 
-    In every stretch of it, classes that are not used up differ by at most one image.
-
-    Args:
-        labels: Integers from 0, [n].
-        seed: Draws the order within each class and the turn of the classes.
+    In every stretch of it, classes that are not used up differ by at most one image. `seed` draws
+    the order within each class and the turn of the classes.
     """
     generator = np.random.default_rng(seed)
     shuffled = generator.permutation(len(labels))
@@ -343,11 +330,7 @@ def stratified_order(labels: np.ndarray, seed: int) -> np.ndarray:
 
 
 def read_arrays(spec: DatasetSpec, root: Path | str | None) -> tuple[Arrays, dict[str, Any]]:
-    """Reads a data set whole, from its cache; the digits from scikit-learn.
-
-    Args:
-        spec: Which one.
-        root: As for `data_root`; the digits need none.
+    """Reads a data set whole, from its cache in `data_root(root)`; the digits from scikit-learn.
 
     Returns:
         `train_images`, `train_labels`, `test_images` and `test_labels`, all uint8, and a record

@@ -3,9 +3,8 @@
 import copy
 import os
 from collections.abc import Callable, Hashable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +18,30 @@ _WARM_UP = 3
 # How far the loss that a replay reaches may lie from that of the recorded steps, as a part of their
 # climb. Pixels cannot be compared: sums in another order turn signs, and the steps multiply that.
 _TOLERANCE = 0.1
+
+_Work = Callable[..., Tensor]
+# takes the work and its first inputs; returns what they give, and the replay
+_Recorder = Callable[[_Work, tuple[Tensor, ...]], tuple[Tensor, _Work]]
+
+
+@dataclass(frozen=True)
+class Precision:
+    """How a model's passes are computed: arithmetic, and memory layout of the images."""
+
+    dtype: torch.dtype = torch.float32
+    memory_format: torch.memory_format = torch.contiguous_format
+
+    @classmethod
+    def of(cls, config: RunConfig) -> "Precision":
+        """Returns the precision of a run."""
+        layout = torch.channels_last if config.channels_last else torch.contiguous_format
+        return cls(getattr(torch, config.precision), layout)
+
+    def autocast(self, device: torch.device) -> torch.autocast:
+        """Returns the context to run the model in."""
+        lower = self.dtype != torch.float32
+        known = torch.amp.is_autocast_available(device.type)  # not so for "meta"
+        return torch.autocast(device.type if known else "cpu", self.dtype, enabled=lower and known)
 
 
 class AttackedModel(nn.Module):
@@ -59,11 +82,11 @@ class AttackedModel(nn.Module):
             raise InputError(
                 f"capture records CUDA graphs, but the model is on {self._device}; leave it out"
             )
-        self._dtype = dtype
+        self._precision = Precision(dtype)
         self._frozen, self._casts = _frozen(model, dtype)
         self._compiled = torch.compile(self._frozen, dynamic=False) if compile else None
         self._record: _Recorder | None = _cuda_graph if capture else None
-        self._replays: dict[Hashable, Callable[..., Tensor]] = {}
+        self._replays: dict[Hashable, _Work] = {}
         self._known: set[torch.Size] = set()  # shapes of batches that were looked at
         self._begun = torch.Size()
         self._first: torch.Size | None = None  # what is compiled for
@@ -74,12 +97,8 @@ class AttackedModel(nn.Module):
         return super().train(False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Returns the model's logits.
-
-        Raises:
-            InputError: If the passes cannot be compiled here.
-        """
-        with self._autocast():
+        """Returns the model's logits; an `InputError` if the passes cannot be compiled here."""
+        with self._precision.autocast(self._device):
             if self._compiled is None or x.shape != self._first:
                 return self._frozen(x)
             try:
@@ -88,39 +107,25 @@ class AttackedModel(nn.Module):
                 reason = str(error).strip().split("\n")[0]
                 raise InputError(f"torch.compile failed: {reason}; leave compile out") from error
 
-    def _autocast(self) -> AbstractContextManager[Any]:
-        kind = self._device.type
-        if not torch.amp.is_autocast_available(kind):  # as for "meta"
-            return nullcontext()
-        return torch.autocast(kind, self._dtype, enabled=self._dtype != torch.float32)
-
     @torch.no_grad()
     def begin(self, x: Tensor) -> bool:
-        """Takes over the model's weights, for an attack on `x`.
+        """Takes over the model's weights for an attack on `x`; returns whether to look at values.
 
-        Returns:
-            Whether nothing of the shape of `x` was attacked before, so that its values, and those
-            of its labels, are to be looked at.
+        They are looked at where nothing of the shape of `x` was attacked before.
         """
         for cast, original in self._casts:
             cast.copy_(original)
         self._begun = x.shape
         return x.shape not in self._known
 
-    def run(
-        self,
-        key: Hashable,
-        work: Callable[..., Tensor],
-        loss: Callable[[Tensor], Tensor],
-        *inputs: Tensor,
-    ) -> Tensor:
+    def run(self, key: Hashable, work: _Work, loss: _Work, *inputs: Tensor) -> Tensor:
         """Returns `work(*inputs)`, by a replay where it was recorded.
 
         Args:
             key: What the work is; work with the same key and inputs of the same shapes is the same.
             work: Calls this model, and reads nothing else that changes but the inputs.
             loss: What the work climbs, a single number for images such as the first input.
-            inputs: Tensors.
+            *inputs: Tensors.
         """
         self._known.add(self._begun)
         self._first = self._first or inputs[0].shape
@@ -131,18 +136,15 @@ class AttackedModel(nn.Module):
             self._replays[key] = self._recorded(work, loss, inputs)
         return self._replays[key](*inputs)
 
-    def _recorded(
-        self, work: Callable[..., Tensor], loss: Callable[[Tensor], Tensor], inputs: Any
-    ) -> Callable[..., Tensor]:
+    def _recorded(self, work: _Work, loss: _Work, inputs: tuple[Tensor, ...]) -> _Work:
         assert self._record is not None
         try:
             expected, replay = self._record(work, inputs)
         except RuntimeError as error:
             # no way back: torch's generator and allocator still take a recording as under way
             reason = str(error).split("\n")[0]
-            raise InputError(
-                f"the attack cannot be recorded: {reason}; leave capture out"
-            ) from error
+            message = f"the attack cannot be recorded: {reason}; leave capture out"
+            raise InputError(message) from error
         images = inputs[0], expected, replay(*inputs)
         start, wanted, found = (float(loss(x_adv).detach()) for x_adv in images)
         # equal where nothing climbs
@@ -152,11 +154,6 @@ class AttackedModel(nn.Module):
                 f"{start:.4g} to {wanted:.4g}, a replay to {found:.4g}; leave capture out"
             )
         return replay
-
-
-# Takes the work and its first inputs; returns what they give, and the replay.
-_Work = Callable[..., Tensor]
-_Recorder = Callable[[_Work, tuple[Tensor, ...]], tuple[Tensor, _Work]]
 
 
 def _frozen(model: nn.Module, dtype: torch.dtype) -> tuple[nn.Module, list[tuple[Tensor, Tensor]]]:
@@ -172,9 +169,7 @@ def _frozen(model: nn.Module, dtype: torch.dtype) -> tuple[nn.Module, list[tuple
     return copy.deepcopy(model, shared).eval(), casts
 
 
-def _cuda_graph(
-    work: Callable[..., Tensor], inputs: tuple[Tensor, ...]
-) -> tuple[Tensor, Callable[..., Tensor]]:
+def _cuda_graph(work: _Work, inputs: tuple[Tensor, ...]) -> tuple[Tensor, _Work]:
     held = [value.clone() for value in inputs]
     with torch.cuda.device(inputs[0].device):
         # apart from the main stream, as recording wants it; kernels are chosen and compiled first
@@ -240,21 +235,3 @@ def kernels_compared() -> Iterator[None]:
         yield
     finally:
         torch.backends.cudnn.benchmark = before
-
-
-@dataclass(frozen=True)
-class Precision:
-    """How a model's passes are computed: arithmetic, and memory layout of the images."""
-
-    dtype: torch.dtype = torch.float32
-    memory_format: torch.memory_format = torch.contiguous_format
-
-    @classmethod
-    def of(cls, config: RunConfig) -> "Precision":
-        """Returns the precision of a run."""
-        layout = torch.channels_last if config.channels_last else torch.contiguous_format
-        return cls(getattr(torch, config.precision), layout)
-
-    def autocast(self, device: torch.device) -> torch.autocast:
-        """Returns the context to run the model in."""
-        return torch.autocast(device.type, self.dtype, enabled=self.dtype != torch.float32)

@@ -85,11 +85,7 @@ def write_config(
 
 
 def check_config(folder: Path, config: RunConfig) -> None:
-    """Refuses a folder that does not hold a run of `config`.
-
-    Raises:
-        InputError: If it holds a run of another config, or none.
-    """
+    """Refuses a folder that does not hold a run of `config`."""
     if read_config(folder) != config:
         raise InputError(f"{folder} holds a run of another config; choose another folder")
 
@@ -163,56 +159,40 @@ def append_metrics(folder: Path, line: dict[str, Any]) -> None:
         os.fsync(file.fileno())  # on the disk before the checkpoint that counts the epoch
 
 
-def read_metrics(folder: Path) -> list[dict[str, Any]]:
+def read_metrics(folder: Path, epochs: int | None = None) -> list[dict[str, Any]]:
     """Reads the whole lines of `metrics.jsonl`, in order; a line cut off at the end is left out.
 
+    Args:
+        folder: A run directory.
+        epochs: Read as many lines, no more and no fewer; by default all.
+
     Raises:
-        InputError: If a line that was written whole is not a JSON object.
+        InputError: If there are fewer, or a line that was written whole is not a JSON object.
     """
     path = folder / METRICS
-    if not path.exists():
-        return []
     # what follows the last newline is either nothing or a line cut off by a kill
-    whole = path.read_bytes().split(b"\n")[:-1]
+    whole = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
     try:
         lines = [json.loads(line) for line in whole]
         if not all(isinstance(line, dict) for line in lines):
             raise ValueError("a line is not an object")
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is damaged ({error}); delete {folder} and run again") from None
-    return lines
+    if epochs is not None and len(lines) < epochs:
+        raise InputError(
+            f"{path} has {len(lines)} of {epochs} epochs; delete {folder} and run again"
+        )
+    return lines[:epochs]
 
 
 def keep_metrics(folder: Path, epochs: int) -> None:
-    """Cuts `metrics.jsonl` back to its first `epochs` lines, for a run that goes on from there.
-
-    Raises:
-        InputError: If it has fewer.
-    """
-    lines = whole_metrics(folder, epochs)
+    """Cuts `metrics.jsonl` back to its first `epochs` lines, for a run that goes on from there."""
+    lines = read_metrics(folder, epochs)
     write_text(folder / METRICS, "".join(json.dumps(line) + "\n" for line in lines))
 
 
-def whole_metrics(folder: Path, epochs: int) -> list[dict[str, Any]]:
-    """Reads the first `epochs` lines of `metrics.jsonl`.
-
-    Raises:
-        InputError: If it has fewer, or is damaged.
-    """
-    lines = read_metrics(folder)[:epochs]
-    if len(lines) < epochs:
-        raise InputError(
-            f"{folder / METRICS} has {len(lines)} of {epochs} epochs; delete {folder} and run again"
-        )
-    return lines
-
-
 def save_tensors(path: Path, state: dict[str, Any]) -> None:
-    """Writes tensors and plain values to `path`, atomically.
-
-    Raises:
-        OSError: If they cannot be written; the file at `path`, if any, is as before.
-    """
+    """Writes tensors and plain values to `path`, atomically."""
     with atomic_path(path) as temporary:
         temporary.touch()  # where nobody may write, the system says so better than torch
         try:
@@ -251,11 +231,7 @@ def load_tensors(path: Path, device: torch.device | str = "cpu") -> dict[str, An
 
 @contextmanager
 def fits_config(path: Path) -> Iterator[None]:
-    """Runs a block that takes the contents of the checkpoint `path` apart.
-
-    Raises:
-        InputError: Instead of what the block raises where an entry is missing or of another shape.
-    """
+    """Runs a block that takes the checkpoint `path` apart: what does not fit is an `InputError`."""
     try:
         yield
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
@@ -274,9 +250,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "packages": {name: metadata.version(name) for name in packages}
         | {"torch": torch.__version__},
         "commit": _commit(),
-        "device": torch.cuda.get_device_name(device)
-        if on_gpu
-        else f"{device.type}, {_processor()}",
+        "device": torch.cuda.get_device_name(device) if on_gpu else f"{device.type}, {_cpu()}",
         "threads": torch.get_num_threads(),
         "cuda": torch.version.cuda if on_gpu else None,
     }
@@ -294,13 +268,13 @@ def _commit() -> str | None:
         return None
 
 
-def _processor() -> str:
+def _cpu() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
-        return platform.processor() or platform.machine()
+        lines = []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
+    return (names or [platform.processor() or platform.machine()])[0]
 
 
 # --- files
@@ -314,11 +288,7 @@ _REMEDIES = dict.fromkeys(
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Runs a block that writes `path`, and adds to the system's complaint what to do.
-
-    Raises:
-        OSError: As the block does, with the name of `path` and a remedy.
-    """
+    """Runs a block that writes `path`, and adds its name and a remedy to the system's complaint."""
     try:
         yield
     except OSError as error:
@@ -333,13 +303,8 @@ def atomic_path(path: Path) -> Iterator[Path]:
     """Gives a temporary path beside `path`, and moves it there when the block ends well.
 
     A reader sees the old file or the new one, never a half: the bytes reach the disk before the
-    name does. If the block raises, the temporary file is removed and `path` is as it was.
-
-    Args:
-        path: The file to write. Its folder is created where it is missing.
-
-    Yields:
-        The path to write to, on the same file system.
+    name does. If the block raises, the temporary file is removed and `path` is as it was. A folder
+    that is missing is created.
     """
     path = Path(path)
     temporary = path.parent / f".{path.name}.{secrets.token_hex(4)}.tmp"
@@ -368,16 +333,11 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """Reads the JSON file `path`.
-
-    Raises:
-        InputError: If the file is missing or is not JSON.
-    """
+    """Reads the JSON file `path`; it is an `InputError` if it is missing or is not JSON."""
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(f"there is no file {path}") from None
     except (ValueError, RecursionError) as error:  # the latter of brackets without end
-        raise InputError(
-            f"{path} is not a JSON file ({error}); delete it and make it again"
-        ) from None
+        message = f"{path} is not a JSON file ({error}); delete it and make it again"
+        raise InputError(message) from None

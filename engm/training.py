@@ -352,7 +352,7 @@ def _fit(
     folder, first = out / config.name, distributed.first()
     if (folder / runs.RESULT).exists():
         runs.check_config(folder, config)
-        metrics = runs.whole_metrics(folder, config.epochs)
+        metrics = runs.read_metrics(folder, config.epochs)
         return RunResult(folder, config, metrics, runs.read_result(folder))
     trainer = Trainer(config, load_data(config, data_root).to(device))
     with runs.locked(folder) if first else nullcontext():  # what cannot start leaves no folder
@@ -368,7 +368,7 @@ def _fit(
     if first:
         (folder / runs.LOCK).unlink(missing_ok=True)  # nobody writes to a complete run
     distributed.wait()
-    return RunResult(folder, config, runs.whole_metrics(folder, config.epochs), result)
+    return RunResult(folder, config, runs.read_metrics(folder, config.epochs), result)
 
 
 def _resume(trainer: Trainer, folder: Path) -> None:
