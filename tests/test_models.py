@@ -168,25 +168,27 @@ def test_every_parameter_sits_in_a_layer_that_hooks_see_once(name, norm):
 
 
 @pytest.mark.parametrize(
-    ("settings", "words"),
+    "wrong",
     [
-        ({"name": "resnet50"}, "small_cnn, preact_resnet18, wide_resnet34_10"),
-        ({"norm": "layer"}, "none, batch, group"),
-        ({"name": "preact_resnet18", "norm": "none"}, "batch, group"),
-        ({"name": "wide_resnet34_10", "width": None}, "width must be"),
-        ({"width": 0}, "width must be"),
-        ({"width": 1.5}, "width must be"),
-        ({"num_classes": 1}, "num_classes must be"),
-        ({"in_channels": 0}, "in_channels must be"),
-        ({"mean": (0.5, 0.5, 0.5)}, "both mean and std"),
-        ({"mean": (0.5,), "std": (0.5, 0.5, 0.5)}, "mean must be 3 finite numbers"),
-        ({"mean": (0.5,) * 3, "std": (0.5, 0.0, 0.5)}, "std must be"),
-        ({"mean": (0.5, math.nan, 0.5), "std": (0.5,) * 3}, "mean must be"),
+        dict(model="resnet50"),
+        dict(norm="layer"),
+        dict(norm="none", model="preact_resnet18"),
+        dict(width=None, model="wide_resnet34_10"),
+        dict(width=0),
+        dict(width=1.5),
+        dict(num_classes=1),
+        dict(in_channels=0),
+        dict(mean=(0.5, 0.5, 0.5)),
+        dict(mean=(0.5,), std=(0.5, 0.5, 0.5)),
+        dict(mean=(0.5, math.nan, 0.5), std=(0.5,) * 3),
+        dict(std=(0.5, 0.0, 0.5), mean=(0.5,) * 3),
     ],
 )
-def test_wrong_settings(settings, words):
-    with pytest.raises(InputError, match=words):
-        models.build(**{"name": "small_cnn", **settings})
+def test_a_wrong_setting_is_named(wrong):
+    settings = dict(wrong)
+    name = settings.pop("model", "small_cnn")
+    with pytest.raises(InputError, match=next(iter(wrong))):
+        models.build(name, **settings)
 
 
 def test_wrong_images():
