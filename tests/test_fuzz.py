@@ -273,7 +273,8 @@ def sound():
 def test_a_damaged_archive_is_never_taken_for_another(tmp_path_factory, sound, data, kind):
     content, path = bytearray(sound[kind]), tmp_path_factory.getbasetemp() / "damaged"
     expected = {name: content for name, _, content in SOUND}
-    if data.draw(st.booleans(), "cut"):
+    cut = data.draw(st.booleans(), "cut")
+    if cut:
         del content[data.draw(st.integers(0, len(content) - 1)) :]
     else:
         for _ in range(data.draw(st.integers(1, 3))):
@@ -282,6 +283,8 @@ def test_a_damaged_archive_is_never_taken_for_another(tmp_path_factory, sound, d
     found = harmless(path)
     if kind in ("gz", "bz2", "xz") and found is not None:  # the bytes that changed mean nothing
         assert found == expected
+    if kind == "tar" and cut and found is not None:  # the bytes that are gone are padding
+        assert found.items() <= expected.items()
     if kind == "zip" and found is not None:  # names have no checksum, what they name has
         assert set(found.values()) <= set(expected.values())
 
@@ -533,7 +536,7 @@ def test_any_config_file_is_a_config_or_refused(run_folder, values):
         assert {name: found.to_dict()[name] for name in expected} == expected
 
 
-@pytest.mark.parametrize("content", [b"[" * 100_000, b"1" * 5000, b'{"a": ' * 50_000, b"\xff"])
+@pytest.mark.parametrize("content", [b"[" * 100_000, b"1" * 5000, b'{"a": ' * 50_000, b"\xff", b""])
 def test_json_that_no_parser_likes_is_refused(content, run_folder):
     for name, read in (("config.json", read_config), ("result.json", read_result)):
         (run_folder / name).write_bytes(content)

@@ -401,36 +401,10 @@ def test_links_in_a_zip_are_refused(root, tmp_path):
     assert "'train/bird/9.png', a link or a device" in refused("cifar10", source, root)
 
 
-@pytest.mark.parametrize("ending", [".tar.gz", ".tar.xz", ".tar.bz2", ".tar", ".zip"])
-@pytest.mark.parametrize("kept", [0.3, 0.9, 0.999])
-def test_archives_that_are_cut_short(root, tmp_path, ending, kept):
-    write = write_zip if ending == ".zip" else write_tar
-    # noise of about 1 MB, so that the cut falls among the images
-    source = write(tmp_path / f"a{ending}", cifar_files("cifar10"))
-    content = source.read_bytes()
-    source.write_bytes(content[: int(len(content) * kept)])
-    if ending == ".tar" and kept == 0.999:  # only the padding is gone, every file is whole
-        run("cifar10", source, root)
-        return
-    message = refused("cifar10", source, root)
-    assert "fetch it again" in message or "lacks test_batch" in message
-
-
-def test_a_tar_whose_last_bytes_are_missing_is_not_taken_for_whole(root, tmp_path):
-    # every file is there, only the checksum of the stream is not
+def test_an_archive_that_is_cut_short(root, tmp_path):
+    # every file is there, only the checksum of the stream is not; any other cut: test_fuzz.py
     source = write_tar(tmp_path / "a.tar.gz", cifar_files("cifar10"))
     source.write_bytes(source.read_bytes()[:-4])
-    assert "cut short or damaged" in refused("cifar10", source, root)
-
-
-def test_a_damaged_zip_member(root, tmp_path):
-    source = tmp_path / "a.zip"
-    with zipfile.ZipFile(source, "w") as archive:
-        for name, content in cifar_files("cifar10").items():
-            archive.writestr(name, content)
-    content = bytearray(source.read_bytes())
-    content[len(content) // 2] ^= 1
-    source.write_bytes(content)
     assert "cut short or damaged" in refused("cifar10", source, root)
 
 

@@ -1,5 +1,4 @@
 import json
-import resource
 import shutil
 import subprocess
 from dataclasses import replace
@@ -11,8 +10,7 @@ import torch
 from engm import data
 from engm.config import RunConfig
 from engm.errors import InputError
-from engm.evaluation import accuracy as evaluation
-from engm.evaluation.accuracy import evaluate_run, load_model
+from engm.evaluation.accuracy import accuracy_under, attack_of, evaluate_run, load_model
 from engm.report.records import collect
 from engm.runs import (
     append_metrics,
@@ -76,13 +74,6 @@ def test_a_config_of_another_version_names_the_file_and_the_setting(folder):
             read(folder)
 
 
-@pytest.mark.parametrize("content", ["[]", "3", "null"])
-def test_a_config_that_is_no_object_is_refused(content, folder):
-    (folder / "config.json").write_text(content)
-    with pytest.raises(InputError, match=r"config\.json must hold an object"):
-        read_config(folder)
-
-
 def test_a_finished_run_without_its_config_is_not_given_a_new_one(folder):
     (folder / "config.json").unlink()
     with pytest.raises(InputError, match="is not a run directory"):
@@ -123,28 +114,11 @@ def test_a_line_of_metrics_is_on_the_disk_before_the_checkpoint_that_counts_it(
     assert sizes == [path.stat().st_size] == [13]
 
 
-def test_a_run_whose_metrics_were_lost_does_not_go_on_without_them(folder):
-    path = unfinished(folder) / "metrics.jsonl"
-    path.write_bytes(path.read_bytes().splitlines(keepends=True)[0])
-    with pytest.raises(InputError, match="has 1 of 2 epochs; delete"):
-        fit_quietly(folder.parent)
-
-
 def test_what_a_kill_in_a_write_left_is_cleared_away(folder):
     unfinished(folder)
     (folder / ".checkpoint-last.pt.0a1b2c3d.tmp").write_bytes(b"half")
     fit_quietly(folder.parent)
     assert not list(folder.glob(".*"))
-
-
-def test_a_flipped_bit_in_a_weight_is_noticed(folder):
-    path = folder / "checkpoint-best.pt"
-    weight = load_tensors(path)["model"]["linear.weight"]
-    content = bytearray(path.read_bytes())
-    content[content.index(weight.numpy().tobytes())] ^= 1
-    path.write_bytes(content)
-    with pytest.raises(InputError, match="a checksum is wrong.*delete .* and run again"):
-        load_tensors(path)
 
 
 def test_a_checkpoint_of_another_model_is_refused(folder):
@@ -181,35 +155,20 @@ def test_a_run_is_evaluated_on_its_own_dataset_alone(folder):
         evaluate_run(folder, "last", other)
 
 
-def test_a_run_is_evaluated_with_its_own_seed_and_the_steps_that_are_asked_for(folder, monkeypatch):
-    seen = []
-    monkeypatch.setattr(evaluation, "accuracy_under", lambda *a, **k: seen.append((*a, k)))
-    dataset = data.load("digits", subset=20)
-    evaluate_run(folder, "last", dataset, num_steps=4, save_to=folder / "x.pt")
-    ((_, split, attack, how),) = seen
-    assert split is dataset.test
-    assert attack.num_steps == 4
-    assert how == {"seed": 3, "save_to": folder / "x.pt", "progress": False}
+def test_a_run_is_evaluated_with_its_own_seed_and_the_steps_that_are_asked_for(folder):
+    dataset = data.load("digits", subset=20, test=30)
+    found = evaluate_run(folder, "last", dataset, num_steps=4, save_to=folder / "x.pt")
+    attack = attack_of(TINY, num_steps=4)
+    assert attack.num_steps == 4 and found.attack == repr(attack)
+    expected = accuracy_under(load_model(folder, "last", dataset), dataset.test, attack, seed=3)
+    assert torch.equal(found.x_adv, expected.x_adv)
+    assert torch.equal(load_tensors(folder / "x.pt")["x_adv"], expected.x_adv)
 
 
 def test_a_loaded_model_is_in_eval_mode_and_tensors_go_where_they_are_asked_for(folder):
     assert not load_model(folder, "last", data.load("digits", subset=20)).training
     there = load_tensors(folder / "checkpoint-last.pt", "meta")["model"]["linear.weight"]
     assert there.device.type == "meta"
-
-
-def test_a_full_disk_is_an_error_of_the_system_and_spoils_nothing(tmp_path):
-    path = tmp_path / "a.pt"
-    save_tensors(path, {"x": torch.ones(1)})
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))  # stands for the end of the disk
-    try:
-        with pytest.raises(OSError, match=r"a\.pt"):
-            save_tensors(path, {"x": torch.ones(10_000)})
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert torch.equal(load_tensors(path)["x"], torch.ones(1))
-    assert list(tmp_path.iterdir()) == [path]
 
 
 @pytest.mark.parametrize(
