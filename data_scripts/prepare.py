@@ -82,12 +82,17 @@ def prepare(spec: DatasetSpec, archive: Path | None, root: Path) -> Path:
             f"{root} cannot be written to ({error.strerror}); give another folder with --root"
         ) from None
     if archive is not None:
-        return write_cache(spec, read_dataset(spec, archive), archive, str(archive.name), root)
+        return _convert(spec, archive, archive.name, root)
     with tempfile.TemporaryDirectory(prefix=".download-", dir=root) as folder:
         files = downloads(spec)
         _download(spec, files, Path(folder))
         source = Path(folder) / files[0][1] if len(files) == 1 else Path(folder)
-        return write_cache(spec, read_dataset(spec, source), source, files[0][0], root)
+        return _convert(spec, source, files[0][0], root)
+
+
+def _convert(spec: DatasetSpec, source: Path, origin: str, root: Path) -> Path:
+    click.echo(f"Reading {source}: all names first, then the images")
+    return write_cache(spec, read_dataset(spec, source), source, origin, root)
 
 
 def downloads(spec: DatasetSpec) -> list[tuple[str, str, str]]:

@@ -326,6 +326,10 @@ def test_what_is_recorded_and_printed(root, tmp_path):
     assert f"Wrote {root / 'cifar10.npz'}" in output
     assert f"ENGM_DATA={root} engm train --dataset cifar10" in output
     assert sorted(path.name for path in root.iterdir()) == ["cifar10.json", "cifar10.npz"]
+    with zipfile.ZipFile(
+        root / "cifar10.npz"
+    ) as cache:  # made again, the cache has the same digest
+        assert {member.date_time for member in cache.infolist()} == {(1980, 1, 1, 0, 0, 0)}
 
 
 # --- the command
@@ -358,7 +362,7 @@ def test_it_runs_as_a_script_and_asks_for_the_official_counts(tmp_path):
         **{"capture_output": True, "text": True, "env": environment, "check": False},
     )
     assert found.returncode == 1
-    assert found.stdout == ""
+    assert found.stdout == f"Reading {folder}: all names first, then the images\n"
     assert found.stderr.startswith(f"Error: {folder} has 11 train images, CIFAR-10 has 50,000;")
     assert found.stderr.count("\n") == 1
     assert list((tmp_path / "cache").iterdir()) == []
