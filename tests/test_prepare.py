@@ -326,9 +326,7 @@ def test_what_is_recorded_and_printed(root, tmp_path):
     assert f"Wrote {root / 'cifar10.npz'}" in output
     assert f"ENGM_DATA={root} engm train --dataset cifar10" in output
     assert sorted(path.name for path in root.iterdir()) == ["cifar10.json", "cifar10.npz"]
-    with zipfile.ZipFile(
-        root / "cifar10.npz"
-    ) as cache:  # made again, the cache has the same digest
+    with zipfile.ZipFile(root / "cifar10.npz") as cache:  # made again it is the same
         assert {member.date_time for member in cache.infolist()} == {(1980, 1, 1, 0, 0, 0)}
 
 
