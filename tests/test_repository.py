@@ -14,7 +14,7 @@ from statistics import mean
 import pytest
 import yaml
 
-from engm.bench import costs
+from engm.bench import tables
 from engm.lab import batch as notebooks
 from engm.report.records import collect
 from engm.runs import read_json, read_metrics
@@ -248,8 +248,8 @@ def test_the_cost_tables_are_what_the_logs_give():
     logs = sorted((ROOT / "results" / "bench").glob("*/bench.json"))
     assert logs
     for log in logs:
-        assert costs.table(read_json(log)) in written, log
+        assert tables.table(read_json(log)) in written, log
     shown = ROOT / "results" / "bench" / "cpu-group-width32" / "bench.json"
-    (exact,) = [row for row in costs.table(read_json(shown)).splitlines() if "| exact |" in row]
+    (exact,) = [row for row in tables.table(read_json(shown)).splitlines() if "| exact |" in row]
     ratio = exact.split("|")[6].split()[0]  # of an AT-10 step
     assert f"takes {ratio} times as long" in README

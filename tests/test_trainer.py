@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from engm import data
-from engm.bench.kit import Kit, Variant
+from engm.bench.kit import Kit
 from engm.config import RunConfig
 from engm.errors import InputError
 from engm.evaluation.accuracy import attack_of
@@ -143,7 +143,6 @@ def test_the_lab_and_the_bench_train_as_a_trainer_does():
     config = replace(TINY, optimizer="engm", precision="bfloat16", seed=3, channels_last=True)
     watched = [epoch.loss for epoch in live.train(digits, config)]
     assert watched == [line["train_loss"] for line in Trainer(config, digits)]
-    variant = Variant("engm", "bfloat16", channels_last=True)
-    kit = Kit(small_cnn(width=4, in_channels=1), digits.train, TINY, variant)
+    kit = Kit(small_cnn(width=4, in_channels=1), digits, TINY, "engm bfloat16 channels_last")
     assert kit.trainer.config == replace(config, seed=0).resolved()
     assert kit.trainer.precision == Trainer(config, digits).precision

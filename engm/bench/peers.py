@@ -1,13 +1,11 @@
-"""Other libraries' ways to the norms of examples, as measures that ENGM's step can be run with.
+"""Other libraries' ways to the norms of examples, to compare ENGM's step with in `engm bench`.
 
 Each is used as its documentation says, for the same step: norms |g_i| first, then sum_i w_i g_i.
-They are here to be compared with, in `engm bench`; training does not use them. Opacus and BackPACK
-are optional: `pip install 'engm[peers]'`.
+Training does not use them. Opacus and BackPACK are optional: `pip install 'engm[peers]'`.
 """
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,13 +13,49 @@ from torch.func import functional_call, grad_and_value, vmap
 from torch.nn.functional import cross_entropy
 
 from engm.errors import InputError
-from engm.norms.measures import Closure, Measured, Weighted, run_closure
+from engm.optim import example_weights
 
-Autocast = Callable[[], AbstractContextManager[Any]]
-Measure = Callable[[Closure | None, Tensor | None], Measured]
+Closure = Callable[[], Tensor]
+Autocast = Callable[[], AbstractContextManager[object]]
+Weigh = Callable[[Tensor], Tensor]
+# Takes the closure, the images that it gives to the model, and what turns the norms |g_i|, `[n]`,
+# into weights; leaves sum_i w_i g_i in the `.grad` of the parameters.
+Backward = Callable[[Closure, Tensor, Weigh], None]
 
 
-def vmap_measure(model: nn.Module, y: Tensor, autocast: Autocast) -> Measure:
+class PeerSGD(torch.optim.SGD):
+    """Momentum SGD along the mean of the w_i g_i, as ENGM, found by a peer; the rate is 0.
+
+    Args:
+        model: The model whose trainable parameters are optimised.
+        backward: The peer's backward pass.
+        floor: f of the weights w_i = c / max(|g_i|, f c); c is the mean norm.
+        momentum: Momentum.
+        weight_decay: Weight decay.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        backward: Backward,
+        floor: float,
+        momentum: float,
+        weight_decay: float,
+    ) -> None:
+        trainable = [p for p in model.parameters() if p.requires_grad]
+        super().__init__(trainable, 0.0, momentum, weight_decay=weight_decay)
+        self._backward, self._floor = backward, floor
+
+    def step(self, closure: Closure, inputs: Tensor) -> None:  # type: ignore[override]
+        """Takes a step, as `ENGM.step`."""
+        self._backward(closure, inputs, self._weigh)
+        super().step()
+
+    def _weigh(self, norms: Tensor) -> Tensor:
+        return example_weights(norms, norms.mean(), self._floor) / len(norms)
+
+
+def vmap_backward(model: nn.Module, y: Tensor, autocast: Autocast) -> Backward:
     """Gradients of every example by `torch.func`: `vmap` of the gradient of one example's loss.
 
     It cannot run the closure, which takes a batch, so it runs the model on `inputs` itself.
@@ -38,55 +72,47 @@ def vmap_measure(model: nn.Module, y: Tensor, autocast: Autocast) -> Measure:
 
     per_example = vmap(grad_and_value(loss), in_dims=(None, 0, 0))
 
-    def measure(closure: Closure | None, inputs: Tensor | None) -> Measured:
-        assert inputs is not None
+    def backward(closure: Closure, inputs: Tensor, weigh: Weigh) -> None:
         values = {name: p.detach() for name, p in trainable.items()}
-        gradients, losses = per_example(values, inputs, y)
-        return losses, *_from_gradients({p: gradients[name] for name, p in trainable.items()})
+        gradients, _ = per_example(values, inputs, y)
+        _put_sum({p: gradients[name] for name, p in trainable.items()}, weigh)
 
-    return measure
+    return backward
 
 
-def opacus_measure(model: nn.Module, y: Tensor, autocast: Autocast) -> Measure:
+def opacus_backward(model: nn.Module, y: Tensor, autocast: Autocast) -> Backward:
     """Gradients of every example by the hooks of Opacus (`GradSampleModule`)."""
     from opacus.grad_sample import GradSampleModule
 
     GradSampleModule(model, loss_reduction="sum", strict=_has_batch_norm(model))
 
-    def measure(closure: Closure | None, inputs: Tensor | None) -> Measured:
-        losses = run_closure(closure)
-        losses.sum().backward()
-        gradients = _taken(model, "grad_sample")
-        return losses.detach(), *_from_gradients(gradients)
+    def backward(closure: Closure, inputs: Tensor, weigh: Weigh) -> None:
+        closure().sum().backward()
+        _put_sum(_taken(model, "grad_sample"), weigh)
 
-    return measure
+    return backward
 
 
-def opacus_ghost_measure(model: nn.Module, y: Tensor, autocast: Autocast) -> Measure:
+def opacus_ghost_backward(model: nn.Module, y: Tensor, autocast: Autocast) -> Backward:
     """Norms by Opacus' ghost clipping, then a second backward pass with weighted losses."""
     from opacus.grad_sample import GradSampleModuleFastGradientClipping as GhostModule
 
     ghost = GhostModule(model, loss_reduction="sum", strict=_has_batch_norm(model))
-    parameters = _trainable(model)
 
-    def measure(closure: Closure | None, inputs: Tensor | None) -> Measured:
-        losses = run_closure(closure)
+    def backward(closure: Closure, inputs: Tensor, weigh: Weigh) -> None:
+        losses = closure()
         losses.sum().backward(retain_graph=True)
-        norms = ghost.get_norm_sample().detach()
+        weights = weigh(ghost.get_norm_sample().detach())
+        ghost.disable_hooks()
+        try:
+            _second_backward(model, losses, weights)
+        finally:
+            ghost.enable_hooks()
 
-        def weighted(weights: Tensor, rows: Tensor | None) -> dict[Tensor, Tensor]:
-            ghost.disable_hooks()
-            try:
-                return _second_backward(losses, parameters, weights)
-            finally:
-                ghost.enable_hooks()
-
-        return losses.detach(), norms, weighted
-
-    return measure
+    return backward
 
 
-def backpack_measure(model: nn.Module, y: Tensor, autocast: Autocast) -> Measure:
+def backpack_backward(model: nn.Module, y: Tensor, autocast: Autocast) -> Backward:
     """Gradients of every example by BackPACK's `BatchGrad`."""
     from backpack import backpack, extend
     from backpack.extensions import BatchGrad
@@ -95,84 +121,67 @@ def backpack_measure(model: nn.Module, y: Tensor, autocast: Autocast) -> Measure
         raise InputError("with BatchNorm in train mode it weighs shares, which is another gradient")
     extend(model)
 
-    def measure(closure: Closure | None, inputs: Tensor | None) -> Measured:
-        losses = run_closure(closure)
+    def backward(closure: Closure, inputs: Tensor, weigh: Weigh) -> None:
+        losses = closure()
         with backpack(BatchGrad()):
             losses.sum().backward()
-        gradients = _taken(model, "grad_batch")
-        return losses.detach(), *_from_gradients(gradients)
+        _put_sum(_taken(model, "grad_batch"), weigh)
 
-    return measure
+    return backward
 
 
-def backpack_l2_measure(model: nn.Module, y: Tensor, autocast: Autocast) -> Measure:
+def backpack_l2_backward(model: nn.Module, y: Tensor, autocast: Autocast) -> Backward:
     """Norms by BackPACK's `BatchL2Grad`, then a second backward pass with weighted losses."""
     from backpack import backpack, extend
     from backpack.extensions import BatchL2Grad
 
     extend(model)
-    parameters = _trainable(model)
 
-    def measure(closure: Closure | None, inputs: Tensor | None) -> Measured:
-        losses = run_closure(closure)
+    def backward(closure: Closure, inputs: Tensor, weigh: Weigh) -> None:
+        losses = closure()
         with backpack(BatchL2Grad()):
             losses.sum().backward(retain_graph=True)
-        norms = torch.stack(list(_taken(model, "batch_l2").values())).sum(0).sqrt()
+        squares = torch.stack(list(_taken(model, "batch_l2").values()))
+        _second_backward(model, losses, weigh(squares.sum(0).sqrt()))
 
-        def weighted(weights: Tensor, rows: Tensor | None) -> dict[Tensor, Tensor]:
-            return _second_backward(losses, parameters, weights)
-
-        return losses.detach(), norms, weighted
-
-    return measure
+    return backward
 
 
-PEERS: dict[str, Callable[[nn.Module, Tensor, Autocast], Measure]] = {
-    "vmap": vmap_measure,
-    "opacus": opacus_measure,
-    "opacus-ghost": opacus_ghost_measure,
-    "backpack": backpack_measure,
-    "backpack-l2": backpack_l2_measure,
+PEERS: dict[str, Callable[[nn.Module, Tensor, Autocast], Backward]] = {
+    "vmap": vmap_backward,
+    "opacus": opacus_backward,
+    "opacus-ghost": opacus_ghost_backward,
+    "backpack": backpack_backward,
+    "backpack-l2": backpack_l2_backward,
 }
 
 
-def _from_gradients(gradients: dict[Tensor, Tensor]) -> tuple[Tensor, Weighted]:
+def _put_sum(gradients: dict[Tensor, Tensor], weigh: Weigh) -> None:
+    """Weighs the gradients of every example, each `[n, ...]`, by their norms."""
     squares = [torch.linalg.vector_norm(g.flatten(1), dim=1).square() for g in gradients.values()]
+    weights = weigh(torch.stack(squares).sum(0).sqrt())
+    for parameter, gradient in gradients.items():
+        total = weights.to(gradient.dtype) @ gradient.flatten(1)
+        parameter.grad = total.view(parameter.shape)
 
-    def weighted(weights: Tensor, rows: Tensor | None) -> dict[Tensor, Tensor]:
-        flat = {p: weights.to(g.dtype) @ g.flatten(1) for p, g in gradients.items()}
-        return {p: g.view(p.shape) for p, g in flat.items()}
 
-    return torch.stack(squares).sum(0).sqrt(), weighted
+def _second_backward(model: nn.Module, losses: Tensor, weights: Tensor) -> None:
+    model.zero_grad()
+    (weights.to(losses.dtype) * losses).sum().backward()
 
 
 def _taken(model: nn.Module, attribute: str) -> dict[Tensor, Tensor]:
-    found: dict[Tensor, Tensor] = {}
+    """Returns what the backward pass left at each parameter, and takes it away."""
+    taken: dict[Tensor, Tensor] = {}
     for module in model.modules():
         for p in module.parameters(recurse=False):
             if p.requires_grad:
                 if getattr(p, attribute, None) is None:
                     raise InputError(f"it has no formula for {type(module).__name__}")
-                found[p] = getattr(p, attribute)
+                taken[p] = getattr(p, attribute)
                 setattr(p, attribute, None)  # Opacus would add the next batch to it
                 p.grad = None
-    return found
-
-
-def _second_backward(
-    losses: Tensor, parameters: list[nn.Parameter], weights: Tensor
-) -> dict[Tensor, Tensor]:
-    for p in parameters:
-        p.grad = None
-    (weights.to(losses.dtype) * losses).sum().backward()
-    gradients: dict[Tensor, Tensor] = {p: p.grad for p in parameters if p.grad is not None}
-    for p in parameters:
-        p.grad = None
-    return gradients
-
-
-def _trainable(model: nn.Module) -> list[nn.Parameter]:
-    return [p for p in model.parameters() if p.requires_grad]
+    return taken
 
 
 def _has_batch_norm(model: nn.Module) -> bool:

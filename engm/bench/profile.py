@@ -2,14 +2,14 @@
 
 import os
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity
 
-from engm.bench.costs import seconds
+from engm.bench.measuring import QUIET, seconds
 from engm.errors import InputError
 
 KINDS = ("convolution, matrix", "normalisation", "elementwise, rest", "copies", "optimizer")
@@ -51,10 +51,7 @@ def kind_of(name: str) -> str:
     normalises counts as normalisation, whatever else was fused into it.
     """
     lower = name.lower()
-    for kind, pattern in _PATTERNS:
-        if re.search(pattern, lower):
-            return kind
-    return _REST
+    return next((kind for kind, pattern in _PATTERNS if re.search(pattern, lower)), _REST)
 
 
 def profile(
@@ -65,9 +62,8 @@ def profile(
 ) -> dict[str, Any]:
     """Profiles some steps of training.
 
-    On CUDA the kinds are times of kernels, so their sum may exceed the time that the device is
-    busy, where kernels overlap. On the CPU they are times of operators without those that they
-    call; what is left is Python and waiting.
+    On CUDA the kinds are times of kernels. On the CPU they are times of operators without those
+    that they call; what is left is Python and waiting.
 
     Args:
         train: Takes a number of steps; it should be warm.
@@ -77,76 +73,49 @@ def profile(
             it, since the profiler slows the host down, and hardly the kernels.
 
     Returns:
-        Of a step, in seconds: `kinds`, `busy`, `idle`, `wall`, `profiled_wall`, and how long the
-        host waited for `data`; and how often it `waits` for the device.
+        Of a step, in seconds: `kinds`, `idle`, `wall`, and how long the host waited for `data`; and
+        how often it `waits` for the device.
     """
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it would print a line for each use
-    on_cuda = device.type == "cuda"
+    os.environ.setdefault(*QUIET)
+    activities, on_cuda = [ProfilerActivity.CPU], device.type == "cuda"
     if on_cuda:
+        activities.append(ProfilerActivity.CUDA)
         # else a second profile of CUDA graphs may end the process, as torch's own remark says
         os.environ.setdefault("DISABLE_CUPTI_LAZY_REINIT", "1")
         os.environ.setdefault("TEARDOWN_CUPTI", "0")
-    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * on_cuda
     with torch.profiler.profile(activities=activities) as recorded:
-        profiled = seconds(lambda: train(steps), device, wall=True) / steps
-    events: list[Any] = list(recorded.events() or [])
-    host = [event for event in events if event.device_type == DeviceType.CPU]
-    if on_cuda:
-        kernels = [event for event in events if _is_kernel(event)]
-        if not kernels:
-            raise InputError("the profiler saw no kernel")
-        times = [(kind_of(e.name), e.time_range.elapsed_us()) for e in kernels]
-        busy = _union((e.time_range.start, e.time_range.end) for e in kernels)
-    else:
-        works = [event for event in host if not _waits_for_data(event)]
-        times = [(_kind_on_host(e), e.self_cpu_time_total) for e in works]
-        busy = sum(time for _, time in times)
-    sums = dict.fromkeys(KINDS, 0.0)
-    for kind, time in times:
-        sums[kind] += time
-    wall = seconds_per_step if on_cuda and seconds_per_step else profiled
+        wall = seconds(lambda: train(steps), device, wall=True) / steps
+    kinds, data, waits = dict.fromkeys(KINDS, 0.0), 0.0, 0
     per_step = 1e-6 / steps  # from microseconds of all steps
-    names = _WAITS.get(device.type, _WAITS["cpu"])
-    waiting = sum(e.time_range.elapsed_us() for e in host if e.name.startswith(_LOADER))
+    for event in recorded.events() or []:
+        if event.device_type == DeviceType.CUDA:
+            span = event.is_user_annotation or event.name.startswith(_SPANS)
+            if not span:
+                kinds[kind_of(event.name)] += event.time_range.elapsed_us() * per_step
+            continue
+        waits += event.name in _WAITS["cuda" if on_cuda else "cpu"]
+        if event.name.startswith(_LOADER):
+            data += event.time_range.elapsed_us() * per_step
+        elif not on_cuda and not _within(event, _LOADER):
+            kind = _OPTIMIZER if _within(event, "Optimizer.step") else kind_of(event.name)
+            kinds[kind] += event.self_cpu_time_total * per_step
+    busy = sum(kinds.values())
+    if on_cuda and not busy:
+        raise InputError("the profiler saw no kernel")
+    if on_cuda and seconds_per_step is not None:
+        wall = seconds_per_step
     return {
         "steps": steps,
-        "kinds": {kind: time * per_step for kind, time in sums.items()},
-        "busy": busy * per_step,
-        "idle": max(wall - busy * per_step, 0.0),
+        "kinds": kinds,
+        "idle": max(wall - busy, 0.0),
         "wall": wall,
-        "profiled_wall": profiled,
-        "data": waiting * per_step,
-        "waits": sum(event.name in names for event in host) / steps,
+        "data": data,
+        "waits": waits / steps,
     }
 
 
-def _is_kernel(event: Any) -> bool:
-    span = getattr(event, "is_user_annotation", False) or event.name.startswith(_SPANS)
-    return event.device_type == DeviceType.CUDA and not span
-
-
-def _kind_on_host(event: Any) -> str:
-    above = event
-    while above is not None:
-        if above.name.startswith("Optimizer.step"):
-            return _OPTIMIZER
-        above = above.cpu_parent
-    return kind_of(event.name)
-
-
-def _waits_for_data(event: Any) -> bool:
-    above = event
-    while above is not None:
-        if above.name.startswith(_LOADER):
-            return True
-        above = above.cpu_parent
-    return False
-
-
-def _union(spans: Iterable[Sequence[float]]) -> float:
-    """Returns the length of what the spans cover together."""
-    covered, end = 0.0, float("-inf")
-    for start, stop in sorted((s[0], s[1]) for s in spans):
-        covered += max(stop - max(start, end), 0.0)
-        end = max(end, stop)
-    return covered
+def _within(event: Any, name: str) -> bool:
+    """Returns whether an operator, or one that calls it, has a name that begins so."""
+    while event is not None and not event.name.startswith(name):
+        event = event.cpu_parent
+    return event is not None

@@ -26,6 +26,7 @@ reference.
 """
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -34,6 +35,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, Dataset
 
+from engm.config import RunConfig
 from engm.data import Split
 from engm.errors import InputError
 
@@ -113,35 +115,28 @@ class Reference:
     Args:
         model: The model, on its device. It is trained in float32.
         split: Training images, anywhere.
-        batch_size: Images a step.
-        lr: Learning rate of the first half.
-        epochs: Over how many epochs the rate is scheduled.
-        seed: Draws the choices of augmentation; the order comes from torch's global generator.
-        attack: `eps`, `step_size` and `num_steps`, in pixels in [0, 1].
+        config: Batch size, attack, the learning rate of the first half of the epochs, and the seed
+            of the augmentation; the order comes from torch's global generator.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        split: Split,
-        *,
-        batch_size: int,
-        lr: float,
-        epochs: int,
-        seed: int,
-        attack: dict[str, Any],
-    ) -> None:
+    def __init__(self, model: nn.Module, split: Split, config: RunConfig) -> None:
+        self.config = config = config.resolved()
+        assert config.batch_size and config.eps and config.step_size and config.num_steps
+        self._attack = partial(
+            attack, eps=config.eps, step_size=config.step_size, num_steps=config.num_steps
+        )
         self.device = next(model.parameters()).device
         on_cuda = self.device.type == "cuda"
         self.model = nn.DataParallel(model, [self.device.index or 0]) if on_cuda else model
         self.model.train()
-        self.optimizer = torch.optim.SGD(model.parameters(), lr, momentum=0.9, weight_decay=5e-4)
-        self.crops = Crops(split, seed)
-        self.loader: DataLoader[Any] = DataLoader(
-            self.crops, batch_size, shuffle=True, num_workers=WORKERS, pin_memory=on_cuda
+        self.optimizer = torch.optim.SGD(
+            model.parameters(), config.lr, momentum=0.9, weight_decay=5e-4
         )
-        self.whole = len(split) // batch_size  # batches of an epoch
-        self.lr, self.epochs, self.settings = lr, epochs, attack
+        self.crops = Crops(split, config.seed)
+        self.loader: DataLoader[Any] = DataLoader(
+            self.crops, config.batch_size, shuffle=True, num_workers=WORKERS, pin_memory=on_cuda
+        )
+        self.whole = len(split) // config.batch_size  # batches of an epoch
         self.epoch = self.done = 0
         self.sums = [0.0, 0.0, 0.0, 0.0]
         self._batches: Iterator[Any] | None = None
@@ -155,7 +150,7 @@ class Reference:
                 f"{steps} are wanted at a time; lower steps or batch_size, or take more images"
             )
         if self._batches is None or self.done + steps > self.whole:
-            self.close()
+            self._batches = None  # ends its workers
             self.crops.draw()  # before the workers get their copies
             self._batches = iter(self.loader)
             self.epoch, self.done = self.epoch + 1, 0
@@ -169,9 +164,10 @@ class Reference:
 
     def step(self, x: Tensor, y: Tensor) -> None:
         """Takes one step, on a batch that is on the device."""
-        lr = self._rate(self.epoch - 1 + self.done / self.whole)
-        self.optimizer.param_groups[0].update(lr=lr)
-        delta = attack(self.model, x, y, **self.settings).detach()
+        done = (self.epoch - 1 + self.done / self.whole) / self.config.epochs
+        factor = 1 if done < 0.5 else 0.1 if done < 0.75 else 0.01
+        self.optimizer.param_groups[0]["lr"] = self.config.lr * factor
+        delta = self._attack(self.model, x, y).detach()
         robust_logits = self.model((x + delta).clamp(0, 1))
         robust_loss = cross_entropy(robust_logits, y)
         self.optimizer.zero_grad()
@@ -189,18 +185,10 @@ class Reference:
         if self._batch is None:
             self.prepare(1)
             self._batch = self._next()
-        attack(self.model, *self._batch, **self.settings)
-
-    def close(self) -> None:
-        """Ends the workers."""
-        self._batches = None
+        self._attack(self.model, *self._batch)
 
     def _next(self) -> tuple[Tensor, Tensor]:
         assert self._batches is not None
         x, y = next(self._batches)
         self.done += 1
         return x.to(self.device).float(), y.to(self.device).long()
-
-    def _rate(self, epoch: float) -> float:
-        part = epoch / self.epochs
-        return self.lr if part < 0.5 else self.lr / 10 if part < 0.75 else self.lr / 100

@@ -80,20 +80,28 @@ def bench(
             raise click.UsageError(f"{flag} is not for --what {what}: {instead}", context)
     own = {name: rest.pop(name) for name in ("image_size", "dataset", "steps", "data_root")}
     config = RunConfig(**{"dataset": "cifar10"} | rest)
-    from engm.bench import costs
-    from engm.bench import outer_step as measurement
+    from engm.bench import tables
 
-    shared: dict[str, Any] = dict(repeats=repeats, device=device)
-    if methods is not None:
-        shared["names"] = methods.split(",")
     if what == "step":
-        result = measurement.run(config, image_size=own["image_size"], **shared)
+        from engm.bench import outer_step
+
+        names = methods.split(",") if methods is not None else outer_step.METHODS
+        result = outer_step.run(
+            config, image_size=own["image_size"], repeats=repeats, names=names, device=device
+        )
     else:
         from engm.bench import training
 
-        where = {name: own[name] for name in ("dataset", "steps", "data_root")}
-        save = partial(costs.write, out=out)
-        result = training.run(config, **where, **shared, save=save)
-    costs.write(result, out)
-    click.echo(costs.table(result))
+        result = training.run(
+            config,
+            dataset=own["dataset"],
+            data_root=own["data_root"],
+            steps=own["steps"],
+            repeats=repeats,
+            names=methods.split(",") if methods is not None else training.METHODS,
+            device=device,
+            save=partial(tables.write, out=out),
+        )
+    tables.write(result, out)
+    click.echo(tables.table(result))
     click.echo(f"written to {click.format_filename(out)}")

@@ -8,7 +8,7 @@ import csv
 import io
 import re
 from base64 import b64encode
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from html import escape
 from typing import Any, Protocol, runtime_checkable
 
@@ -26,10 +26,18 @@ class Cell(Protocol):
 
 def to_markdown(rows: Sequence[Row]) -> str:
     """Writes a markdown table; empty text for no rows."""
-    if not rows:
-        return ""
-    lines = [list(rows[0]), ["---"] * len(rows[0])]
-    lines += [[_text(cell).replace("|", r"\|") for cell in row.values()] for row in rows]
+    return markdown(list(rows[0]), [row.values() for row in rows]) if rows else ""
+
+
+def markdown(head: Sequence[str], rows: Iterable[Iterable[Any]]) -> str:
+    """Writes a markdown table whose columns may share names.
+
+    Args:
+        head: Of each column.
+        rows: Their cells.
+    """
+    lines = [list(head), ["---"] * len(head)]
+    lines += [[_text(cell).replace("|", r"\|") for cell in row] for row in rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
 
