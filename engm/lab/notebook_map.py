@@ -30,32 +30,28 @@ def update(readme: Path, executed: Path) -> None:
     """
     lines = readme.read_text(encoding="utf-8").splitlines()
     for index, line in enumerate(lines):
-        found = _ROW.match(line)
-        path = executed / f"{found[1]}.ipynb" if found else readme
-        if not found or not path.is_file():
+        row = _ROW.match(line)
+        if not row or not (executed / f"{row[1]}.ipynb").is_file():
             continue
-        notebook = read_notebook(path)
-        taken = seconds(notebook)
-        figures = _figures(notebook)
+        name = row[1]
+        notebook = read_notebook(executed / f"{name}.ipynb")
+        taken, figures = seconds(notebook), _figures(notebook)
         if taken is None or not figures:
             continue
-        which = min(_FIGURE.get(found[1], 0), len(figures) - 1)
-        picture = Path("pictures") / f"{found[1]}.png"
+        picture = f"pictures/{name}.png"
+        figure = figures[min(_FIGURE.get(name, 0), len(figures) - 1)]
         with atomic_path(readme.parent / picture) as temporary:
-            temporary.write_bytes(thumbnail(figures[which]))
-        cells = line.split(" | ")
-        cells[2:] = [
-            f"{taken:.0f} s",
-            f"[![a figure from it]({picture.as_posix()})]({found[1]}.ipynb) |",
-        ]
-        lines[index] = " | ".join(cells)
+            temporary.write_bytes(thumbnail(figure))
+        title, purpose, *_ = line.split(" | ")
+        link = f"[![a figure from it]({picture})]({name}.ipynb)"
+        lines[index] = f"{title} | {purpose} | {taken:.0f} s | {link} |"
     write_text(readme, "\n".join(lines) + "\n")
 
 
 def seconds(notebook: Any) -> float | None:
     """How long the cells of an executed notebook took, from the first to the last; None: unsaid."""
     moments = [
-        datetime.fromisoformat(moment.replace("Z", "+00:00"))
+        datetime.fromisoformat(moment)
         for cell in notebook.cells
         for moment in cell.metadata.get("execution", {}).values()
     ]
