@@ -447,7 +447,8 @@ def test_the_rate_of_matrices_is_operations_over_the_least_time(monkeypatch):
 
     seen = []
     monkeypatch.setattr(measuring, "Timer", Timer)
-    rates = measuring.matrix_rates(CPU, sizes=(8, 16))
+    monkeypatch.setattr(measuring, "SIZES", {"cpu": (8, 16)})
+    rates = measuring.matrix_rates(CPU)
     assert rates["bfloat16"] == pytest.approx({"8": 2 * 8**3 / 1e11, "16": 2 * 16**3 / 1e11})
     assert list(rates) == ["bfloat16", "float32"]
     assert seen == [(t, (s, s)) for t in (torch.bfloat16, torch.float32) for s in (8, 16)]

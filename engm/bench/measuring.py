@@ -91,26 +91,18 @@ def flops(work: Callable[[], object]) -> int:
     return counter.get_total_flops()
 
 
-def matrix_rates(
-    device: torch.device, sizes: Sequence[int] | None = None
-) -> dict[str, dict[str, float]]:
+def matrix_rates(device: torch.device) -> dict[str, dict[str, float]]:
     """Measures products of square matrices.
 
-    Args:
-        device: Where.
-        sizes: Rows of the matrices; by default those of `SIZES`.
-
     Returns:
-        For "bfloat16" and "float32" (as torch's flags make it), under each size, the best rate of
-        several samples in TFLOP/s.
+        For "bfloat16" and "float32" (as torch's flags make it), under each of `SIZES`, the best
+        rate of several samples in TFLOP/s.
     """
-    sizes = sizes or SIZES.get(device.type, SIZES["cpu"])
-    rates: dict[str, dict[str, float]] = {}
-    for dtype in (torch.bfloat16, torch.float32):
-        by_size = rates.setdefault(str(dtype).removeprefix("torch."), {})
-        for size in sizes:
-            left, right, product = (
-                torch.randn(size, size, device=device).to(dtype) for _ in range(3)
+    rates: dict[str, dict[str, float]] = {"bfloat16": {}, "float32": {}}
+    for name, by_size in rates.items():
+        for size in SIZES["cuda" if device.type == "cuda" else "cpu"]:
+            left, right, product = torch.randn(3, size, size, device=device).to(
+                getattr(torch, name)
             )
             timer = Timer(
                 "torch.mm(left, right, out=product)",

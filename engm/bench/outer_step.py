@@ -162,8 +162,8 @@ class _Batch:
         """Returns how far the gradients of `model` are from that of the weighted mean loss."""
         loss = (weights * self.losses(self.model, self.x_adv)).mean()
         expected = _flat(torch.autograd.grad(loss, list(self.model.parameters())))
-        found = _flat([p.grad for p in model.parameters() if p.grad is not None])
-        return float((found - expected).norm() / expected.norm())
+        actual = _flat([p.grad for p in model.parameters() if p.grad is not None])
+        return float((actual - expected).norm() / expected.norm())
 
 
 @dataclass
