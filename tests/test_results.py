@@ -6,10 +6,12 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
+import engm.report
 from engm.attacks import PGD
 from engm.cli import main
 from engm.config import RunConfig
 from engm.errors import InputError
+from engm.evaluation.accuracy import settings_of
 from engm.evaluation.checks import Check
 from engm.evaluation.suite import Accuracy, AttackResult, RobustnessReport
 from engm.report import evaluations
@@ -18,13 +20,14 @@ from engm.report.records import (
     check_protocol,
     collect,
     costs,
-    one_line_a_run,
     provenance,
     summarise,
     to_markdown,
 )
 from engm.report.run_report import build, copy_logs
 from engm.runs import read_json, write_json
+
+LOGS = Path(__file__).parents[1] / "results"
 
 
 def write_run(root, robust, last=None, clean=0.9, data="Digits", **settings):
@@ -187,17 +190,30 @@ def test_other_versions_and_machines_are_a_remark(tmp_path):
     check_protocol(records_of(tmp_path))
 
 
-def test_every_run_has_a_line_with_all_of_its_settings(tmp_path):
-    folder = write_run(tmp_path, 0.61, last=0.6, seed=3, lr=0.2)
-    (row,) = one_line_a_run(records_of(tmp_path))
-    assert row["folder"] == str(folder)
+def test_a_frame_has_a_row_a_run_and_its_means_are_those_of_the_report(tmp_path):
+    frame = engm.report.frame(LOGS / "digits")
+    assert len(frame) == len(records_of(LOGS / "digits"))
+    by = ["optimizer", "lr", "scale", "floor"]
+    found = frame.groupby(frame[by].astype(str).agg(" ".join, axis=1))
+    rows = summarise(records_of(LOGS / "digits"))
+    assert len(rows) == len(found)
+    for name in ("clean (best)", "robust (best)", "robust (last)", "gap"):
+        means, deviations = found[name].mean(), found[name].std()
+        for row in rows:
+            key = " ".join(str(row[setting]) for setting in by)
+            assert row[name].mean == pytest.approx(means[key], abs=1e-12)
+            assert row[name].deviation == pytest.approx(deviations[key], abs=1e-12)
+    folder = evaluated(write_run(tmp_path, 0.61, last=0.6, seed=3, subset=50), 20)
+    (row,) = engm.report.frame(str(tmp_path)).to_dict("records")
     assert set(RunConfig().to_dict()) <= set(row)
-    assert (row["seed"], row["lr"], row["robust (best)"], row["robust (last)"]) == (
+    assert (row["folder"], row["data"], row["subset"], row["seed"]) == (
+        str(folder),
+        "Digits",
+        50,
         3,
-        0.2,
-        0.61,
-        0.6,
     )
+    assert (row["robust (best)"], row["robust (last)"]) == (0.61, 0.6)
+    assert row["PGD-20 margin (best, 40 images)"] == 0.5
 
 
 def test_the_logs_of_old_are_alike_with_those_of_attacks_that_have_got_settings_since(tmp_path):
@@ -207,21 +223,41 @@ def test_the_logs_of_old_are_alike_with_those_of_attacks_that_have_got_settings_
     )
     today = PGD(eps=0.1, step_size=0.05, num_steps=20, stop_early=True)
     assert repr(today) != old
-    add(write_run(tmp_path, 0.5), attack=old)
-    add(write_run(tmp_path, 0.5, seed=1), attack=repr(today))
+    for seed, attack in enumerate((old, repr(today), settings_of(today))):
+        add(write_run(tmp_path, 0.5, seed=seed), attack=attack)
     records = collect(tmp_path)[0]
     check_protocol(records)
     (row,) = summarise(records)
-    assert row["gap"].n == 2
-    stronger = repr(replace(today, decay=True))
-    add(write_run(tmp_path, 0.5, seed=2), attack=stronger)
-    with pytest.raises(InputError, match="attack PGD.*decay=False.* \\(2 runs\\)"):
-        check_protocol(collect(tmp_path)[0])
+    assert row["gap"].n == 3
+    for stronger in (repr(replace(today, decay=True)), settings_of(replace(today, num_steps=21))):
+        add(write_run(tmp_path, 0.5, seed=3), attack=stronger)
+        with pytest.raises(InputError, match="attack PGD.*decay=False.* \\(3 runs\\)"):
+            check_protocol(collect(tmp_path)[0])
+
+
+def test_rows_that_do_no_better_than_guessing_are_marked(tmp_path):
+    for seed, (best, last) in enumerate(((0.6, 0.1), (0.15, 0.12), (0.5, 0.4))):
+        write_run(tmp_path, best, last=last, seed=seed)
+    write_run(tmp_path, 0.0, method="natural")
+    write_run(tmp_path, 0.16, optimizer="engm")
+    write_run(tmp_path, 0.02, data="CIFAR-100", dataset="cifar100", eps=0.15)
+    done = build(records_of(tmp_path), mixed=True)
+    named = {(row["method"], row["optimizer"], row["dataset"]): n
+             for row, n in zip(done.summary, done.notes, strict=True)}  # fmt: skip
+    note = "near chance: best of 1, last of 2 of 3 seeds"
+    assert named.pop(("pgd_at", "msgd", "Digits")) == note
+    assert set(named.values()) == {""}
+    assert [remark for remark in done.remarks if note in remark]
+    assert "near chance: a robust accuracy of at most 1.5 times" in done.remarks[-1]
+    for kind in ("html", "latex", "csv"):
+        assert note in done.text(kind)
+    assert note not in done.text("markdown")
+    done.write(tmp_path / "r.md")
+    assert note in (tmp_path / "r.md").read_text()
 
 
 def test_all_committed_runs_were_evaluated_alike():
-    logs = Path(__file__).parents[1] / "results"
-    folders = [logs / name for name in ("digits", "methods", "awp-without-warmup")]
+    folders = [LOGS / name for name in ("digits", "methods", "awp-without-warmup")]
     check_protocol([record for folder in folders for record in collect(folder)[0]])
 
 
@@ -390,7 +426,7 @@ def test_what_engm_evaluate_writes_is_read(tmp_path):
     ):
         assert row[head] == Quantity.of([of(report).fraction for report in found])
     flagged = {check.name for report in found for check in report.flags}
-    assert all(name in done.remarks[-1] for name in flagged)
+    assert all(name in "".join(done.remarks) for name in flagged)
 
 
 def test_costs_are_medians_over_epochs_and_seeds_with_where_it_ran(tmp_path):

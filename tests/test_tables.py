@@ -49,9 +49,9 @@ def test_csv_gives_every_number_unrounded_in_a_column_of_its_own():
     assert (found[0]["interval low"], found[1]["interval low"]) == ("", "-0.01")
 
 
-def test_latex_escapes_what_is_special_and_needs_no_package():
+def test_latex_escapes_what_is_special():
     text = tables.to_latex(ROWS)
-    assert text.startswith("\\begin{tabular}{lrrlr}\n\\hline\n")
+    assert "\\begin{tabular}{lrrlr}\n\\hline\n" in text
     body = [line for line in text.splitlines() if line.endswith(r" \\")]
     assert [len(re.split(r"(?<!\\)&", line)) for line in body] == [5, 5, 5]
     for part in (r"a\_b \& 5\% \$x\$ \#1 \{y\}", r"\textbackslash{}z", "$<$b$>$ $|$", r"$\pm$ {[}"):
@@ -61,15 +61,46 @@ def test_latex_escapes_what_is_special_and_needs_no_package():
     assert "$-$1.0 to +2.0" in body[2]
 
 
+WIDE = [{f"column {k}": f"{k} of {row}, and more words" for k in range(12)} for row in range(2)]
+
+
 @pytest.mark.skipif(shutil.which("pdflatex") is None, reason="no LaTeX here")
-def test_latex_compiles(tmp_path):
-    document = (
-        r"\documentclass{article}\begin{document}" + tables.to_latex(ROWS) + r"\end{document}"
-    )
+@pytest.mark.parametrize("package", ["", r"\usepackage{graphicx}"])
+def test_latex_compiles_and_fits_the_line(package, tmp_path):
+    inputs = "\n\n".join(map(tables.to_latex, (ROWS, WIDE)))
+    document = rf"\documentclass{{article}}{package}\begin{{document}}{inputs}\end{{document}}"
     (tmp_path / "t.tex").write_text(document)
     command = ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "t.tex"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-2000:]
+    assert ("Overfull" in done.stdout) is not bool(package)
+
+
+def test_what_all_rows_say_stands_above_the_table_and_not_in_it():
+    rows = [
+        {"data": "D_1", "lr": lr, "n": Quantity(lr, None, 1), "outcome": "ahead"} for lr in (1, 2)
+    ]
+    for write, words in (
+        (tables.to_html, "<p>in all rows: data D_1"),
+        (tables.to_latex, "% in all"),
+    ):
+        above, table = write(rows).split("outcome", 1)
+        assert above.startswith(words)
+        assert "ahead" in table
+        assert "D" not in table
+    assert "in all rows" not in tables.to_html(rows[:1])
+    assert "| data |" in tables.to_markdown(rows)
+    assert tables.to_csv(rows).startswith("data,lr,")
+
+
+@pytest.mark.parametrize(
+    ("number", "shown"),
+    [(10960.4, "10960"), (1029.2, "1029"), (999.96, "1000"), (0.03137255, "0.03137"),
+     (1e-5, "1e-05"), (-12345.6, "-12346"), (float("inf"), "inf"), (3, "3"), (None, "None")],
+)  # fmt: skip
+def test_no_number_above_one_has_an_exponent(number, shown):
+    assert tables.text(number) == shown
+    assert tables.to_markdown([{"x": number}]).splitlines()[2] == f"| {shown} |"
 
 
 class Reader(HTMLParser):

@@ -1,6 +1,6 @@
 """Clean and robust accuracy, recomputed from the adversarial examples themselves."""
 
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -70,7 +70,7 @@ class Evaluation:
         robust_accuracy: Fraction that still is under the attack.
         num_examples: n, the number of examples.
         largest_perturbation: The largest norm of `x_adv - x`, in pixel units, at most eps.
-        attack: What was tried, in words.
+        attack: What was tried: its kind and settings, as plain JSON values.
         x_adv: The adversarial examples, `[n, c, h, w]`, on the CPU.
     """
 
@@ -78,12 +78,18 @@ class Evaluation:
     robust_accuracy: float
     num_examples: int
     largest_perturbation: float
-    attack: str
+    attack: dict[str, Any]
     x_adv: Tensor
 
     def to_dict(self) -> dict[str, Any]:
         """Returns all but `x_adv`, as plain JSON values."""
         return {k: v for k, v in vars(self).items() if k != "x_adv"}
+
+
+def settings_of(attack: Attack) -> dict[str, Any]:
+    """Returns the kind and the settings of an attack, as plain JSON values."""
+    kind = type(attack).__name__
+    return {"kind": kind, **asdict(attack)} if is_dataclass(attack) else {"kind": repr(attack)}
 
 
 def attack_of(config: RunConfig, *, num_steps: int | None = None) -> PGD:
@@ -166,7 +172,7 @@ def accuracy_under(
         robust_accuracy=int(found.correct.sum()) / len(split),
         num_examples=len(split),
         largest_perturbation=found.largest_perturbation,
-        attack=repr(attack),
+        attack=settings_of(attack),
         x_adv=found.x_adv,
     )
 

@@ -1,1 +1,3 @@
 """Tables over runs: records, comparisons of seeds, statistics, verdicts."""
+
+from engm.report.run_report import frame

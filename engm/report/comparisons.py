@@ -21,9 +21,9 @@ from engm.report.records import (
     key_of,
     listed,
     refuse_copies,
-    short,
 )
 from engm.report.statistics import Paired, paired_differences
+from engm.report.tables import text
 from engm.runs import read_metrics
 
 # settings that one optimizer reads and another does not
@@ -105,7 +105,8 @@ def choose(
 
     Returns:
         The runs that stay, and remarks: what lacks a seed that others have (it cannot be chosen),
-        and whether some had more settings to choose from than others.
+        whether some had more settings to choose from than others, and what lies at an end of its
+        grid.
 
     Raises:
         InputError: If a name cannot be chosen, nothing has all seeds, or a run has no metrics.
@@ -136,7 +137,39 @@ def choose(
         budgets[f"{whose} from {len(scores)}"] += 1
     if len({budget.split()[-1] for budget in budgets}) > 1:
         remarks.append(f"unequal search: settings were chosen for {listed(sorted(budgets))}")
+    for (settings, _), end in zip(groups_of(kept), grid_ends(records, kept, names), strict=True):
+        if end:
+            remarks.append(f"{in_words(settings)}: {end}; what lies beyond was not tried")
     return kept, remarks
+
+
+def grid_ends(
+    records: Sequence[Record], chosen: Sequence[Record], names: Collection[str]
+) -> list[str]:
+    """Says of each row of `summarise(chosen)` which choice lies at an end of the values tried.
+
+    Args:
+        records: All runs.
+        chosen: Those that `choose` kept.
+        names: The settings that it chose.
+
+    Returns:
+        A phrase a row, such as "lr at an end of its grid"; empty where no choice does.
+    """
+    tried: dict[tuple[str, str], set[Any]] = defaultdict(set)
+    for record in records:
+        for name in names:
+            tried[key_of(record, names), name].add(getattr(record.config, name))
+    ends = []
+    for _, members in groups_of(chosen):
+        found = []
+        for name in names:
+            values, value = tried[key_of(members[0], names), name], getattr(members[0].config, name)
+            ordered = len(values) > 1 and all(type(v) in (int, float) for v in values)
+            if ordered and value in (min(values), max(values)):
+                found.append(name)
+        ends.append(f"{listed(found)} at an end of its grid" if found else "")
+    return ends
 
 
 def compare(
@@ -159,17 +192,17 @@ def compare(
             no other, or two that differ where they should not.
     """
     refuse_copies(records)
-    setting, text = setting_of(baseline)
+    setting, wanted = setting_of(baseline)
     there = {repr(v): v for v in (getattr(r.config, setting) for r in records)}
-    named = [v for v in there.values() if _is_named(v, text)]
+    named = [v for v in there.values() if _is_named(v, wanted)]
     if not named:
         raise InputError(
-            f"no run has {setting} {text!r} to compare with; there is "
+            f"no run has {setting} {wanted!r} to compare with; there is "
             f"{', '.join(sorted(map(str, there.values())))}"
         )
     value, baseline = named[0], in_words({setting: named[0]})
     if len(there) == 1:
-        raise InputError(f"all runs have {setting} {text}; there is none to compare with them")
+        raise InputError(f"all runs have {setting} {wanted}; there is none to compare with them")
     belonging = _BELONGING.get(setting, ())
     apart = {setting, *belonging, *chosen}
     own = [name for name in chosen if name not in belonging]
@@ -193,7 +226,7 @@ def compare(
         if not {r.config.seed for r in base} & {r.config.seed for r in members}:
             alone.append(f"{in_words(settings)}: no run of {baseline} to pair with")
             continue
-        words = ", ".join([baseline, *(f"{n} {short(getattr(base[0].config, n))}" for n in shown)])
+        words = ", ".join([baseline, *(f"{n} {text(getattr(base[0].config, n))}" for n in shown)])
         for which in ("best", "last"):
             first, second = (
                 {r.config.seed: r.result[which]["robust_accuracy"] for r in runs}

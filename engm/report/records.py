@@ -1,23 +1,27 @@
 """Run directories in; tables of means and spreads out."""
 
-import ast
+import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from statistics import mean, median, stdev
 from typing import Any
 
 from engm.attacks import FGSM, PGD
 from engm.config import RunConfig
+from engm.data import SPECS
 from engm.errors import InputError
 from engm.report import tables
+from engm.report.tables import text as short
 from engm.runs import CONFIG, RESULT, read_config, read_metrics, read_result
 
 # columns that say what a run is, shown even where all runs agree
 ALWAYS = ("dataset", "method", "optimizer")
 # settings of the evaluation: runs that differ in one of them were not measured alike
 PROTOCOL = ("test_images", "eps", "norm", "eval_steps")
+CHECKPOINTS = ("best", "last")
+_NEAR_CHANCE = 1.5  # times the accuracy of guessing
 
 
 @dataclass(frozen=True)
@@ -148,13 +152,38 @@ def summarise(records: Sequence[Record]) -> list[dict[str, Any]]:
     rows = []
     for settings, members in groups_of(records):
         row = dict(settings)
-        for which in ("best", "last"):
+        for which in CHECKPOINTS:
             for kind in ("clean", "robust"):
                 values = [member.result[which][f"{kind}_accuracy"] for member in members]
                 row[f"{kind} ({which})"] = Quantity.of(values)
         row["gap"] = Quantity.of([m.result["robust_overfitting_gap"] for m in members])
         rows.append(row)
     return rows
+
+
+def near_chance(records: Sequence[Record]) -> list[str]:
+    """Says of each row of `summarise`, in their order, how many of its runs do as well as guessing.
+
+    That is a robust accuracy of at most 1.5 / K, with K classes; source: this kit. A network that
+    gives one answer to all images has 1 / K, whatever the attack. Natural training, from which
+    nothing else is expected, is left out.
+
+    Args:
+        records: Finished runs.
+
+    Returns:
+        A phrase a row, such as "near chance: last of 2 of 3 seeds"; empty for most.
+    """
+    notes = []
+    for _, members in groups_of(records):
+        config, found = members[0].config, []
+        limit = _NEAR_CHANCE / SPECS[config.dataset].num_classes
+        for which in CHECKPOINTS:
+            n = sum(member.result[which]["robust_accuracy"] <= limit for member in members)
+            if n and config.method != "natural":
+                found.append(f"{which} of {n}")
+        notes.append(f"near chance: {listed(found)} of {len(members)} seeds" if found else "")
+    return notes
 
 
 def with_seeds(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -165,19 +194,6 @@ def with_seeds(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
 def to_markdown(rows: Sequence[dict[str, Any]]) -> str:
     """Writes the rows of `summarise` as a markdown table, accuracies in percent."""
     return tables.to_markdown(with_seeds(rows)) or "no finished run\n"
-
-
-def one_line_a_run(records: Sequence[Record]) -> list[dict[str, Any]]:
-    """Returns every run by itself: folder, all settings, accuracies as fractions."""
-    rows = []
-    for record in records:
-        row = {"folder": str(record.folder), "data": record.result["data"]}
-        row |= record.config.to_dict()
-        for which in ("best", "last"):
-            for kind in ("clean", "robust"):
-                row[f"{kind} ({which})"] = record.result[which][f"{kind}_accuracy"]
-        rows.append({**row, "gap": record.result["robust_overfitting_gap"]})
-    return rows
 
 
 def _origin(record: Record) -> dict[str, str]:
@@ -194,18 +210,22 @@ def _origin(record: Record) -> dict[str, str]:
 def _protocol(record: Record) -> dict[str, Any]:
     tested, settings = record.result["last"], record.config.to_dict()
     facts = {"data": record.result["data"], "test images": tested.get("num_examples")}
-    attack = _in_todays_words(tested.get("attack"))
+    attack = _attack_in_words(tested.get("attack"))
     return facts | {name: settings[name] for name in PROTOCOL} | {"attack": attack}
 
 
-def _in_todays_words(attack: Any) -> Any:
-    # a log of old does not name the settings that attacks have got since
-    try:
-        call: Any = ast.parse(attack, mode="eval").body
-        kind = {"PGD": PGD, "FGSM": FGSM}[call.func.id]
-        return repr(kind(**{item.arg: ast.literal_eval(item.value) for item in call.keywords}))
-    except (SyntaxError, TypeError, ValueError, KeyError, AttributeError):
+def _attack_in_words(attack: Any) -> Any:
+    if isinstance(attack, str):
+        # logs of old hold repr(attack)
+        found = re.findall(r"(\w+)='?([^,')]*)", attack)
+        attack = {"kind": attack.partition("(")[0], **dict(found)} if found else attack
+    if not isinstance(attack, dict):
         return attack
+    # what attacks have got since a log was written was at its default
+    of_kind = {"PGD": fields(PGD), "FGSM": fields(FGSM)}.get(attack.get("kind", ""), ())
+    settings = {field.name: field.default for field in of_kind} | attack
+    kind = settings.pop("kind", "")
+    return f"{kind}({', '.join(f'{name}={value}' for name, value in settings.items())})"
 
 
 def _differences(facts: Sequence[dict[str, Any]]) -> list[str]:
@@ -279,11 +299,6 @@ def in_words(settings: dict[str, Any], names: Collection[str] | None = None) -> 
         settings.items() if names is None else ((n, settings[n]) for n in names if n in settings)
     )
     return ", ".join(short(v) if n in ALWAYS else f"{n} {short(v)}" for n, v in shown)
-
-
-def short(value: Any) -> str:
-    """Returns a value as text, a float with four digits."""
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def listed(values: Iterable[Any]) -> str:

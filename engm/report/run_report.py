@@ -19,6 +19,7 @@ from engm.runs import CONFIG, METRICS, RESULT, atomic_path, read_metrics, write_
 # --- the report
 
 if TYPE_CHECKING:
+    import pandas
     from matplotlib.figure import Figure
 
 _MOST_CURVES = 6  # as many as there are colours
@@ -37,6 +38,7 @@ class RunReport:
         compared: Each optimizer with the baseline; empty without one.
         remarks: What a reader of the tables has to know.
         costs: For each config time and hardware; empty where they were not asked for.
+        notes: For each row of the summary what to beware of, empty for most.
     """
 
     records: Sequence[results.Record]
@@ -44,6 +46,14 @@ class RunReport:
     compared: list[comparisons.Comparison]
     remarks: list[str]
     costs: Sequence[dict[str, Any]] = ()
+    notes: Sequence[str] = ()
+
+    @property
+    def marked(self) -> list[dict[str, Any]]:
+        """The summary, with a column of notes where there are any."""
+        if not any(self.notes):
+            return self.summary
+        return [{**row, "note": note} for row, note in zip(self.summary, self.notes, strict=True)]
 
     @property
     def differences(self) -> list[dict[str, Any]]:
@@ -59,12 +69,14 @@ class RunReport:
     def text(self, kind: str) -> str:
         """Returns the tables as "markdown", "csv", "latex" or "html" (a page with figures).
 
-        With a baseline the differences follow after an empty line, and likewise the costs.
+        With a baseline the differences follow after an empty line, and likewise the costs. Notes
+        have a column, except in markdown, where remarks say the same.
         """
         if kind == "html":
             return self._page()
         write = tables.FORMATS[kind][1]
-        parts = [write(self.summary) or "no finished run\n" * (kind == "markdown")]
+        summary = self.summary if kind == "markdown" else self.marked
+        parts = [write(summary) or "no finished run\n" * (kind == "markdown")]
         parts += [write(rows) for _, rows in self.further.values()]
         return "\n".join(parts)
 
@@ -85,18 +97,15 @@ class RunReport:
         Raises:
             InputError: If the extension is unknown, or another than that of `kind`.
         """
-        if out.is_dir() or not out.suffix:
-            files = [
-                path
-                for name, (suffix, _) in tables.FORMATS.items()
-                if kind in (None, name)
-                for path in self._write_file(out / f"report{suffix}", name)
-            ]
-            if kind in (None, "csv"):
-                write_text(out / "runs.csv", tables.to_csv(self._lines()))
-                files.append(out / "runs.csv")
-            return files
-        return self._write_file(out, format_of(out, kind))
+        if out.suffix and not out.is_dir():
+            return self._write_file(out, format_of(out, kind))
+        files = []
+        for name in tables.FORMATS if kind is None else [kind]:
+            files += self._write_file(out / f"report{tables.FORMATS[name][0]}", name)
+        if kind in (None, "csv"):
+            lines = frame(self.records).to_csv(index=False, lineterminator="\n")
+            files.append(_written(out / "runs.csv", lines))
+        return files
 
     def write_figures(self, folder: Path) -> list[Path]:
         """Writes the figures as PNG files, for example `best_and_last.png`, into `folder`."""
@@ -137,36 +146,28 @@ class RunReport:
             drawn["learning_curves"] = caption, plots.learning_curves(curves)
         return drawn
 
-    def _lines(self) -> list[dict[str, Any]]:
-        lines = results.one_line_a_run(self.records)
-        for line, record in zip(lines, self.records, strict=True):
-            found, _ = evaluations.measured(record)
-            line |= {str(column): found[column].accuracy for column in sorted(found)}
-        return lines
-
     def _pictures(self) -> dict[str, tuple[str, bytes]]:
         from engm import plots
 
         return {name: (text, plots.to_png(f)) for name, (text, f) in self.figures().items()}
 
     def _write_file(self, path: Path, kind: str) -> list[Path]:
-        if kind != "csv" or not self.further:
-            signs = {"markdown": "\n- ", "latex": "\n% "}.get(kind)
-            remarks = "".join(signs + remark for remark in self.remarks) if signs else ""
-            write_text(path, self.text(kind) + remarks + "\n" * bool(remarks))
-            return [path]
-        files = {path: self.summary}
-        for name, (_, rows) in self.further.items():
-            files[path.with_name(f"{path.stem}-{name}.csv")] = list(rows)
-        for file, rows in files.items():
-            write_text(file, tables.to_csv(rows))
-        return list(files)
+        if kind == "csv" and self.further:
+            tabled = {path: self.marked}
+            for name, (_, rows) in self.further.items():
+                tabled[path.with_name(f"{path.stem}-{name}.csv")] = list(rows)
+            return [_written(file, tables.to_csv(rows)) for file, rows in tabled.items()]
+        sign = {"markdown": "\n- ", "latex": "\n% "}.get(kind)
+        remarks = [sign + remark for remark in self.remarks] if sign else []
+        end = "\n" if remarks else ""
+        return [_written(path, self.text(kind) + "".join(remarks) + end)]
 
     def _page(self) -> str:
-        parts = [(_SUMMARY, tables.to_html(self.summary) or "<p>no finished run</p>")]
+        parts = [(_SUMMARY, tables.to_html(self.marked) or "<p>no finished run</p>")]
         parts += [(title, tables.to_html(rows)) for title, rows in self.further.values()]
-        remarks = "".join(f"<li>{escape(remark)}</li>" for remark in self.remarks)
-        parts += [("Remarks", f"<ul>{remarks}</ul>")] * bool(remarks)
+        if self.remarks:
+            remarks = "".join(f"<li>{escape(remark)}</li>" for remark in self.remarks)
+            parts.append(("Remarks", f"<ul>{remarks}</ul>"))
         return tables.page("Runs", parts, dict(self._pictures().values()))
 
 
@@ -194,26 +195,69 @@ def build(
     """
     if not mixed:
         results.check_protocol(records)
-    remarks = results.provenance(records)
+    remarks, kept = results.provenance(records), records
     if choose:
         by = "optimizer" if compare is None else comparisons.setting_of(compare)[0]
-        records, more = comparisons.choose(records, choose, compared=by)
+        kept, more = comparisons.choose(records, choose, compared=by)
         remarks += [f"{results.listed(choose)} chosen on the validation images", *more]
     found: list[comparisons.Comparison] = []
     if compare is not None:
-        found, alone = comparisons.compare(records, compare, chosen=choose)
+        found, alone = comparisons.compare(kept, compare, chosen=choose)
         remarks += [*alone, *_reading(len(found))]
-    stronger, more = evaluations.columns(records, mixed=mixed)
-    rows = [a | b for a, b in zip(results.summarise(records), stronger, strict=True)]
-    took = results.costs(records) if costs else []
-    remarks += [*more, *[_TIMES] * bool(took)]
-    return RunReport(records, results.with_seeds(rows), found, remarks, took)
+    stronger, more = evaluations.columns(kept, mixed=mixed)
+    rows = [a | b for a, b in zip(results.summarise(kept), stronger, strict=True)]
+    took = results.costs(kept) if costs else []
+    remarks += [*more, _TIMES] if took else more
+    chance = results.near_chance(kept)
+    for (settings, _), note in zip(results.groups_of(kept), chance, strict=True):
+        if note:
+            remarks.append(f"{results.in_words(settings)}: {note}")
+    remarks += [_CHANCE] if any(chance) else []
+    ends = comparisons.grid_ends(records, kept, choose)
+    notes = ["; ".join(filter(None, each)) for each in zip(ends, chance, strict=True)]
+    return RunReport(kept, results.with_seeds(rows), found, remarks, took, notes)
 
 
+def frame(runs: "Path | str | Sequence[Record]") -> "pandas.DataFrame":
+    """Returns finished runs as a pandas DataFrame: one row a run, accuracies as fractions.
+
+    Columns are the folder, the title of the data, each setting of the run, clean and robust
+    accuracy of the best and the last checkpoint, their gap, and what `engm evaluate` found.
+
+        engm.report.frame("runs").groupby(["optimizer", "lr"])["robust (best)"].agg(["mean", "std"])
+
+    Args:
+        runs: The folder of the runs or one above it, or finished runs.
+
+    Raises:
+        InputError: If there is no run, or one cannot be read.
+    """
+    import pandas
+
+    records = results.collect(Path(runs))[0] if isinstance(runs, Path | str) else runs
+    rows = []
+    for record in records:
+        row = {"folder": str(record.folder), "data": record.result["data"]}
+        row |= record.config.to_dict()
+        for which in results.CHECKPOINTS:
+            for kind in ("clean", "robust"):
+                row[f"{kind} ({which})"] = record.result[which][f"{kind}_accuracy"]
+        row["gap"] = record.result["robust_overfitting_gap"]
+        found, _ = evaluations.measured(record)
+        rows.append(row | {str(column): found[column].accuracy for column in sorted(found)})
+    return pandas.DataFrame(rows)
+
+
+_CHANCE = "near chance: a robust accuracy of at most 1.5 times that of guessing"
 _TIMES = (
     "seconds an epoch: the median over epochs and seeds, validation included; times of runs that "
     "shared a machine with others are no measure of it"
 )
+
+
+def _written(path: Path, text: str) -> Path:
+    write_text(path, text)
+    return path
 
 
 def format_of(path: Path, kind: str | None) -> str:
@@ -256,13 +300,14 @@ def labels(rows: Sequence[dict[str, Any]]) -> list[str]:
     Args:
         rows: Rows of `summarise`, or settings that have an optimizer among them.
     """
-    differing = [n for n in TYPES if n in rows[0] and len({repr(row[n]) for row in rows}) > 1]
-    short, full = [], []
+    names = [n for n in (*TYPES, "test images", "attack") if n in rows[0]]
+    differing = [n for n in names if len({repr(row[n]) for row in rows}) > 1]
+    brief, full = [], []
     for row in rows:
         idle = set(OF_OPTIMIZERS[1:]) - set(READ_BY[row["optimizer"]])
-        short.append(results.in_words(row, [n for n in differing if n not in idle]) or "all runs")
+        brief.append(results.in_words(row, [n for n in differing if n not in idle]) or "all runs")
         full.append(results.in_words(row, differing))
-    return short if len(set(short)) == len(set(full)) else full
+    return brief if len(set(brief)) == len(set(full)) else full
 
 
 # --- copies of logs

@@ -15,7 +15,6 @@ import numpy as np
 from engm.errors import InputError
 
 FEWEST = 3  # from fewer pairs nothing is concluded
-_EXACT = 16  # up to this n all 2^n signs are tried
 
 
 @dataclass(frozen=True)
@@ -169,22 +168,26 @@ def sign_flip_test(differences: Sequence[float]) -> SignFlip:
 
     With n pairs p is a multiple of 1 / 2^n and at least 2 / 2^n: three seeds cannot say less than
     0.25, and it takes six to get below 0.05. All signs are tried up to n = 16, else 100,000 drawn
-    ones with a fixed seed.
+    ones with a fixed seed (`scipy.stats.permutation_test`).
 
     Raises:
         InputError: If there is no difference, or one is not finite.
     """
     x = _check(differences, 0.5, 1)
-    n = len(x)
-    if n <= _EXACT:
-        signs = 1 - 2 * ((np.arange(2**n)[:, None] >> np.arange(n)) & 1)
-        extra = 0
-    else:
-        signs = 1 - 2 * np.random.default_rng(0).integers(2, size=(100_000, n))
-        extra = 1  # the observed signs are one of the patterns
-    # what is equal but for rounding counts as equal
-    as_far = np.abs(signs @ x) >= abs(x.sum()) - 1e-12 * np.abs(x).sum()
-    return SignFlip(float((as_far.sum() + extra) / (len(signs) + extra)), 2 / 2**n)
+    if len(x) == 1:
+        return SignFlip(1.0, 1.0)
+    from scipy import stats
+
+    largest = np.abs(x).sum() or 1.0
+    found = stats.permutation_test(
+        (x,),
+        # what is equal but for rounding counts as equal
+        lambda v, axis: np.round(v.sum(axis) / largest, 12),
+        permutation_type="samples",
+        n_resamples=100_000,
+        random_state=0,
+    )
+    return SignFlip(float(found.pvalue), 2 / 2 ** len(x))
 
 
 def wilson(k: int, n: int, level: float = 0.95) -> Interval:

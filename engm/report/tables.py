@@ -4,13 +4,15 @@ A cell is text, a number, nothing, or something of several numbers (`Cell`), whi
 `str(cell)` and a CSV file gets as a column each, in full precision.
 """
 
-import csv
-import io
+import math
 import re
 from base64 import b64encode
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from html import escape
-from typing import Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+if TYPE_CHECKING:
+    import pandas
 
 Row = Mapping[str, Any]
 
@@ -22,6 +24,13 @@ class Cell(Protocol):
     def numbers(self) -> Mapping[str, float | None]:
         """Returns them under what is added to the name of the column."""
         ...
+
+
+def text(cell: Any) -> str:
+    """Returns a cell as text: of a fraction four digits, of a number above 1,000 the whole one."""
+    if not isinstance(cell, float):
+        return str(cell)
+    return f"{cell:.0f}" if 1000 <= abs(cell) < math.inf else f"{cell:.4g}"
 
 
 def to_markdown(rows: Sequence[Row]) -> str:
@@ -37,7 +46,7 @@ def markdown(head: Sequence[str], rows: Iterable[Iterable[Any]]) -> str:
         rows: Their cells.
     """
     lines = [list(head), ["---"] * len(head)]
-    lines += [[_text(cell).replace("|", r"\|") for cell in row] for row in rows]
+    lines += [[text(cell).replace("|", r"\|") for cell in row] for row in rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
 
@@ -48,44 +57,50 @@ def to_csv(rows: Sequence[Row]) -> str:
     """
     several = {name for row in rows for name, cell in row.items() if isinstance(cell, Cell)}
     flat = [_flat(row, several) for row in rows]
-    columns = dict.fromkeys(name for row in flat for name in row)
-    file = io.StringIO()
-    writer = csv.DictWriter(file, list(columns), restval="", lineterminator="\n")
-    if flat:
-        writer.writeheader()
-    writer.writerows(flat)
-    return file.getvalue()
+    return _frame(flat).to_csv(index=False, lineterminator="\n") if rows else ""
 
 
 def to_latex(rows: Sequence[Row]) -> str:
-    r"""Writes a plain `tabular` that needs no package, to be put in with `\input`."""
+    r"""Writes a `tabular` to be put in with `\input`, below a comment with what all rows share.
+
+    Where graphicx is loaded, a table that is wider than the line is made smaller until it fits.
+    """
     if not rows:
         return ""
-    kinds = ["r" if _is_number(cell) else "l" for cell in rows[0].values()]
-    lines = [[_latex(name) for name in rows[0]]]
-    lines += [[_latex(_text(cell)) for cell in row.values()] for row in rows]
-    body = [" & ".join(line) + r" \\" for line in lines]
-    begin = rf"\begin{{tabular}}{{{''.join(kinds)}}}"
-    return "\n".join([begin, r"\hline", body[0], r"\hline", *body[1:], r"\hline"]) + (
-        "\n\\end{tabular}\n"
+    alike, rows = without_columns_alike(rows)
+    kinds = "".join("r" if _is_number(cell) else "l" for cell in rows[0].values())
+    cells = [{_latex(name): _latex(text(cell)) for name, cell in row.items()} for row in rows]
+    rules = [{"selector": f"{at}rule", "props": ":hline;"} for at in ("top", "mid", "bottom")]
+    styled = _frame(cells).style.hide(axis="index").set_table_styles(rules)
+    return _LATEX_TABLE.format(
+        alike=f"% {alike}\n" if alike else "", tabular=styled.to_latex(column_format=kinds)
     )
 
 
 def to_html(rows: Sequence[Row]) -> str:
-    """Writes a `<table>`, without style."""
+    """Writes a `<table>` without style, below a line with what is the same in all rows."""
     if not rows:
         return ""
-    head = "".join(f'<th scope="col">{escape(name)}</th>' for name in rows[0])
-    lines = []
-    for row in rows:
-        cells = [
-            f"<td{' class=number' * _is_number(cell)}>{escape(_text(cell))}</td>"
-            for cell in row.values()
-        ]
-        lines.append(f"<tr>{''.join(cells)}</tr>")
-    return "\n".join(
-        ["<table>", f"<thead><tr>{head}</tr></thead>", "<tbody>", *lines, "</tbody></table>\n"]
-    )
+    alike, rows = without_columns_alike(rows)
+    texts = [{name: text(cell) for name, cell in row.items()} for row in rows]
+    table = _frame(texts).to_html(index=False, border=0, justify="unset")
+    return (f"<p>{escape(alike)}</p>\n" if alike else "") + f"{table}\n"
+
+
+def without_columns_alike(rows: Sequence[Row]) -> tuple[str, list[dict[str, Any]]]:
+    """Takes the columns out that say the same in all of several rows, so that tables fit a page.
+
+    The last column stays: it is what the table comes to.
+
+    Returns:
+        What these columns say, in words; empty where there are none. And the rows without them.
+    """
+    names = list(rows[0])[:-1] if len(rows) > 1 else []
+    texts = {name: {text(row[name]) for row in rows} for name in names}
+    alike = {name: found.pop() or "empty" for name, found in texts.items() if len(found) == 1}
+    words = "; ".join(f"{name} {value}" for name, value in alike.items())
+    rest = [{name: cell for name, cell in row.items() if name not in alike} for row in rows]
+    return (f"in all rows: {words}" if alike else ""), rest
 
 
 def page(title: str, parts: Sequence[tuple[str, str]], figures: Mapping[str, bytes]) -> str:
@@ -122,15 +137,20 @@ _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #1c2128; background: #fff; margin: 2rem auto;
   max-width: 75rem; padding: 0 1rem; }
 .wide { overflow-x: auto; }
-table { border-collapse: collapse; font-size: 0.875rem; }
-th, td { padding: 0.25rem 0.6rem; border-bottom: 1px solid #d8dee4; text-align: left; }
+table { border-collapse: collapse; border: 0; font-size: 0.8125rem; }
+th, td { padding: 0.25rem 0.4rem; border-bottom: 1px solid #d8dee4; text-align: left; }
 th { vertical-align: bottom; border-bottom: 2px solid #59636e; }
-td { white-space: nowrap; }
-.number { text-align: right; font-variant-numeric: tabular-nums; }
+td { white-space: nowrap; font-variant-numeric: tabular-nums; }
+td:last-child { white-space: normal; min-width: 7rem; }
 figure { margin: 2rem 0; }
 img { max-width: 100%; }
 """
 
+_LATEX_TABLE = r"""{alike}\setbox2=\hbox{{%
+{tabular}}}%
+\ifdefined\resizebox\ifdim\wd2>\linewidth\noindent\resizebox{{\linewidth}}{{!}}{{\box2}}\fi\fi
+\ifvoid2\else\leavevmode\box2\fi
+"""
 _LATEX = {
     **{sign: "\\" + sign for sign in "&%$#_{}"},
     **{"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"},
@@ -147,8 +167,10 @@ def _is_number(cell: Any) -> bool:
     return isinstance(cell, int | float | Cell) and not isinstance(cell, bool)
 
 
-def _text(cell: Any) -> str:
-    return f"{cell:.4g}" if isinstance(cell, float) else str(cell)
+def _frame(rows: Sequence[Row]) -> "pandas.DataFrame":
+    import pandas
+
+    return pandas.DataFrame(rows, dtype=object)  # a whole number stays one beside an empty cell
 
 
 def _flat(row: Row, several: set[str]) -> dict[str, Any]:
