@@ -4,21 +4,27 @@ Every function draws on a new pyplot figure and returns it; accuracies go in as 
 shown in percent.
 """
 
-from engm.plots.accuracy import accuracy_curves, learning_curves, lines
-from engm.plots.comparison import best_and_last_rows, difference_intervals
-from engm.plots.convergence import log_curves
-from engm.plots.costs import cost_ratios
-from engm.plots.images import adversarial_examples, prediction
-from engm.plots.live import training_view
-from engm.plots.norms import fits, norms_from_inputs, pulls
-from engm.plots.robustness import robustness_curve
-from engm.plots.sensitivity import accuracy_heat_maps, accuracy_over_lr, best_to_last
-from engm.plots.style import BLUE, COLOURS, GREEN, ORANGE, PINK, RED, SKY, show_image, to_png
-from engm.plots.variance import against_loss, batch_variance, layer_bars, seed_lines
-from engm.plots.weights import (
+from engm.plots.curves import (
+    accuracy_curves,
+    against_loss,
+    batch_variance,
     corrupted_steps,
-    gram_matrices,
+    fits,
+    learning_curves,
+    lines,
+    log_curves,
+    robustness_curve,
     running_scale,
+    seed_lines,
+    training_view,
+)
+from engm.plots.examples import (
+    adversarial_examples,
+    gram_matrices,
+    layer_bars,
+    norms_from_inputs,
+    prediction,
+    pulls,
     strongest_and_weakest,
     strongest_share,
     weighed_pulls,
@@ -26,45 +32,12 @@ from engm.plots.weights import (
     weights_over_epochs,
     who_pulls,
 )
-
-__all__ = [
-    "BLUE",
-    "COLOURS",
-    "GREEN",
-    "ORANGE",
-    "PINK",
-    "RED",
-    "SKY",
-    "accuracy_curves",
-    "accuracy_heat_maps",
-    "accuracy_over_lr",
-    "adversarial_examples",
-    "against_loss",
-    "batch_variance",
-    "best_and_last_rows",
-    "best_to_last",
-    "corrupted_steps",
-    "cost_ratios",
-    "difference_intervals",
-    "fits",
-    "gram_matrices",
-    "layer_bars",
-    "learning_curves",
-    "lines",
-    "log_curves",
-    "norms_from_inputs",
-    "prediction",
-    "pulls",
-    "robustness_curve",
-    "running_scale",
-    "seed_lines",
-    "show_image",
-    "strongest_and_weakest",
-    "strongest_share",
-    "to_png",
-    "training_view",
-    "weighed_pulls",
-    "weight_function",
-    "weights_over_epochs",
-    "who_pulls",
-]
+from engm.plots.runs import (
+    accuracy_heat_maps,
+    accuracy_over_lr,
+    best_and_last_rows,
+    best_to_last,
+    cost_ratios,
+    difference_intervals,
+)
+from engm.plots.style import BLUE, COLOURS, GREEN, ORANGE, PINK, RED, SKY, show_image, to_png

@@ -1,17 +1,89 @@
-"""What all figures share: colours, axes, images, PNG."""
+"""What all figures share: colours, axes, seeds, images, PNG."""
 
 import io
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import matplotlib.pyplot as plt
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
-BLUE, ORANGE, GREEN, PINK, SKY, RED = (
+COLOURS = BLUE, ORANGE, GREEN, PINK, SKY, RED = (
     *("#0072B2", "#E69F00", "#009E73"),
     *("#CC79A7", "#56B4E9", "#D55E00"),
 )
-COLOURS = (BLUE, ORANGE, GREEN, PINK, SKY, RED)
+GREY = "#777777"
+MARKERS = "os^DvP"
+
+
+def panels(
+    titles: Iterable[str] = ("",),
+    size: tuple[float, float] = (6, 3.4),
+    *,
+    grid: str = "",
+    **options: Any,
+) -> tuple[Figure, list[Axes]]:
+    """Makes a pyplot figure with axes side by side, open at the top and on the right.
+
+    Args:
+        titles: What stands above each of them.
+        size: Width and height of the figure in inches.
+        grid: The axis that has lines across: "x", "y", "both" or none.
+        options: For `plt.subplots`, such as `sharey=True`.
+    """
+    titles = list(titles)
+    figure, row = plt.subplots(1, len(titles), figsize=size, squeeze=False, **options)
+    for axes, title in zip(row[0], titles, strict=True):
+        axes.set_title(title, fontsize=10)
+        open_axes(axes)
+        if grid:
+            axes.grid(axis=grid, alpha=0.3)
+    return figure, list(row[0])
+
+
+def finish(figure: Figure, legend: Axes | None = None, **options: Any) -> Figure:
+    """Gives `legend` its legend, lays the figure out and returns it.
+
+    Args:
+        figure: With all that is to be seen.
+        legend: The axes whose lines are named in a legend.
+        options: For the legend, such as `loc`.
+    """
+    if legend is not None:
+        legend.legend(frameon=False, **options)
+    figure.tight_layout()
+    return figure
+
+
+def open_axes(axes: Axes) -> None:
+    """Takes the lines at the top and on the right away."""
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def percent_axis(axes: Axes, label: str) -> None:
+    """Lets the y axis go from 0 to 100%, under `label`."""
+    axes.set(ylim=(0, 102), ylabel=label, axisbelow=True)
+    axes.grid(axis="y", alpha=0.3)
+    open_axes(axes)
+
+
+def seeds_and_mean(
+    axes: Axes, x: Sequence[float], seeds: Sequence[Sequence[float]], colour: str, **look: Any
+) -> None:
+    """Draws a thin line for each of several seeds, and a thick one for their mean.
+
+    Args:
+        axes: Where.
+        x: What was varied.
+        seeds: For each seed a value for each of `x`.
+        colour: Of all these lines.
+        look: For the mean's line, such as its label.
+    """
+    for values in seeds if len(seeds) > 1 else []:
+        axes.plot(x, values, color=colour, linewidth=0.8, alpha=0.5)
+    axes.plot(x, np.mean(seeds, axis=0), color=colour, linewidth=2, **look)
 
 
 def show_image(axes: Axes, image: Tensor) -> None:
@@ -21,8 +93,7 @@ def show_image(axes: Axes, image: Tensor) -> None:
         axes.imshow(pixels[..., 0], cmap="gray", vmin=0, vmax=1)
     else:
         axes.imshow(pixels.clip(0, 1))
-    axes.set_xticks([])
-    axes.set_yticks([])
+    axes.set(xticks=[], yticks=[])
 
 
 def to_png(figure: Figure) -> bytes:
@@ -31,17 +102,3 @@ def to_png(figure: Figure) -> bytes:
     figure.savefig(file, format="png", dpi=100)
     plt.close(figure)
     return file.getvalue()
-
-
-def percent_axis(axes: Axes, label: str) -> None:
-    """Lets the y axis go from 0 to 100%, under `label`."""
-    axes.set_ylim(0, 102)
-    axes.set_ylabel(label)
-    axes.grid(axis="y", alpha=0.3)
-    axes.set_axisbelow(True)
-    open_axes(axes)
-
-
-def open_axes(axes: Axes) -> None:
-    """Takes the lines at the top and on the right away."""
-    axes.spines[["top", "right"]].set_visible(False)
