@@ -5,6 +5,7 @@ Skipped where playwright or Chromium is missing; `.ci/run` installs both where i
 
 import json
 import os
+import re
 import secrets
 import shutil
 import socket
@@ -19,6 +20,8 @@ import pytest
 
 from engm.lab.batch import RESULT_TYPE, NotebookRun, available
 from engm.lab.page import build
+from engm.report import run_report
+from engm.report.records import collect
 
 pytest.importorskip("playwright")
 NAMES = ("chromium", "chromium-browser", "google-chrome")
@@ -208,4 +211,19 @@ def test_the_report_of_all_notebooks_fits_the_window(browser, width, tmp_path):
     page = browser.new_page(viewport={"width": width, "height": 900})
     page.goto(build(runs, tmp_path / "index.html").as_uri())
     assert page.evaluate("document.documentElement.scrollWidth") == width
+    page.close()
+
+
+@pytest.mark.parametrize("width", [1280, 400])
+def test_a_table_of_runs_shows_its_outcomes_at_every_width(browser, width, tmp_path):
+    root = FOLDER.parent / "results"
+    records = [r for name in ("methods", "digits-precision") for r in collect(root / name)[0]]
+    report = run_report.build(records, compare="msgd", choose=["lr"], mixed=True)
+    (path,) = report.write(tmp_path / "report.html")
+    page = browser.new_page(viewport={"width": width, "height": 900})
+    page.goto(path.as_uri())
+    assert page.evaluate("document.documentElement.scrollWidth") == width
+    for head in ("note", "outcome"):
+        box = page.locator("th", has_text=re.compile(f"^{head}$")).bounding_box()
+        assert 0 <= box["x"] < box["x"] + box["width"] <= width
     page.close()

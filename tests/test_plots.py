@@ -5,6 +5,8 @@ from matplotlib.colors import to_rgb
 
 from engm import plots
 from engm.norms.inputs import Fit
+from engm.report.records import Quantity
+from engm.report.statistics import paired_differences
 
 
 def heights(axes):
@@ -132,6 +134,32 @@ def test_the_change_is_grey_where_there_is_none_and_full_where_it_is_largest():
         assert "0.1" in axes[1].get_ylabel()
     axes = plots.adversarial_examples(x, x, logits, logits, ["a", "b"]).axes
     assert pixels(axes[1]) == pytest.approx([0.5] * 4)
+
+
+def test_long_names_are_not_cut_and_leave_the_points_their_place():
+    long = (
+        "Digits (JPEG), mart, beta 5, awp_warmup 10, precision bfloat16, engm, scale mean, lr 0.0"
+    )
+    names = [f"{long}{i}, floor 0.05, eval_steps 20" for i in range(6)]
+    quantities = {"robust (best)": Quantity(0.5, 0.1, 3), "robust (last)": Quantity(0.4, 0.1, 3)}
+    paired = paired_differences({0: 0.5, 1: 0.6, 2: 0.8}, {0: 0.4, 1: 0.2, 2: 0.3})
+    epochs = [
+        {"epoch": i, "validation_clean_accuracy": 0.9, "validation_robust_accuracy": 0.5}
+        for i in range(3)
+    ]
+    differences = {kind: dict.fromkeys(names, paired) for kind in quantities}
+    for figure in (
+        plots.best_and_last_rows(dict.fromkeys(names, quantities)),
+        plots.difference_intervals(differences, "msgd"),
+        plots.learning_curves({name: [epochs, epochs] for name in names}),
+    ):
+        figure.canvas.draw()
+        box, (width, height) = figure.get_tightbbox(), figure.get_size_inches()
+        assert 0 <= box.x0 < box.x1 <= width and 0 <= box.y0 < box.y1 <= height
+        for axes in figure.axes:
+            assert axes.get_window_extent().width / figure.dpi > 2.3
+        shown = [t.get_text() for legend in figure.legends for t in legend.get_texts()]
+        assert names in (shown, [t.get_text() for t in figure.axes[0].get_yticklabels()])
 
 
 def test_a_png_closes_its_figure():

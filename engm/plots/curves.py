@@ -23,13 +23,14 @@ from engm.plots.style import (
     panels,
     percent_axis,
     seeds_and_mean,
+    width_of,
 )
 
 if TYPE_CHECKING:
     from engm.evaluation.suite import RobustnessReport
 
 _DPI = 80  # keeps notebooks small
-_SHORT = 20  # signs of a name that fits into a legend inside the axes
+_SHORT = 1.5  # inches of a name that fits into a legend inside the axes
 
 Curves = Mapping[str, Sequence[Sequence[float]]]
 
@@ -71,8 +72,8 @@ def learning_curves(runs: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]]) -
         runs: The metrics of each seed's run, as in `metrics.jsonl`, under the names of the legend.
     """
     # long names stand below, where they have the whole width
-    below = max(map(len, runs)) > _SHORT
-    size = (9, 3.4 + 0.25 * len(runs) * below)
+    below = width_of(runs) > _SHORT
+    size = (max(9, 1 + width_of(runs)), 3.4 + 0.25 * len(runs)) if below else (9, 3.4)
     figure, row = panels(("", ""), size, sharex=True)
     for axes, kind in zip(row, ("clean", "robust"), strict=True):
         key = f"validation_{kind}_accuracy"
@@ -214,8 +215,8 @@ def log_curves(
             colour, style = looks[name]
             found = seeds.detach().cpu().double().numpy()
             if len(found) > 1:
-                band = dict(color=colour, alpha=0.15, linewidth=0)
-                axes.fill_between(x, found.min(0), found.max(0), **band)
+                low, high = found.min(0), found.max(0)
+                axes.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
             mean = np.exp(np.log(found).mean(0))
             axes.plot(x, mean, style, marker="o", color=colour, label=name, markersize=3)
         for name, guide in (guides or {}).items():

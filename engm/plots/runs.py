@@ -19,12 +19,11 @@ from engm.plots.style import (
     panels,
     percent_axis,
     seeds_and_mean,
+    width_of,
 )
 from engm.report.records import Quantity
 from engm.report.sensitivity import near_best
 from engm.report.statistics import Paired
-
-_SIGN = 0.075  # inches that a sign of a label takes
 
 
 def best_and_last_rows(rows: Mapping[str, Mapping[str, Quantity]]) -> Figure:
@@ -36,7 +35,7 @@ def best_and_last_rows(rows: Mapping[str, Mapping[str, Quantity]]) -> Figure:
     Args:
         rows: For each name the quantities of `engm.report.records.summarise`.
     """
-    width = max(7, 4.5 + _SIGN * max(map(len, rows)))  # the names leave the points their place
+    width = max(7, 4.5 + width_of(rows))  # the names leave the points their place
     figure, [axes] = panels(size=(width, 1.2 + 0.3 * len(rows)), grid="y")
     for shift, which, colour, marker in ((-0.15, "best", BLUE, "o"), (0.15, "last", ORANGE, "s")):
         found = [row[f"robust ({which})"] for row in rows.values()]
@@ -67,7 +66,7 @@ def difference_intervals(quantities: Mapping[str, Mapping[str, Paired]], baselin
         baseline: What was subtracted.
     """
     names = list(next(iter(quantities.values())))
-    width = max(3.0, 1 + _SIGN * max(map(len, names))) + 3.2 * len(quantities)
+    width = max(3.0, 1 + width_of(names)) + 3.2 * len(quantities)
     size = (width, 1.4 + 0.27 * len(names))
     figure, row = panels(quantities, size, grid="y", sharex=True, sharey=True)
     for axes, paired in zip(row, quantities.values(), strict=True):

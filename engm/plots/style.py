@@ -57,6 +57,11 @@ def finish(figure: Figure, legend: Axes | None = None, **options: Any) -> Figure
     return figure
 
 
+def width_of(names: Iterable[str]) -> float:
+    """Returns the inches that the longest of some names needs on a figure, about."""
+    return 0.075 * max(map(len, names))
+
+
 def open_axes(axes: Axes) -> None:
     """Takes the lines at the top and on the right away."""
     axes.spines[["top", "right"]].set_visible(False)

@@ -141,7 +141,8 @@ table { border-collapse: collapse; border: 0; font-size: 0.8125rem; }
 th, td { padding: 0.25rem 0.4rem; border-bottom: 1px solid #d8dee4; text-align: left; }
 th { vertical-align: bottom; border-bottom: 2px solid #59636e; }
 td { white-space: nowrap; font-variant-numeric: tabular-nums; }
-td:last-child { white-space: normal; min-width: 7rem; }
+td:last-child { white-space: normal; min-width: 6rem; }
+th:last-child, td:last-child { position: sticky; right: 0; background: #fff; }
 figure { margin: 2rem 0; }
 img { max-width: 100%; }
 """
