@@ -23,9 +23,11 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _MOST_CURVES = 6  # as many as there are colours
-_SUMMARY = "Accuracies on the test images"
-_DIFFERENCES = "Differences, seed by seed"
-_COSTS = "What the runs took"
+_TITLES = {
+    "summary": "Accuracies on the test images",
+    "differences": "Differences, seed by seed",
+    "costs": "What the runs took",
+}
 
 
 @dataclass(frozen=True)
@@ -49,36 +51,31 @@ class RunReport:
     notes: Sequence[str] = ()
 
     @property
-    def marked(self) -> list[dict[str, Any]]:
-        """The summary, with a column of notes where there are any."""
-        if not any(self.notes):
-            return self.summary
-        return [{**row, "note": note} for row, note in zip(self.summary, self.notes, strict=True)]
-
-    @property
     def differences(self) -> list[dict[str, Any]]:
         """The rows of the table of comparisons."""
         return comparisons.difference_rows(self.compared)
 
-    @property
-    def further(self) -> dict[str, tuple[str, Sequence[dict[str, Any]]]]:
-        """The tables beside the summary, where there are any: under short names title and rows."""
-        parts = {"differences": (_DIFFERENCES, self.differences), "costs": (_COSTS, self.costs)}
-        return {name: (title, rows) for name, (title, rows) in parts.items() if rows}
+    def parts(self, kind: str) -> dict[str, Sequence[dict[str, Any]]]:
+        """Returns the rows of "summary", and of "differences" and "costs" where there are any.
+
+        Notes on rows are a column of the summary, but in markdown, where remarks say the same.
+        """
+        summary = self.summary
+        if any(self.notes) and kind != "markdown":
+            summary = [row | {"note": n} for row, n in zip(summary, self.notes, strict=True)]
+        further = {"differences": self.differences, "costs": self.costs}
+        return {"summary": summary} | {name: rows for name, rows in further.items() if rows}
 
     def text(self, kind: str) -> str:
         """Returns the tables as "markdown", "csv", "latex" or "html" (a page with figures).
 
-        With a baseline the differences follow after an empty line, and likewise the costs. Notes
-        have a column, except in markdown, where remarks say the same.
+        With a baseline the differences follow after an empty line, and likewise the costs.
         """
         if kind == "html":
             return self._page()
-        write = tables.FORMATS[kind][1]
-        summary = self.summary if kind == "markdown" else self.marked
-        parts = [write(summary) or "no finished run\n" * (kind == "markdown")]
-        parts += [write(rows) for _, rows in self.further.values()]
-        return "\n".join(parts)
+        if kind == "markdown" and not self.summary:
+            return "no finished run\n"
+        return "\n".join(map(tables.FORMATS[kind][1], self.parts(kind).values()))
 
     def write(self, out: Path, kind: str | None = None) -> list[Path]:
         """Writes the report to a file, in the format of its extension, or into a folder.
@@ -103,17 +100,19 @@ class RunReport:
         for name in tables.FORMATS if kind is None else [kind]:
             files += self._write_file(out / f"report{tables.FORMATS[name][0]}", name)
         if kind in (None, "csv"):
-            lines = frame(self.records).to_csv(index=False, lineterminator="\n")
-            files.append(_written(out / "runs.csv", lines))
+            files.append(out / "runs.csv")
+            write_text(files[-1], frame(self.records).to_csv(index=False, lineterminator="\n"))
         return files
 
     def write_figures(self, folder: Path) -> list[Path]:
         """Writes the figures as PNG files, for example `best_and_last.png`, into `folder`."""
+        from engm import plots
+
         files = []
-        for name, (_, png) in self._pictures().items():
-            with atomic_path(folder / f"{name}.png") as temporary:
-                temporary.write_bytes(png)
+        for name, (_, figure) in self.figures().items():
             files.append(folder / f"{name}.png")
+            with atomic_path(files[-1]) as temporary:
+                temporary.write_bytes(plots.to_png(figure))
         return files
 
     def figures(self) -> "dict[str, tuple[str, Figure]]":
@@ -146,29 +145,29 @@ class RunReport:
             drawn["learning_curves"] = caption, plots.learning_curves(curves)
         return drawn
 
-    def _pictures(self) -> dict[str, tuple[str, bytes]]:
-        from engm import plots
-
-        return {name: (text, plots.to_png(f)) for name, (text, f) in self.figures().items()}
-
     def _write_file(self, path: Path, kind: str) -> list[Path]:
-        if kind == "csv" and self.further:
-            tabled = {path: self.marked}
-            for name, (_, rows) in self.further.items():
-                tabled[path.with_name(f"{path.stem}-{name}.csv")] = list(rows)
-            return [_written(file, tables.to_csv(rows)) for file, rows in tabled.items()]
-        sign = {"markdown": "\n- ", "latex": "\n% "}.get(kind)
-        remarks = [sign + remark for remark in self.remarks] if sign else []
-        end = "\n" if remarks else ""
-        return [_written(path, self.text(kind) + "".join(remarks) + end)]
+        if kind == "csv":
+            files = []
+            for name, rows in self.parts(kind).items():
+                own = "" if name == "summary" else f"-{name}"
+                files.append(path.with_name(f"{path.stem}{own}{path.suffix}"))
+                write_text(files[-1], tables.to_csv(rows))
+            return files
+        text, sign = self.text(kind), {"markdown": "-", "latex": "%"}.get(kind)
+        if sign and self.remarks:
+            text += "".join(f"\n{sign} {remark}" for remark in self.remarks) + "\n"
+        write_text(path, text)
+        return [path]
 
     def _page(self) -> str:
-        parts = [(_SUMMARY, tables.to_html(self.marked) or "<p>no finished run</p>")]
-        parts += [(title, tables.to_html(rows)) for title, rows in self.further.values()]
+        from engm import plots
+
+        parts = [(_TITLES[name], tables.to_html(rows)) for name, rows in self.parts("html").items()]
         if self.remarks:
             remarks = "".join(f"<li>{escape(remark)}</li>" for remark in self.remarks)
             parts.append(("Remarks", f"<ul>{remarks}</ul>"))
-        return tables.page("Runs", parts, dict(self._pictures().values()))
+        pictures = {caption: plots.to_png(figure) for caption, figure in self.figures().values()}
+        return tables.page("Runs", parts, pictures)
 
 
 def build(
@@ -253,11 +252,6 @@ _TIMES = (
     "seconds an epoch: the median over epochs and seeds, validation included; times of runs that "
     "shared a machine with others are no measure of it"
 )
-
-
-def _written(path: Path, text: str) -> Path:
-    write_text(path, text)
-    return path
 
 
 def format_of(path: Path, kind: str | None) -> str:
