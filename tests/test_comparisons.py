@@ -6,12 +6,11 @@ import matplotlib.pyplot as plt
 import pytest
 from test_results import write_run
 
-from engm import plots
 from engm.config import TYPES, choices
 from engm.errors import InputError
 from engm.report import comparisons, run_report
 from engm.report.comparisons import choose, compare
-from engm.report.records import Quantity, collect
+from engm.report.records import collect
 from engm.report.statistics import paired_differences
 
 DIGITS = Path(__file__).parents[1] / "results" / "digits"
@@ -313,45 +312,6 @@ def test_figures_name_rows_by_what_counts_for_them(sweep, tmp_path):
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in written)
     (next(sweep.glob("*-msgd-*")) / "metrics.jsonl").unlink()
     assert list(done.figures()) == ["best_and_last", "differences"]
-
-
-def test_best_and_last_rows_draw_means_and_deviations():
-    rows = {
-        "a": {"robust (best)": Quantity(0.5, 0.02, 3), "robust (last)": Quantity(0.4, None, 1)},
-        "b": {"robust (best)": Quantity(0.6, 0.01, 3), "robust (last)": Quantity(0.55, 0.03, 3)},
-    }
-    axes = plots.best_and_last_rows(rows).axes[0]
-    best, last = axes.containers
-    assert list(best.lines[0].get_xdata()) == pytest.approx([50, 60])
-    assert list(last.lines[0].get_xdata()) == pytest.approx([40, 55])
-    lengths = [
-        part[1][0] - part[0][0] for c in (best, last) for part in c.lines[2][0].get_segments()
-    ]
-    assert lengths == pytest.approx([4, 2, 0, 6])
-    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["best", "last"]
-
-
-def test_difference_intervals_draw_seeds_means_and_what_is_settled():
-    first = {0: 0.5, 1: 0.52, 2: 0.54}
-    settled = paired_differences(first, {0: 0.4, 1: 0.41, 2: 0.45})
-    open_ = paired_differences(first, {0: 0.6, 1: 0.4, 2: 0.55})
-    two = paired_differences({0: 0.5, 1: 0.6}, {0: 0.4, 1: 0.4})
-    panel = {"a": settled, "b": open_, "c": two}
-    left, right = plots.difference_intervals({"best": panel, "last": panel}, "msgd").axes
-    assert (left.get_title(), right.get_title()) == ("best", "last")
-    assert [t.get_text() for t in left.get_yticklabels()] == ["a", "b", "c"]
-    assert left.get_xlabel() == "points above msgd"
-    lines = [line for line in left.lines if line.get_linestyle() == "-"][1:]
-    ends = [list(line.get_xdata()) for line in lines]
-    assert ends == [pytest.approx([100 * p.student.low, 100 * p.student.high])
-                    for p in (settled, open_)]  # fmt: skip
-    assert [line.get_color() for line in lines] == [plots.BLUE, "#777777"]
-    seeds = [line for line in left.lines if len(line.get_xdata()) == 3]
-    assert list(seeds[0].get_xdata()) == pytest.approx([10, 11, 9])
-    means = [line for line in left.lines if len(line.get_xdata()) == 1]
-    assert [line.get_xdata()[0] for line in means] == pytest.approx([10, 1 / 3, 15])
-    low, high = left.get_ylim()
-    assert low > high  # the first line on top
 
 
 @pytest.fixture(autouse=True)

@@ -1,4 +1,7 @@
+import math
+
 import matplotlib.pyplot as plt
+import numpy as np
 import pytest
 import torch
 from matplotlib.colors import to_rgb
@@ -8,9 +11,41 @@ from engm.norms.inputs import Fit
 from engm.report.records import Quantity
 from engm.report.statistics import paired_differences
 
+LRS, DECAYS = [0.01, 0.1, 1.0], [1e-4, 1e-2]
+GRID = np.array([[0.30, 0.50, 0.485], [0.47, 0.48, math.nan]])
+
+
+@pytest.fixture(autouse=True)
+def close_figures():
+    yield
+    plt.close("all")
+
 
 def heights(axes):
     return [bar.get_height() for bar in axes.patches]
+
+
+def points(line):
+    return list(zip(*line.get_data(), strict=True))
+
+
+def texts(found):
+    return [text.get_text() for text in found]
+
+
+def legend(axes):
+    return texts(axes.get_legend().get_texts())
+
+
+def titles(figure):
+    return [axes.get_title() for axes in figure.axes]
+
+
+def pixels(axes):
+    return axes.images[0].get_array().flatten().tolist()
+
+
+# --- over epochs, steps, eps
 
 
 def test_learning_curves_draw_each_seed_and_their_mean():
@@ -31,10 +66,6 @@ def test_learning_curves_draw_each_seed_and_their_mean():
     assert list(clean.lines[0].get_xdata()) == [1, 2]
     alone = plots.learning_curves({str(i): [metrics([0.2, 0.4])] for i in range(7)})
     assert [len(axes.lines) for axes in alone.axes] == [7, 7]
-
-
-def legend(axes):
-    return [text.get_text() for text in axes.get_legend().get_texts()]
 
 
 def test_every_curve_is_drawn_and_accuracies_are_percent():
@@ -67,9 +98,9 @@ def test_norms_are_drawn_over_input_gradients_with_the_line_from_end_to_end():
     inputs, norms = torch.tensor([2.0, 1.0, 4.0]), torch.tensor([5.0, 2.0, 9.0])
     figure = plots.norms_from_inputs({"a": (inputs, norms, 2.0, 0.5), "b": (norms, inputs, 0, 1)})
     left, right = figure.axes
-    points, line = left.lines
-    assert list(zip(*points.get_data(), strict=True)) == [(2, 5), (1, 2), (4, 9)]
-    assert list(zip(*line.get_data(), strict=True)) == [(1, 2.5), (4, 8.5)]
+    dots, line = left.lines
+    assert points(dots) == [(2, 5), (1, 2), (4, 9)]
+    assert points(line) == [(1, 2.5), (4, 8.5)]
     assert list(right.lines[1].get_data()[1]) == [1, 1]
     assert (left.get_title(), right.get_title(), left.get_ylim()[0]) == ("a", "b", 0)
 
@@ -100,23 +131,9 @@ def test_the_ten_likeliest_classes_are_shown_in_the_order_of_their_labels():
     probabilities = torch.tensor([0.2, 0.0, *[0.05] * 8, 0.35, 0.01])
     names = [f"class {k}" for k in range(12)]
     axes = plots.prediction(torch.rand(3, 8, 8), probabilities, 0, names, "t").axes[1]
-    shown = [label.get_text() for label in axes.get_xticklabels()]
+    shown = texts(axes.get_xticklabels())
     assert shown == [name for name in names if name not in ("class 1", "class 11")]
     assert heights(axes) == pytest.approx([20, *[5] * 8, 35])
-
-
-def test_adversarial_examples_show_colour_and_grey_images():
-    for channels in (1, 3):
-        x = torch.rand(4, channels, 8, 8)
-        figure = plots.adversarial_examples(
-            x, (x + 0.1).clamp(0, 1), torch.eye(4), torch.eye(4).flip(0), list("abcd")
-        )
-        titles = [axes.get_title()[0] for axes in figure.axes if axes.get_title()]
-        assert titles == list("abcddcba")
-
-
-def pixels(axes):
-    return axes.images[0].get_array().flatten().tolist()
 
 
 def test_the_change_is_grey_where_there_is_none_and_full_where_it_is_largest():
@@ -132,8 +149,9 @@ def test_the_change_is_grey_where_there_is_none_and_full_where_it_is_largest():
         assert axes[2].title.get_color() == colour
         assert axes[0].get_title() == "a (88%)"  # 1 / (1 + exp(-2))
         assert "0.1" in axes[1].get_ylabel()
-    axes = plots.adversarial_examples(x, x, logits, logits, ["a", "b"]).axes
-    assert pixels(axes[1]) == pytest.approx([0.5] * 4)
+    colour = x.expand(1, 3, 2, 2)
+    axes = plots.adversarial_examples(colour, colour, logits, logits, ["a", "b"]).axes
+    assert pixels(axes[1]) == pytest.approx([0.5] * 12)
 
 
 def test_long_names_are_not_cut_and_leave_the_points_their_place():
@@ -159,7 +177,7 @@ def test_long_names_are_not_cut_and_leave_the_points_their_place():
         for axes in figure.axes:
             assert axes.get_window_extent().width / figure.dpi > 2.3
         shown = [t.get_text() for legend in figure.legends for t in legend.get_texts()]
-        assert names in (shown, [t.get_text() for t in figure.axes[0].get_yticklabels()])
+        assert names in (shown, texts(figure.axes[0].get_yticklabels()))
 
 
 def test_a_png_closes_its_figure():
@@ -168,7 +186,315 @@ def test_a_png_closes_its_figure():
     assert figure.number not in plt.get_fignums()
 
 
-@pytest.fixture(autouse=True)
-def close_figures():
-    yield
-    plt.close("all")
+# --- gradient norm and variance
+
+
+def test_every_seed_is_a_thin_line_and_their_mean_a_thick_one():
+    curves = {"NT": [[1.0, 2.0], [3.0, 6.0]], "AT": [[5.0, 7.0]]}
+    figure = plots.seed_lines([1, 2], {"norm": curves, "variance": {"NT": [[8.0, 9.0]]}}, "epoch")
+    left, right = figure.axes
+    assert [points(line) for line in left.lines] == [
+        [(1, 1), (2, 2)],
+        [(1, 3), (2, 6)],
+        [(1, 2), (2, 4)],
+        [(1, 5), (2, 7)],
+    ]
+    thin, _, thick, alone = left.lines
+    assert thin.get_linewidth() < thick.get_linewidth() == alone.get_linewidth()
+    assert thin.get_color() == thick.get_color() == plots.BLUE
+    assert alone.get_color() == plots.ORANGE
+    assert legend(left) == ["NT", "AT"]
+    assert points(right.lines[0]) == [(1, 8), (2, 9)]
+    assert [axes.get_ylabel() for axes in figure.axes] == ["norm", "variance"]
+    assert all(axes.get_xlabel() == "epoch" for axes in figure.axes)
+    assert left.get_ylim()[0] == 0
+
+
+def test_axes_may_be_logarithmic():
+    figure = plots.seed_lines([1, 2], {"norm": {"NT": [[1.0, 100.0]]}}, "epoch", log=True)
+    assert figure.axes[0].get_yscale() == "log"
+    assert figure.axes[0].get_ylim()[0] > 0
+
+
+def test_norms_stand_over_losses_with_a_mark_of_their_own():
+    axes = plots.against_loss({"NT": ([2.0, 1.0], [3.0, 4.0]), "AT": ([2.0], [5.0])}).axes[0]
+    assert [points(line) for line in axes.lines] == [[(2, 3), (1, 4)], [(2, 5)]]
+    assert len({line.get_marker() for line in axes.lines}) == 2
+    assert legend(axes) == ["NT", "AT"]
+    assert axes.get_xscale() == "log"
+
+
+def test_each_layer_has_a_bar_of_each_group_beside_each_other_and_the_first_is_on_top():
+    groups = {"NT": {"conv1": 1.0, "linear": 2.0}, "AT": {"linear": 4.0, "conv1": 3.0}}
+    axes = plots.layer_bars(groups, "norm").axes[0]
+    natural, adversarial = axes.containers
+    assert [bar.get_width() for bar in natural] == [1, 2]
+    assert [bar.get_width() for bar in adversarial] == [3, 4]
+    assert texts(axes.get_yticklabels()) == ["conv1", "linear"]
+    for tick, pair in enumerate(zip(natural, adversarial, strict=True)):
+        first, second = pair
+        assert first.get_y() + first.get_height() == pytest.approx(second.get_y())
+        assert second.get_y() == pytest.approx(tick)
+    assert axes.yaxis.get_inverted()
+    assert (axes.get_xlabel(), legend(axes)) == ("norm", ["NT", "AT"])
+
+
+def test_mini_batches_show_the_draws_their_mean_and_the_formula():
+    axes = plots.batch_variance([1, 4], [[2.0, 4.0], [1.0, 0.5]], [2.5, 0.6]).axes[0]
+    one, four, means, formula = axes.lines
+    assert points(one) == [(1, 2), (1, 4)]
+    assert points(four) == [(4, 1), (4, 0.5)]
+    assert points(means) == [(1, 3), (4, 0.75)]
+    assert points(formula) == [(1, 2.5), (4, 0.6)]
+    assert texts(axes.get_xticklabels()) == ["1", "4"]
+    assert (axes.get_xscale(), axes.get_yscale()) == ("log", "log")
+
+
+# --- example weights
+
+
+@pytest.mark.parametrize(
+    ("pulls", "part", "share"),
+    [
+        ([1.0] * 20, 0.1, 0.1),
+        ([0.0] * 9 + [5.0], 0.1, 1.0),
+        ([6.0, 1.0, 2.0, 1.0], 0.5, 0.8),
+        ([3.0, 1.0], 0.1, 0.75),  # at least one example
+    ],
+)
+def test_the_share_of_the_strongest(pulls, part, share):
+    assert plots.strongest_share(torch.tensor(pulls), part) == pytest.approx(share)
+
+
+def test_who_pulls_adds_up_the_hardest_first():
+    curve, alike = plots.who_pulls(torch.tensor([1.0, 6.0, 3.0, 0.0])).axes[0].lines
+    assert curve.get_xdata() == pytest.approx([0, 25, 50, 75, 100])
+    assert curve.get_ydata() == pytest.approx([0, 60, 90, 100, 100])
+    assert list(alike.get_ydata()) == [0, 100]
+
+
+def test_the_hardest_and_the_least_are_shown_with_their_answers():
+    n = 10
+    x = torch.arange(n).view(n, 1, 1, 1).expand(n, 1, 2, 2) / 20
+    norms = torch.tensor([0.5, 9.0, 1.0, 8.0, 2.0, 7.0, 3.0, 6.0, 4.0, 5.0])
+    y = torch.zeros(n, dtype=torch.int64)
+    logits = torch.tensor([[50.0, 0.0]]).repeat(n, 1)
+    logits[1] = torch.tensor([0.0, 50.0])  # the hardest is answered wrongly
+    figure = plots.strongest_and_weakest(
+        x, x + 0.25, y, logits, norms, ["a", "a very long name of a class"]
+    )
+    axes = [figure.axes[4 * row : 4 * row + 4] for row in range(4)]
+    drawn = [[float(a.images[0].get_array().max()) for a in row] for row in axes]
+    hardest, least = [1, 3, 5, 7], [6, 4, 2, 0]
+    assert drawn[0] == pytest.approx([i / 20 for i in hardest])
+    assert drawn[1] == pytest.approx([i / 20 + 0.25 for i in hardest])
+    assert drawn[2] == pytest.approx([i / 20 for i in least])
+    assert drawn[3] == pytest.approx([i / 20 + 0.25 for i in least])
+    assert [a.get_xlabel() for a in axes[1] + axes[3]] == [*"9876", *"321", "0.5"]
+    assert axes[1][0].get_title() == "a very lon… (100%)"
+    assert to_rgb(axes[1][0].title.get_color()) == to_rgb(plots.RED)
+    assert all(to_rgb(a.title.get_color()) == (0, 0, 0) for a in axes[1][1:] + axes[3])
+    assert {a.get_title() for a in axes[0] + axes[2]} == {"a"}
+
+
+def test_weight_and_pull_over_the_length():
+    left, right = plots.weight_function(torch.tensor([0.0, 1.0, 10.0]), 2.0, 0.5).axes
+    lengths, weights = left.lines[0].get_data()
+    assert (lengths[0], lengths[-1]) == (0, 10)
+    assert weights[0] == pytest.approx(2)  # 1 / f
+    assert weights[-1] == pytest.approx(0.2)  # c / |g|
+    pulls = right.lines[0].get_ydata()
+    assert pulls == pytest.approx(weights * lengths)
+    assert max(pulls) <= 2 + 1e-9
+    msgd_weights, msgd_pulls = left.lines[1].get_ydata(), right.lines[1].get_ydata()
+    assert set(msgd_weights) == {1.0}
+    assert msgd_pulls == pytest.approx(lengths)
+    assert list(right.lines[3].get_xdata()) == [0, 1, 10]
+
+
+def test_a_panel_for_each_setting_of_the_weights():
+    figure = plots.weighed_pulls(torch.tensor([4.0, 0.4, 7.6]), [(1.0, 1.0), (0.5, 0.4)])
+    before = [0.1, 1.0, 1.9]  # in units of the mean
+    for axes, after, scale in zip(
+        figure.axes, ([0.1, 1.0, 1.0], [0.25, 0.5, 0.5]), (1.0, 0.5), strict=True
+    ):
+        assert axes.lines[0].get_ydata() == pytest.approx(before)
+        assert axes.lines[1].get_ydata() == pytest.approx(after)
+        assert axes.lines[2].get_ydata()[0] == scale
+    assert titles(figure) == [
+        "scale 1, floor 1\ntenth: 63% → 48%",
+        "scale 0.5, floor 0.4\ntenth: 63% → 40%",
+    ]
+
+
+def test_gram_matrices_and_the_sum_of_their_product():
+    a, b = torch.tensor([[1.0, 2.0], [2.0, 4.0]]), torch.tensor([[9.0, -3.0], [-3.0, 1.0]])
+    figure = plots.gram_matrices(a, b)
+    for axes, expected in zip(figure.axes, (a, b, a * b), strict=True):
+        drawn = axes.images[0]
+        assert drawn.get_array().tolist() == expected.tolist()
+        assert drawn.norm.vmin == -drawn.norm.vmax  # white is 0
+    assert titles(figure)[2].endswith("sum: 1")  # 9 - 6 - 6 + 4
+    dark = plots.gram_matrices(torch.zeros(2, 2), b).axes[0].images[0]
+    assert dark.norm.vmax > 0
+
+
+def test_the_running_scale_and_the_batches():
+    means, scale = plots.running_scale([3.0, 5.0], [3.0, 3.5]).axes[0].lines
+    assert list(means.get_xdata()) == list(scale.get_xdata()) == [1, 2]
+    assert list(means.get_ydata()) == [3.0, 5.0]
+    assert list(scale.get_ydata()) == [3.0, 3.5]
+
+
+def test_weights_over_epochs_are_stacked_to_the_whole():
+    first = torch.tensor([0.1, 0.7, 1.0, 1.5, 3.0, 30.0, 30.0, 30.0])
+    axes = plots.weights_over_epochs([first, torch.ones(4)]).axes[0]
+    names = legend(axes)
+    assert names == ["above 10", "2 to 10", "1 to 2", "1/2 to 1", "below 1/2"]
+    bars = {bars.get_label(): [bar.get_height() for bar in bars] for bars in axes.containers}
+    assert bars == {
+        "above 10": [37.5, 0],
+        "2 to 10": [12.5, 0],
+        "1 to 2": [25, 100],
+        "1/2 to 1": [12.5, 0],
+        "below 1/2": [12.5, 0],
+    }
+    assert max(bar.get_y() + bar.get_height() for bar in axes.patches) == pytest.approx(100)
+    tops = [bars[0].get_y() + bars[0].get_height() for bars in axes.containers]
+    assert tops == sorted(tops, reverse=True)  # drawn as listed in the legend
+    bottom = axes.containers[-1][0]
+    assert bottom.get_y() == 0
+
+
+def test_lengths_and_cosines_of_corrupted_steps():
+    steps = {"one": ([1.0, 10.0], [0.9, 0.1]), "two": ([1.0, 1.0], [0.9, 0.8])}
+    left, right = plots.corrupted_steps([1.0, 100.0], steps).axes
+    assert (left.get_xscale(), left.get_yscale()) == ("log", "log")
+    assert (right.get_xscale(), right.get_yscale()) == ("log", "linear")
+    for k, (lengths, cosines) in enumerate(steps.values()):
+        assert list(left.lines[k].get_xdata()) == [1, 100]
+        assert list(left.lines[k].get_ydata()) == lengths
+        assert list(right.lines[k].get_ydata()) == cosines
+    assert legend(left) == list(steps)
+
+
+# --- many runs
+
+
+def test_best_and_last_rows_draw_means_and_deviations():
+    rows = {
+        "a": {"robust (best)": Quantity(0.5, 0.02, 3), "robust (last)": Quantity(0.4, None, 1)},
+        "b": {"robust (best)": Quantity(0.6, 0.01, 3), "robust (last)": Quantity(0.55, 0.03, 3)},
+    }
+    axes = plots.best_and_last_rows(rows).axes[0]
+    best, last = axes.containers
+    assert list(best.lines[0].get_xdata()) == pytest.approx([50, 60])
+    assert list(last.lines[0].get_xdata()) == pytest.approx([40, 55])
+    lengths = [
+        part[1][0] - part[0][0] for c in (best, last) for part in c.lines[2][0].get_segments()
+    ]
+    assert lengths == pytest.approx([4, 2, 0, 6])
+    assert legend(axes) == ["best", "last"]
+
+
+def test_difference_intervals_draw_seeds_means_and_what_is_settled():
+    first = {0: 0.5, 1: 0.52, 2: 0.54}
+    settled = paired_differences(first, {0: 0.4, 1: 0.41, 2: 0.45})
+    open_ = paired_differences(first, {0: 0.6, 1: 0.4, 2: 0.55})
+    two = paired_differences({0: 0.5, 1: 0.6}, {0: 0.4, 1: 0.4})
+    panel = {"a": settled, "b": open_, "c": two}
+    left, right = plots.difference_intervals({"best": panel, "last": panel}, "msgd").axes
+    assert (left.get_title(), right.get_title()) == ("best", "last")
+    assert texts(left.get_yticklabels()) == ["a", "b", "c"]
+    assert left.get_xlabel() == "points above msgd"
+    lines = [line for line in left.lines if line.get_linestyle() == "-"][1:]
+    ends = [list(line.get_xdata()) for line in lines]
+    assert ends == [pytest.approx([100 * p.student.low, 100 * p.student.high])
+                    for p in (settled, open_)]  # fmt: skip
+    assert [line.get_color() for line in lines] == [plots.BLUE, "#777777"]
+    seeds = [line for line in left.lines if len(line.get_xdata()) == 3]
+    assert list(seeds[0].get_xdata()) == pytest.approx([10, 11, 9])
+    means = [line for line in left.lines if len(line.get_xdata()) == 1]
+    assert [line.get_xdata()[0] for line in means] == pytest.approx([10, 1 / 3, 15])
+    low, high = left.get_ylim()
+    assert low > high  # the first line on top
+
+
+def test_best_to_last_draws_each_seed_and_their_mean_in_percent():
+    sets = {"training": [(0.9, 1.0), (0.7, 0.8)], "test": [(0.5, 0.4)]}
+    figure = plots.best_to_last({"MSGD": sets, "ENGM": {"training": [(0.6, 0.6)]}})
+    left, right = figure.axes
+
+    heights = [[y for _, y in points(line)] for line in left.lines]
+    assert heights == [pytest.approx(pair) for pair in ([90, 100], [70, 80], [80, 90], [50, 40])]
+    first, _, mean, alone = left.lines
+    assert first.get_linewidth() < mean.get_linewidth() == alone.get_linewidth()
+    assert (mean.get_label(), alone.get_label()) == ("training", "test")
+    assert mean.get_color() != alone.get_color()
+    assert mean.get_marker() != alone.get_marker()
+    assert texts(left.get_xticklabels()) == ["best", "last"]
+    assert (left.get_title(), right.get_title()) == ("MSGD", "ENGM")
+    assert left.get_ylabel() == "robust accuracy (%)"
+
+
+def test_a_heat_map_has_its_numbers_a_cross_and_a_line_round_the_best():
+    figure = plots.accuracy_heat_maps({"MSGD": GRID, "ENGM": GRID / 2}, LRS, DECAYS)
+    left, right, bar = figure.axes
+
+    assert texts(left.texts) == ["30", "50", "48", "47", "48"]
+    assert [text.get_position() for text in left.texts] == [(0, 0), (1, 0), (2, 0), (0, 1), (1, 1)]
+    [cross] = [line for line in left.lines if line.get_marker() == "x"]
+    assert points(cross) == [(2, 1)]
+    assert {line.get_color() for line in left.lines} == {plots.RED, "black"}
+    # inside are (row 0, columns 1 and 2) and (row 1, column 1): eight sides, none between them
+    sides = {tuple(sorted(points(line))) for line in left.lines if line.get_marker() != "x"}
+    assert sides == {
+        ((0.5, -0.5), (1.5, -0.5)),
+        ((1.5, -0.5), (2.5, -0.5)),
+        ((2.5, -0.5), (2.5, 0.5)),
+        ((1.5, 0.5), (2.5, 0.5)),
+        ((1.5, 0.5), (1.5, 1.5)),
+        ((0.5, 1.5), (1.5, 1.5)),
+        ((0.5, 0.5), (0.5, 1.5)),
+        ((0.5, -0.5), (0.5, 0.5)),
+    }
+    assert texts(left.get_xticklabels()) == ["0.01", "0.1", "1"]
+    assert texts(left.get_yticklabels()) == ["0.0001", "0.01"]
+    assert (left.get_xlabel(), left.get_ylabel()) == ("learning rate", "weight decay")
+    # small weight decay at the bottom, and the same colours in both panels
+    assert left.get_ylim() == (-0.5, 1.5)
+    assert left.images[0].get_clim() == right.images[0].get_clim() == pytest.approx((15, 50))
+    assert bar.get_ylabel() == "robust accuracy (%)"
+
+
+def test_the_line_keeps_to_the_margin():
+    figure = plots.accuracy_heat_maps({"MSGD": GRID}, LRS, DECAYS, within=0.0)
+    sides = [line for line in figure.axes[0].lines if line.get_marker() != "x"]
+    assert len(sides) == 4
+
+
+def test_a_grid_of_which_nothing_is_left_is_drawn_too():
+    nothing = np.full((2, 3), math.nan)
+    axes = plots.accuracy_heat_maps({"MSGD": nothing}, LRS, DECAYS).axes[0]
+    assert [line.get_marker() for line in axes.lines] == ["x"] * 6
+    axes = plots.accuracy_over_lr({"MSGD": nothing}, LRS).axes[0]
+    assert [line.get_marker() for line in axes.lines].count("x") == 2
+
+
+def test_over_the_learning_rate_the_line_is_the_best_weight_decay():
+    axes = plots.accuracy_over_lr({"MSGD": GRID, "ENGM": GRID / 2}, LRS).axes[0]
+    lines = [line for line in axes.lines if not line.get_label().startswith("_")]
+
+    assert [line.get_label() for line in lines] == ["MSGD", "ENGM"]
+    assert list(lines[0].get_ydata()) == pytest.approx([47, 50, 48.5])
+    assert list(lines[1].get_ydata()) == pytest.approx([23.5, 25, 24.25])
+    assert list(lines[0].get_xdata()) == pytest.approx(LRS, rel=0.05)
+    assert lines[0].get_color() != lines[1].get_color()
+    dots = [line for line in axes.lines if line.get_linestyle() == "None"]
+    drawn = [y for line in dots if line.get_marker() == "o" for _, y in points(line)]
+    assert sorted(y for y in drawn if not math.isnan(y)) == pytest.approx([30, 47, 48, 48.5, 50])
+    crosses = [points(line) for line in dots if line.get_marker() == "x" and points(line)]
+    assert [y for [(_, y)] in crosses] == [0, 0]
+    assert axes.get_xscale() == "log"
+    assert axes.get_ylim() == pytest.approx((0, 57.5))
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("learning rate", "robust accuracy (%)")
