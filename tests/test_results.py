@@ -1,6 +1,6 @@
 import csv
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +11,7 @@ from engm.attacks import PGD
 from engm.cli import main
 from engm.config import RunConfig
 from engm.errors import InputError
-from engm.evaluation.accuracy import settings_of
+from engm.evaluation.accuracy import attack_of, settings_of
 from engm.evaluation.checks import Check
 from engm.evaluation.suite import Accuracy, AttackResult, RobustnessReport
 from engm.report import evaluations
@@ -418,6 +418,8 @@ def test_what_engm_evaluate_writes_is_read(tmp_path):
         small = dict(subset=40, width=4, epochs=1, eval_steps=2, seed=seed)
         run = fit(RunConfig(**small), tmp_path, device="cpu", progress=False)
         found.append(evaluate_checkpoint(run.folder, "last", data.load("digits"), images=30))
+    tested = read_json(run.folder / "result.json")["last"]
+    assert tested["attack"] == {"kind": "PGD", **asdict(attack_of(run.config))}
     done = build(records_of(tmp_path))
     (row,) = done.summary
     for head, of in (

@@ -8,14 +8,13 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from engm.errors import InputError
-from engm.report.records import Quantity, Record, groups_of, in_words, listed
+from engm.report.records import CHECKPOINTS, Quantity, Record, groups_of, in_words, listed
 from engm.runs import read_json
 
 NONE = "-"  # in the cell of a row that was not measured so
-_WHICH = ("best", "last")
 _AUTOATTACK = "AutoAttack"
 
 
@@ -47,8 +46,7 @@ class Column:
         return f"{self.attack} ({self.which}, {self.images} images{self.other})"
 
 
-@dataclass(frozen=True)
-class Entry:
+class Entry(NamedTuple):
     """An accuracy, and the settings of all attacks that it comes from, in words."""
 
     accuracy: float
@@ -67,7 +65,7 @@ def measured(record: Record) -> tuple[dict[Column, Entry], Counter[str]]:
     """
     found: dict[Column, Entry] = {}
     flags = Counter[str]()
-    for which in _WHICH:
+    for which in CHECKPOINTS:
         path = record.folder / file_name(which)
         if not path.exists():
             continue
@@ -77,7 +75,7 @@ def measured(record: Record) -> tuple[dict[Column, Entry], Counter[str]]:
             flags.update(str(check["name"]) for check in facts["checks"] if not check["passed"])
             if facts["autoattack"] and facts["autoattack"]["warnings"]:
                 flags["warnings of AutoAttack"] += 1
-        except (KeyError, TypeError, ValueError, AttributeError):
+        except (KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError):
             raise InputError(
                 f"{path} is not what `engm evaluate` writes; delete it, and evaluate the run again"
             ) from None
@@ -103,7 +101,7 @@ def columns(
         for head in heads:
             _refuse_mixture(head, part, [found[id(record)][0].get(head) for record in part])
     rows: list[dict[str, Quantity | str]] = []
-    remarks = [_READING] * bool(heads)
+    remarks = [_READING] if heads else []
     for settings, members in groups:
         row: dict[str, Quantity | str] = {}
         lacking: dict[int, list[str]] = {}
@@ -132,34 +130,28 @@ _READING = (
 
 
 def _columns(record: Record, which: str, facts: dict[str, Any]) -> dict[Column, Entry]:
-    images, budget = facts["num_examples"], (facts["eps"], facts["norm"])
+    images, eps, norm, config = facts["num_examples"], facts["eps"], facts["norm"], record.config
     attacks = {name: f"{name}: {found['settings']}" for name, found in facts["attacks"].items()}
     (margin,) = [name for name in attacks if re.fullmatch(r"PGD-\d+ margin", name)]
-    where, config = f"{budget[1]} eps {float(budget[0])!r}", record.config
-    other = "" if budget == (config.eps, config.norm) else f", {budget[1]} eps {budget[0]:.4g}"
+    where = f"{norm} eps {float(eps)!r}"
+    other = "" if (eps, norm) == (config.eps, config.norm) else f", {norm} eps {eps:.4g}"
     # the name of the margin has its steps, that of the worst case has not
     steps = "" if margin == f"PGD-{config.eval_steps} margin" else f", {margin.split()[0]}"
-    strongest = _AUTOATTACK in attacks
 
-    def entry(
-        place: int, name: str, counts: dict[str, Any], *parts: str, own: str = ""
-    ) -> tuple[Column, Entry]:
-        column = Column(which, place, name, images, other + own)
-        return column, Entry(_accuracy(counts, images), "; ".join([where, *parts]))
+    def accuracy(counts: dict[str, Any]) -> float:
+        if not 0 <= counts["count"] <= images or counts["accuracy"] != counts["count"] / images:
+            raise ValueError("count and accuracy do not agree")
+        return float(counts["accuracy"])
 
-    found = [entry(0, margin, facts["attacks"][margin], attacks[margin])]
-    if strongest:
-        found.append(entry(1, _AUTOATTACK, facts["attacks"][_AUTOATTACK], attacks[_AUTOATTACK]))
-    name = "worst case" + f" with {_AUTOATTACK}" * strongest
-    found.append(entry(2, name, facts["worst"], *sorted(attacks.values()), own=steps))
-    return dict(found)
-
-
-def _accuracy(counts: dict[str, Any], images: int) -> float:
-    count, accuracy = counts["count"], counts["accuracy"]
-    if not 0 <= count <= images or images < 1 or accuracy != count / images:
-        raise ValueError("count and accuracy do not agree")
-    return float(accuracy)
+    found = {}
+    for place, name in enumerate((margin, _AUTOATTACK)):
+        if name in attacks:
+            column = Column(which, place, name, images, other)
+            found[column] = Entry(accuracy(facts["attacks"][name]), f"{where}; {attacks[name]}")
+    name = f"worst case with {_AUTOATTACK}" if _AUTOATTACK in attacks else "worst case"
+    how = "; ".join([where, *sorted(attacks.values())])
+    found[Column(which, 2, name, images, other + steps)] = Entry(accuracy(facts["worst"]), how)
+    return found
 
 
 def _refuse_mixture(head: Column, records: Sequence[Record], cells: Sequence[Entry | None]) -> None:
