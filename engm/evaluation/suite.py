@@ -32,6 +32,7 @@ from engm.evaluation.autoattack import AutoAttack
 from engm.evaluation.checks import Check
 from engm.evaluation.search import RandomSearch
 from engm.report.statistics import Interval, wilson
+from engm.report.tables import to_markdown
 from engm.runs import (
     CHECKPOINTS,
     atomic_path,
@@ -158,8 +159,15 @@ class RobustnessReport:
 
     def to_markdown(self) -> str:
         """Returns the tables that a person reads: accuracies, curve, checks."""
-        rows = [f"| {r.name} | {r.accuracy} | {r.settings} |" for r in self.attacks]
-        rows += [f"| {name} | not run | | {reason} |" for name, reason in self.skipped.items()]
+        found = [("clean", str(self.clean), "")]
+        found += [(r.name, str(r.accuracy), r.settings) for r in self.attacks]
+        found += [(name, "not run | ", reason) for name, reason in self.skipped.items()]
+        worst = "each example under the attack worst for it"
+        rows = []
+        for name, accuracy, settings in [*found, ("**worst case**", str(self.worst), worst)]:
+            right, interval = accuracy.split(" | ")
+            row = {"attack": name, "accuracy": right, "95% interval": interval}
+            rows.append(row | {"settings": settings})
         curve = "; ".join(f"{eps:.4g}: {a.fraction:.1%}" for eps, a in self.curve.items())
         marks = [
             f"- {'pass' if c.passed else 'FLAG'} **{c.name}**: {c.meaning}" for c in self.checks
@@ -169,12 +177,7 @@ class RobustnessReport:
             [
                 f"{self.clean.n} examples, {self.norm} eps {self.eps:.6g}, seed {self.seed}",
                 "",
-                "| attack | accuracy | 95% interval | settings |",
-                "| --- | --- | --- | --- |",
-                f"| clean | {self.clean} | |",
-                *rows,
-                f"| **worst case** | {self.worst} | each example under the attack worst for it |",
-                "",
+                to_markdown(rows),
                 f"Accuracy over eps (PGD on the margin): {curve}",
                 "",
                 f"{verdict}:" if self.flags else f"All {len(self.checks)} checks pass:",

@@ -16,6 +16,7 @@ from typing import Any
 
 from engm.errors import InputError
 from engm.lab.parameters import Parameter, check, parameters, parse, read_notebook
+from engm.report.tables import to_markdown
 from engm.runs import write_json, write_text
 
 __all__ = [
@@ -234,15 +235,11 @@ def publish(result: dict[str, Any]) -> None:
             '0.1}, and a "verdict", if it has one, that is text'
         )
     lines = [", ".join(f"{key}: {value}" for key, value in row.items()) for row in rows]
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    table = [columns, ["---"] * len(columns)]
-    table += [[str(row.get(name, "")) for name in columns] for row in rows]
-    text = [" | ".join(cells) for cells in table] if columns else []
+    columns = dict.fromkeys(key for row in rows for key in row)
+    table = to_markdown([{name: str(row.get(name, "")) for name in columns} for row in rows])
     shown = {
         RESULT_TYPE: result,
-        "text/markdown": "\n".join(
-            [f"**{verdict}**\n"] * bool(verdict) + [f"| {t} |" for t in text]
-        ),
+        "text/markdown": (f"**{verdict}**\n\n" if verdict else "") + (table if columns else ""),
         "text/plain": "\n".join([*lines, verdict]),
     }
     display(shown, raw=True)
