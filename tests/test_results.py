@@ -3,6 +3,7 @@ import json
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import pytest
 from click.testing import CliRunner
 
@@ -24,7 +25,7 @@ from engm.report.records import (
     summarise,
     to_markdown,
 )
-from engm.report.run_report import build, copy_logs
+from engm.report.run_report import build, copy_logs, labels
 from engm.runs import read_json, write_json
 
 LOGS = Path(__file__).parents[1] / "results"
@@ -177,6 +178,16 @@ def test_an_attack_in_words_is_no_column_beside_the_setting_that_changed_it(tmp_
     rows = summarise(records_of(tmp_path))
     assert "eval_steps" in rows[0]
     assert "attack" not in rows[0]
+
+
+def test_rows_that_differ_in_what_was_tested_alone_have_names_of_their_own(tmp_path):
+    for seed, images in enumerate((797, 100)):
+        add(write_run(tmp_path, 0.5, seed=seed), num_examples=images)
+    done = build(records_of(tmp_path), mixed=True)
+    axes = done.figures()["best_and_last"][1].axes[0]
+    names = [label.get_text() for label in axes.get_yticklabels()]
+    assert names == labels(done.summary) == ["test images 100", "test images 797"]
+    plt.close("all")
 
 
 def test_other_versions_and_machines_are_a_remark(tmp_path):
