@@ -151,14 +151,20 @@ def summarise(records: Sequence[Record]) -> list[dict[str, Any]]:
     refuse_copies(records)
     rows = []
     for settings, members in groups_of(records):
-        row = dict(settings)
-        for which in CHECKPOINTS:
-            for kind in ("clean", "robust"):
-                values = [member.result[which][f"{kind}_accuracy"] for member in members]
-                row[f"{kind} ({which})"] = Quantity.of(values)
-        row["gap"] = Quantity.of([m.result["robust_overfitting_gap"] for m in members])
-        rows.append(row)
+        found = [accuracies(member) for member in members]
+        means = {name: Quantity.of([each[name] for each in found]) for name in found[0]}
+        rows.append({**settings, **means})
     return rows
+
+
+def accuracies(record: Record) -> dict[str, float]:
+    """Returns the accuracies of a run and their gap, fractions under the heads of their columns."""
+    found = {
+        f"{kind} ({which})": record.result[which][f"{kind}_accuracy"]
+        for which in CHECKPOINTS
+        for kind in ("clean", "robust")
+    }
+    return found | {"gap": record.result["robust_overfitting_gap"]}
 
 
 def near_chance(records: Sequence[Record]) -> list[str]:
@@ -178,9 +184,9 @@ def near_chance(records: Sequence[Record]) -> list[str]:
     for _, members in groups_of(records):
         config, found = members[0].config, []
         limit = _NEAR_CHANCE / SPECS[config.dataset].num_classes
-        for which in CHECKPOINTS:
+        for which in CHECKPOINTS if config.method != "natural" else ():
             n = sum(member.result[which]["robust_accuracy"] <= limit for member in members)
-            if n and config.method != "natural":
+            if n:
                 found.append(f"{which} of {n}")
         notes.append(f"near chance: {listed(found)} of {len(members)} seeds" if found else "")
     return notes

@@ -162,7 +162,10 @@ class RunReport:
     def _page(self) -> str:
         from engm import plots
 
-        parts = [(_TITLES[name], tables.to_html(rows)) for name, rows in self.parts("html").items()]
+        parts = [
+            (_TITLES[name], tables.to_html(rows) or "<p>no finished run</p>")
+            for name, rows in self.parts("html").items()
+        ]
         if self.remarks:
             remarks = "".join(f"<li>{escape(remark)}</li>" for remark in self.remarks)
             parts.append(("Remarks", f"<ul>{remarks}</ul>"))
@@ -236,14 +239,10 @@ def frame(runs: "Path | str | Sequence[Record]") -> "pandas.DataFrame":
     records = results.collect(Path(runs))[0] if isinstance(runs, Path | str) else runs
     rows = []
     for record in records:
-        row = {"folder": str(record.folder), "data": record.result["data"]}
-        row |= record.config.to_dict()
-        for which in results.CHECKPOINTS:
-            for kind in ("clean", "robust"):
-                row[f"{kind} ({which})"] = record.result[which][f"{kind}_accuracy"]
-        row["gap"] = record.result["robust_overfitting_gap"]
         found, _ = evaluations.measured(record)
-        rows.append(row | {str(column): found[column].accuracy for column in sorted(found)})
+        further = {str(column): found[column].accuracy for column in sorted(found)}
+        names = {"folder": str(record.folder), "data": record.result["data"]}
+        rows.append(names | record.config.to_dict() | results.accuracies(record) | further)
     return pandas.DataFrame(rows)
 
 
