@@ -333,14 +333,6 @@ def test_what_stronger_attacks_left_gets_columns_of_its_own(tmp_path):
     assert [run["AutoAttack (best, 40 images)"] for run in runs] == ["", "0.4", "0.45", "0.5"]
 
 
-def test_a_report_of_runs_without_evaluations_is_as_it_was(tmp_path):
-    for seed in (0, 1):
-        write_run(tmp_path, 0.6, seed=seed)
-    done = build(records_of(tmp_path))
-    assert done.text("markdown") == to_markdown(summarise(records_of(tmp_path)))
-    assert done.remarks == []
-
-
 @pytest.mark.parametrize(
     ("other", "head"),
     [

@@ -131,7 +131,8 @@ def report(
     """Put the run directories at or below RUNS into one table.
 
     Runs that differ in their seed alone share a row: mean ± standard deviation, in percent; CSV
-    has fractions, unrounded. What `engm evaluate` found has columns of its own.
+    has fractions, unrounded. What `engm evaluate` found has columns of its own. A choice at an end
+    of its grid and rows near chance are marked.
 
     \b
     engm report runs --choose lr --compare msgd --out report.html
