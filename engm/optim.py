@@ -20,8 +20,8 @@ from engm.norms.measures import (
     NO_STEP,
     Closure,
     ExactMeasure,
-    InputMeasure,
     LoopMeasure,
+    ProxyMeasure,
     run_closure,
 )
 
@@ -29,6 +29,9 @@ from engm.norms.measures import (
 _ASK_EVERY = 100
 # The running mean of the example norms forgets over about 1 / (1 - 0.99) = 100 steps.
 _SCALE_DECAY = 0.99
+
+# How the norms of the examples are found.
+Norms = Literal["exact", "input", "output", "both", "loop"]
 
 # --- the step guard
 
@@ -294,11 +297,13 @@ class ENGM(_ExampleSGD):
             the first step, of the batch itself).
         floor: f in (0, 1]. Close to 0 every example is normalised to length c; 1 is per-example
             clipping, which leaves examples shorter than c as they are.
-        norms: How |g_i| is found. "exact": in the backward pass itself, see `Watch`. "input":
-            estimated from the gradients w.r.t. the inputs, see `InputEstimate`; the bound c then
-            holds for the estimates. "loop": one backward pass an example, for models that "exact"
-            has no formula for.
-        refresh_every: With "input", after how many closures the estimate is fitted anew.
+        norms: How |g_i| is found. "exact": in the backward pass itself, see `Watch`. "input",
+            "output", "both": estimated from the gradients w.r.t. the images, the model's outputs,
+            or both, see `ProxyMeasure`; the bound c then holds for the estimates. "loop": one
+            backward pass an example, obviously correct, but slow.
+        refresh_every: With an estimate, after how many closures its line is fitted anew; `None`:
+            no line, |g_i| is taken as proportional to the proxy, and the model may be any. With
+            "output" that costs nothing.
         **sgd: `nesterov`, `dampening` and what else `torch.optim.SGD` takes.
 
     Attributes:
@@ -317,8 +322,8 @@ class ENGM(_ExampleSGD):
         weight_decay: float = 0.0,
         scale: float | Literal["mean"] = "mean",
         floor: float = 0.05,
-        norms: Literal["exact", "input", "loop"] = "exact",
-        refresh_every: int = 20,
+        norms: Norms = "exact",
+        refresh_every: int | None = 20,
         **sgd: Any,
     ) -> None:
         _check_model(model)
@@ -326,21 +331,23 @@ class ENGM(_ExampleSGD):
             raise InputError(f"scale must be a number above 0, or 'mean'; got {scale!r}")
         if not 0 < floor <= 1:
             raise InputError(f"floor must be in (0, 1], got {floor!r}")
-        if norms not in ("exact", "input", "loop"):
-            raise InputError(f"norms must be 'exact', 'input' or 'loop', got {norms!r}")
+        if norms not in ("exact", "input", "output", "both", "loop"):
+            raise InputError(
+                f"norms must be 'exact', 'input', 'output', 'both' or 'loop', got {norms!r}"
+            )
         trainable = [p for p in model.parameters() if p.requires_grad]
         message = f"all losses or their gradients are inf or nan; {NO_STEP}"
         how = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
         super().__init__(trainable, message, **how, **sgd)
         self.scale, self.floor = scale, floor
         self.last: ExampleWeights | None = None
-        self.measure: ExactMeasure | InputMeasure | LoopMeasure
+        self.measure: ExactMeasure | ProxyMeasure | LoopMeasure
         if norms == "exact":
             self.measure = ExactMeasure(model)
-        elif norms == "input":
-            self.measure = InputMeasure(model, refresh_every)
-        else:
+        elif norms == "loop":
             self.measure = LoopMeasure(model)
+        else:
+            self.measure = ProxyMeasure(model, norms, refresh_every)
         self._mean_norm: Tensor | None = None  # of the steps so far, float64
         self._norms: list[Tensor] = []  # of each part of the batch so far; nan where left out
 
@@ -476,10 +483,20 @@ def example_weights(norms: Tensor, scale: float | Tensor, floor: float) -> Tenso
 
 # --- the optimizer of a run
 
+# `norms` and `refresh_every` of each
+_NORMS: dict[str, tuple[Norms, int | None]] = {
+    "engm": ("exact", None),
+    "engm-input": ("input", 20),
+    "engm-input-only": ("input", None),
+    "engm-output": ("output", None),
+    "engm-both": ("both", 20),
+}
+
 
 def build(config: RunConfig, model: nn.Module) -> MSGD | ENGM:
     """Makes the outer optimizer that a run asks for."""
-    if config.optimizer in ("engm", "engm-input"):
+    if config.optimizer in _NORMS:
+        norms, refresh_every = _NORMS[config.optimizer]
         return ENGM(
             model,
             lr=config.lr,
@@ -487,7 +504,8 @@ def build(config: RunConfig, model: nn.Module) -> MSGD | ENGM:
             weight_decay=config.weight_decay,
             scale=config.scale,
             floor=config.floor,
-            norms="exact" if config.optimizer == "engm" else "input",
+            norms=norms,
+            refresh_every=refresh_every,
         )
     return MSGD(
         (p for p in model.parameters() if p.requires_grad),

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -73,7 +74,7 @@ class Graph:
         self.order: list[Node] = []
         self._walk(start)
         for node in self.order:
-            parameter = getattr(node, "variable", None)
+            parameter: Any = getattr(node, "variable", None)
             if parameter in owners:
                 self.leaves[node] = parameter
         self.plain = self._plain() if self.leaves else set()
@@ -82,10 +83,9 @@ class Graph:
         )
 
     def signature(self) -> tuple[object, ...]:
-        """Returns what tells this graph from another: its watched calls, and its other nodes."""
+        """Returns what tells this graph from another: its calls, and the kinds of its nodes."""
         calls = [(id(call.layer), call.shape) for call in self.calls.values()]
-        nodes = [type(node) for node in self.order] if self.leaves else []
-        return (self.coupled, *calls, *nodes)
+        return (self.coupled, *calls, *map(type, self.order))
 
     def below(self, node: Node) -> Iterator[Node]:
         """Yields what `node` leads to; from the output of a call, what made its input."""
@@ -157,7 +157,7 @@ class Graph:
                 stack.append((child, iter(self._enter(child))))
 
     def _enter(self, node: Node) -> list[Node]:
-        call = node.metadata.get(self._key)  # type: ignore[call-overload]
+        call = node.metadata.get(self._key)  # type: ignore[attr-defined]
         if isinstance(call, Call) and call.layer not in self._skip:
             self.calls[node] = call
         return list(self.below(node))

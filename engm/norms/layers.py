@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.grad import conv2d_weight
 
+from engm.errors import InputError
 from engm.norms.rows import Rows
 
 # (a, b) of each call of a layer, and which of their rows belong to which example
@@ -98,35 +99,80 @@ def _per_row(numbers: Tensor, values: Tensor) -> Tensor:
     return numbers.view(-1, *[1] * (values.dim() - 1))
 
 
-def formula_of(module: nn.Module) -> Callable[[Any, Calls, bool], Share] | None:
-    """Returns the formula for the weight of `module`, or `None` where there is none for it.
+def formula_of(module: nn.Module) -> "_Formula | None":
+    """Returns what gives the shares in the parameters of `module`; `None` where nothing does.
 
-    There is one for a torch layer and for a subclass that leaves `forward` as it is, while weight
-    and bias are parameters of its own: not for one whose `forward` was replaced, or whose weight is
-    made of other parameters.
+    There is a formula for torch's layers, for what was registered, and for subclasses of both that
+    leave `forward` as it is, while weight and bias are parameters of their own: not for a layer
+    whose `forward` was replaced, or whose weight is made of other parameters.
     """
-    own = module._parameters.keys()
-    if not own <= {"weight", "bias"} or any(
-        getattr(module, name, None) is not None for name in {"weight", "bias"} - own
-    ):
-        return None
     for kind in type(module).__mro__:
-        if kind in FORMULAS:
-            formula, forward = FORMULAS[kind]
+        if kind in _REGISTRY:
+            formula, forward = _REGISTRY[kind]
             plain = type(module).forward is forward and "forward" not in vars(module)
-            return formula if plain and not _odd(module) else None
+            return formula if plain and _its_own(module) else None
     return None
 
 
-def _odd(module: Any) -> bool:
+def _its_own(module: Any) -> bool:
+    for name in ("weight", "bias"):
+        if getattr(module, name, None) is not None and name not in module._parameters:
+            return False
     # counts over the batch, sparse gradients, and a table that is changed as it is read
-    return isinstance(module, nn.Embedding) and bool(
+    return not isinstance(module, nn.Embedding) or not (
         module.scale_grad_by_freq or module.sparse or module.max_norm is not None
     )
 
 
+def register_formula(
+    kind: type[nn.Module],
+    gradients: Callable[[Any, Tensor, Tensor], dict[str, Tensor]],
+) -> None:
+    """Tells ENGM how to find the gradients of each example in a layer of one's own.
+
+        class Scale(nn.Module):
+            def __init__(self, channels):
+                super().__init__()
+                self.factor = nn.Parameter(torch.ones(channels))
+
+            def forward(self, x):
+                return self.factor * x
+
+        register_formula(Scale, lambda layer, a, b: {"factor": a * b})
+
+    ENGM takes such a layer without that, too, since it follows its parameter through the graph; a
+    formula is for operations that have none in `engm.norms.operations`, which are done one example
+    at a time. A formula that is wrong is found out in the first step, and not used.
+
+    Args:
+        kind: The layer; subclasses that leave `forward` as it is count as well.
+        gradients: Called with the layer, its input a and the gradient b of its output, both with a
+            row an example; returns for each trainable parameter, by its name, the gradient of each
+            example, `[n, *shape of the parameter]`.
+
+    Raises:
+        InputError: If `kind` is no module class, or `gradients` no function. Source: this kit.
+    """
+    if not (isinstance(kind, type) and issubclass(kind, nn.Module)) or not callable(gradients):
+        raise InputError(
+            "register_formula takes a class of layers and a function of (layer, a, b), "
+            f"got {kind!r} and {gradients!r}"
+        )
+
+    def formula(module: Any, calls: Calls, measure: bool) -> dict[str, Share]:
+        found = [gradients(module, a, b) for a, b in _each(calls)]
+        own = [name for name, p in module.named_parameters(recurse=False) if p.requires_grad]
+        return {
+            name: Stored(_total(one[name] for one in found))
+            for name in own
+            if all(name in one for one in found)
+        }
+
+    _REGISTRY[kind] = (formula, kind.forward)
+
+
 def shares_of(module: nn.Module, calls: Calls, measure: bool) -> dict[str, Share]:
-    """Returns the shares of the examples in the trainable weight and bias of `module`.
+    """Returns the shares of the examples in the trainable parameters of `module`, by name.
 
     Args:
         module: A layer that `formula_of` has a formula for.
@@ -134,15 +180,22 @@ def shares_of(module: nn.Module, calls: Calls, measure: bool) -> dict[str, Share
             for each time it was called.
         measure: Whether the shares' lengths will be asked for.
     """
-    shares: dict[str, Share] = {}
     formula = formula_of(module)
     assert formula is not None
-    if getattr(module, "weight", None) is not None and module.weight.requires_grad:
-        shares["weight"] = formula(module, calls, measure)
-    if getattr(module, "bias", None) is not None and module.bias.requires_grad:
-        parts = (over_positions(module, rows.split(b)) for _, b, rows in calls)
-        shares["bias"] = Stored(_total(parts))
-    return shares
+    return formula(module, calls, measure)
+
+
+def _with_bias(weight: Callable[[Any, Calls, bool], Share]) -> "_Formula":
+    def formula(module: Any, calls: Calls, measure: bool) -> dict[str, Share]:
+        shares: dict[str, Share] = {}
+        if getattr(module, "weight", None) is not None and module.weight.requires_grad:
+            shares["weight"] = weight(module, calls, measure)
+        if getattr(module, "bias", None) is not None and module.bias.requires_grad:
+            parts = (over_positions(module, rows.split(b)) for _, b, rows in calls)
+            shares["bias"] = Stored(_total(parts))
+        return shares
+
+    return formula
 
 
 def _linear(module: Any, calls: Calls, measure: bool) -> Share:
@@ -391,20 +444,22 @@ def over_positions(module: Any, values: Tensor) -> Tensor:
     return total
 
 
-# For each kind of layer the share of its weight, and the `forward` that the formula is of.
-FORMULAS: dict[type, tuple[Callable[[Any, Calls, bool], Share], Any]] = {
-    kind: (formula, kind.forward)
-    for formula, kinds in {
-        _linear: [nn.Linear],
-        _conv2d: [nn.Conv2d],
-        _conv: [nn.Conv1d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d],
-        _embedding: [nn.Embedding],
-        _prelu: [nn.PReLU],
-        _norm: [
-            *(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm),
-            *(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d),
-            *(nn.GroupNorm, nn.LayerNorm, nn.RMSNorm),
-        ],
-    }.items()
-    for kind in kinds
+_Formula = Callable[[Any, Calls, bool], dict[str, Share]]
+
+_NORMS: tuple[type[nn.Module], ...] = (
+    *(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm),
+    *(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d),
+    *(nn.GroupNorm, nn.LayerNorm, nn.RMSNorm),
+)
+_CONVOLUTIONS: tuple[type[nn.Module], ...] = (
+    *(nn.Conv1d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
+)
+# For each kind of layer the formula, and the `forward` that it is of.
+_REGISTRY: dict[type[nn.Module], tuple[_Formula, Any]] = {
+    nn.Linear: (_with_bias(_linear), nn.Linear.forward),
+    nn.Conv2d: (_with_bias(_conv2d), nn.Conv2d.forward),
+    nn.Embedding: (_with_bias(_embedding), nn.Embedding.forward),
+    nn.PReLU: (_with_bias(_prelu), nn.PReLU.forward),
+    **{kind: (_with_bias(_conv), kind.forward) for kind in _CONVOLUTIONS},
+    **{kind: (_with_bias(_norm), kind.forward) for kind in _NORMS},
 }

@@ -26,6 +26,13 @@ def name_of(node: Node) -> str:
     return type(node).__name__.split("Backward")[0]
 
 
+def taken(node: Node, slot: int) -> GradientEdge:
+    """Returns the edge to the input `slot` of an operation."""
+    below, output = node.next_functions[slot]
+    assert below is not None
+    return GradientEdge(below, output)
+
+
 def size_of(edge: GradientEdge) -> torch.Size:
     """Returns the shape of what an edge leads to."""
     node: Any = edge.node
@@ -49,7 +56,7 @@ def shares_in(node: Any, slot: int, gradients: Gradients, rows: Rows, factors: b
         rows: Which rows of the outputs belong to which example.
         factors: Whether they may be `Factors`; else they are `Stored`.
     """
-    size = size_of(GradientEdge(*node.next_functions[slot]))
+    size = size_of(taken(node, slot))
     formula, b = _FORMULAS.get((name_of(node), slot)), gradients[0]
     share = None if formula is None or b is None else formula(node, b, rows, size)
     if isinstance(share, tuple):  # a and b of a matrix product

@@ -16,11 +16,11 @@ from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from engm.errors import InputError
 from engm.norms.graph import Call, Graph
 from engm.norms.layers import Share, Stored, formula_of, shares_of
-from engm.norms.operations import batch_statistics, has_formula, name_of, shares_in
+from engm.norms.operations import batch_statistics, has_formula, name_of, shares_in, taken
 from engm.norms.rows import Rows, Summary, probe_weights
 
 _NOTHING = "the losses do not depend on any of the parameters; is it the same model?"
-_WAY_OUT = "use norms='loop', which takes every model at the price of one backward pass an example"
+WAY_OUT = "use norms='loop', which takes every model at the price of one backward pass an example"
 # A step is not checked again after so many in which nothing reached some layer.
 _TRIES = 20
 # Numbers that may be held at once where the gradients of all examples go through a plain part.
@@ -292,16 +292,16 @@ class Watch:
     def _refuse(self, graph: Graph) -> None:
         if not graph.calls and not graph.leaves:
             raise InputError(_NOTHING)
-        if any(name_of(node) == "CompiledFunction" for node in graph.takers() + [*graph.plain]):
+        if any(name_of(node) == "CompiledFunction" for node in [*graph.takers(), *graph.plain]):
             raise InputError(
-                f"the model is compiled; give the uncompiled one in the closure, or {_WAY_OUT}"
+                f"the model is compiled; give the uncompiled one in the closure, or {WAY_OUT}"
             )
         for call in graph.calls.values():
             name = self._layers[call.layer]
             if call.training != call.layer.training:
                 raise InputError(
                     f"layer {name!r} was put from train into eval mode, or back, "
-                    f"while the losses were computed; keep one mode, or {_WAY_OUT}"
+                    f"while the losses were computed; keep one mode, or {WAY_OUT}"
                 )
             if call.a._version != call.version:
                 raise InputError(
@@ -368,7 +368,7 @@ class Watch:
             elif node not in graph.plain:
                 raise InputError(
                     f"in the operation {name_of(node)!r}, in which a parameter meets the batch, "
-                    f"the examples cannot be told apart; {_WAY_OUT}"
+                    f"the examples cannot be told apart; {WAY_OUT}"
                 )
         plan = _Plan(rows)
         return plan, sure, wrong or self._compare(graph, plan, losses, weights, gradients)
@@ -391,7 +391,9 @@ class Watch:
         lengths = [g.norm() for g in gradients if g is not None]
         rounding = 10 * eps * torch.stack(lengths).norm()
         wrong: set[nn.Module] = set()
-        layers = {p: layer for layer in self._layers for p in layer.parameters(recurse=False)}
+        layers: dict[Tensor, nn.Module] = {
+            p: layer for layer in self._layers for p in layer.parameters(recurse=False)
+        }
         seen = {p for call in graph.calls.values() for p in call.layer.parameters(recurse=False)}
         for parameter, gradient in zip(parameters, gradients, strict=True):
             if gradient is None or not bool(gradient.isfinite().all()):
@@ -405,7 +407,7 @@ class Watch:
             if parameter not in seen:
                 raise InputError(
                     f"the part of the examples in the gradient of {self._owners[parameter]!r} "
-                    f"is not the one that autograd finds; {_WAY_OUT}"
+                    f"is not the one that autograd finds; {WAY_OUT}"
                 )
             wrong.add(layers[parameter])
         if not wrong and found.squares:
@@ -424,7 +426,7 @@ class Watch:
             if bool((norm - norms[most]).abs() > tolerance * norm):
                 raise InputError(
                     f"the norm of example {most}, {float(norms[most]):.4g}, is not that of its "
-                    f"gradient, {float(norm):.4g}; {_WAY_OUT}"
+                    f"gradient, {float(norm):.4g}; {WAY_OUT}"
                 )
         return wrong
 
@@ -490,7 +492,7 @@ class _Part:
         self.shares: dict[tuple[Node, int], Share] = {}
 
     def _edges(self) -> list[GradientEdge]:
-        return [GradientEdge(*node.next_functions[slot]) for node, slot in self.shares]
+        return [taken(node, slot) for node, slot in self.shares]
 
     def weighted(self, weights: Tensor, keep: Tensor | None) -> dict[Tensor, Tensor]:
         totals = [share.weighted(weights, keep) for share in self.shares.values()]
@@ -520,7 +522,7 @@ class _Part:
         return n * sum(map(graph.size_under, self._edges_of_places())) <= _AT_ONCE
 
     def _edges_of_places(self) -> Iterable[GradientEdge]:
-        return (GradientEdge(*node.next_functions[slot]) for node, slot in self.places)
+        return (taken(node, slot) for node, slot in self.places)
 
     def _passed_on(self, totals: Sequence[Tensor], batched: bool = False) -> dict[Tensor, Tensor]:
         # the gradients of the parameters, from those of what was computed from them
@@ -560,7 +562,7 @@ def _pass(
     weights: Tensor,
     nodes: Sequence[Node],
     arrive: Callable[[Node, Sequence[Tensor | None]], None],
-    ends: Sequence[Tensor],
+    ends: Sequence[Tensor | GradientEdge],
     retain: bool,
     held: bool,
     all_: bool = False,
@@ -591,12 +593,12 @@ def _pass(
     ]
     if held:
         hooks += [node.register_hook(_held(node)) for node in graph.batch_norms()]
-    edges = [(node, k) for node in last for k in range(len(node._input_metadata))]  # type: ignore[attr-defined]
+    edges = [(node, k) for node in last for k in range(len(node._input_metadata))]
     try:
         with torch.no_grad():
             gradients = torch.autograd.grad(
                 losses,
-                [*(GradientEdge(*edge) for edge in edges), *ends],
+                [*(GradientEdge(*edge) for edge in edges), *ends],  # type: ignore[arg-type]
                 weights,
                 retain_graph=retain,
                 allow_unused=True,
@@ -611,6 +613,43 @@ def _pass(
         for hook in hooks:
             hook.remove()
     return list(gradients[len(edges) :])
+
+
+def rows_of(losses: Tensor, ends: Sequence[Tensor | GradientEdge]) -> tuple[list[Rows], bool]:
+    """Finds which rows of tensors belong to which loss, by a probe with batch statistics held.
+
+    Args:
+        losses: `[n]`, attached to their graph, which is kept.
+        ends: What the losses depend on, such as the images.
+
+    Returns:
+        The rows, for each of `ends`, and whether there was something to see in all of them.
+
+    Raises:
+        InputError: If a row belongs to several losses.
+    """
+    n, weights = len(losses), probe_weights(losses)
+    if losses.is_meta:
+        return [Rows(0, n) for _ in ends], True
+    graph = Graph(losses.grad_fn, object(), {})
+    both = [
+        _pass(graph, losses, factor, [], lambda *_: None, ends, True, True, all_=True)
+        for factor in (torch.ones_like(weights), weights)
+    ]
+    found, sure = [], bool(losses.isfinite().all())
+    for plain, probe in zip(*both, strict=True):
+        rows: Rows | None = Rows(0, n)
+        if plain is None or not bool(plain.any()):
+            sure = False
+        else:
+            rows = Summary.of(plain, n).rows(Summary.of(probe, n), weights)
+        if rows is None:
+            raise InputError(
+                "what one loss says of the inputs or outputs cannot be told from what the others "
+                f"say: give losses in the order of the images, one for each, or {WAY_OUT}"
+            )
+        found.append(rows)
+    return found, sure
 
 
 def _held(node: Any) -> Callable[[Any, Any], Any]:
