@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from engm.errors import InputError, NonFiniteLossError
@@ -210,6 +211,41 @@ def run_closure(closure: Closure | None) -> Tensor:
             "the losses do not depend on a trainable parameter; was a no_grad() active?"
         )
     return losses
+
+
+def refuse_hidden(losses: Tensor, parameters: Sequence[Tensor]) -> None:
+    """Refuses parameters whose gradient comes from a backward pass within a function.
+
+    Such a function (a checkpoint with `use_reentrant=True`, a reversible block) adds to `p.grad` by
+    itself; the graph of the losses does not lead to the parameters, which would never be trained.
+
+    Raises:
+        InputError: If there is one.
+    """
+    nodes, waiting = {losses.grad_fn}, [losses.grad_fn]
+    for node in waiting:
+        for child, _ in node.next_functions if node is not None else ():
+            if child is not None and child not in nodes:
+                nodes.add(child)
+                waiting.append(child)
+    met = {id(getattr(node, "variable", None)) for node in nodes}
+    hidden = [p for p in parameters if p.requires_grad and id(p) not in met]
+    if not hidden or not any(isinstance(node, BackwardCFunction) for node in nodes):
+        return
+    kept = [(p, p.grad) for p in parameters]
+    try:
+        for parameter in parameters:
+            parameter.grad = None
+        losses.sum().backward(retain_graph=True)
+        count = sum(p.grad is not None for p in hidden)
+    finally:
+        for parameter, gradient in kept:
+            parameter.grad = gradient
+    if count:
+        raise InputError(
+            f"{count} parameters get their gradient from a backward pass within a function of the "
+            "model, not through the graph of the losses; checkpoints need use_reentrant=False"
+        )
 
 
 @contextmanager

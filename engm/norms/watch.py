@@ -85,6 +85,10 @@ class Checked:
     skip: set[nn.Module] = field(default_factory=set)
     tries: int = 0
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copies and pickles find it out anew: it is about the nodes of this process."""
+        return Checked, ()
+
 
 class Watch:
     """The shares of all examples in the gradient, from one forward and one backward pass.
@@ -693,6 +697,11 @@ def _trainable(
     for name, module in model.named_modules():
         own = [(k, p) for k, p in module.named_parameters(recurse=False) if p.requires_grad]
         for kind, parameter in own:
+            if parameter._backward_hooks or parameter._post_accumulate_grad_hooks:
+                raise InputError(
+                    f"{name}.{kind} has a hook on its gradient, which no gradient of an example "
+                    f"passes by; remove it, or {WAY_OUT}"
+                )
             shared |= {parameter} & owners.keys()
             owners.setdefault(parameter, f"{name}.{kind}".lstrip("."))
         if own and module not in skip and formula_of(module) is not None:
