@@ -46,7 +46,9 @@ def has_formula(node: Node, slot: int) -> bool:
     return (name_of(node), slot) in _FORMULAS
 
 
-def shares_in(node: Any, slot: int, gradients: Gradients, rows: Rows, factors: bool) -> Share:
+def shares_in(
+    node: Any, slot: int, gradients: Gradients, rows: Rows, factors: bool
+) -> Share | None:
     """Returns the shares of the examples in the gradient of an input of an operation.
 
     Args:
@@ -55,18 +57,25 @@ def shares_in(node: Any, slot: int, gradients: Gradients, rows: Rows, factors: b
         gradients: Of its outputs.
         rows: Which rows of the outputs belong to which example.
         factors: Whether they may be `Factors`; else they are `Stored`.
+
+    Returns:
+        The shares; `None` where no formula holds, and `one_by_one` has to be asked.
     """
-    size = size_of(taken(node, slot))
     formula, b = _FORMULAS.get((name_of(node), slot)), gradients[0]
-    share = None if formula is None or b is None else formula(node, b, rows, size)
+    if formula is None or b is None:
+        return None
+    share = formula(node, b, rows, size_of(taken(node, slot)))
     if isinstance(share, tuple):  # a and b of a matrix product
         return linear_shares([share], measure=factors, stored=not factors)
-    if share is None:
-        share = _one_by_one(node, slot, gradients, rows, size)
-    return Stored(share)
+    return None if share is None else Stored(share)
 
 
-def _one_by_one(node: Any, slot: int, gradients: Gradients, rows: Rows, size: torch.Size) -> Tensor:
+def one_by_one(node: Any, slot: int, gradients: Gradients, rows: Rows) -> Share:
+    """Returns the same for any operation, by running it backward once an example.
+
+    Not within a backward pass, in which a node computes only what that pass needs.
+    """
+    size = size_of(taken(node, slot))
     backward = node if callable(node) else node.apply
     given = next(b for b in gradients if b is not None)
     shares = []
@@ -74,7 +83,7 @@ def _one_by_one(node: Any, slot: int, gradients: Gradients, rows: Rows, size: to
         results = backward(*(None if b is None else _only(b, rows, example) for b in gradients))
         share = results[slot] if isinstance(results, tuple) else results
         shares.append(given.new_zeros(size) if share is None else share.sum_to_size(size))
-    return torch.stack(shares)
+    return Stored(torch.stack(shares))
 
 
 def _only(b: Tensor, rows: Rows, example: int) -> Tensor:

@@ -54,7 +54,7 @@ class Summary:
 
     Attributes:
         sums: For each such dimension a number a row, `[rows]`.
-        sizes: The same of |b|.
+        sizes: The length of each row.
         dtype: Of b.
     """
 
@@ -65,14 +65,14 @@ class Summary:
     @classmethod
     def of(cls, b: Tensor, n: int) -> "Summary":
         """Sums up `b` for a batch of n examples."""
-        generator = torch.Generator().manual_seed(b.numel())
-        random = torch.randn(b.shape, generator=generator).to(b.device) if b.numel() else b
-        values = b.to(torch.promote_types(b.dtype, torch.float32)) * random
         sums, sizes = {}, {}
         for dim in range(min(b.dim(), 3)):
             if b.shape[dim] and b.shape[dim] % n == 0:
-                rows = values.movedim(dim, 0).flatten(1) if b.dim() > 1 else values[:, None]
-                sums[dim], sizes[dim] = rows.sum(1), rows.abs().sum(1)
+                rows = b.movedim(dim, 0).reshape(b.shape[dim], -1)
+                rows = rows.to(torch.promote_types(b.dtype, torch.float32))
+                generator = torch.Generator().manual_seed(dim)
+                random = torch.randn(rows.shape[1], generator=generator, dtype=rows.dtype)
+                sums[dim], sizes[dim] = rows @ random.to(b.device), rows.norm(dim=1)
         return cls(sums, sizes, b.dtype)
 
     @property

@@ -16,7 +16,14 @@ from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from engm.errors import InputError
 from engm.norms.graph import Call, Graph
 from engm.norms.layers import Share, Stored, formula_of, shares_of
-from engm.norms.operations import batch_statistics, has_formula, name_of, shares_in, taken
+from engm.norms.operations import (
+    batch_statistics,
+    has_formula,
+    name_of,
+    one_by_one,
+    shares_in,
+    taken,
+)
 from engm.norms.rows import Rows, Summary, probe_weights
 
 _NOTHING = "the losses do not depend on any of the parameters; is it the same model?"
@@ -228,14 +235,24 @@ class Watch:
         """Fills `found`; returns the gradient of `inputs`."""
         rows = {graph.order[k]: value for k, value in plan.rows.items()}
         parts = _parts(graph, rows, measure)
-        met: dict[Node, Sequence[Tensor | None]] = {}
+        places = {place: part for part in parts for place in part.places}
+        left: dict[tuple[Node, int], Sequence[Tensor | None]] = {}
         waiting = Counter(call.layer for call in graph.calls.values())
         seen: dict[nn.Module, list[tuple[Tensor, Tensor, Rows]]] = defaultdict(list)
 
         def arrive(node: Node, gradients: Sequence[Tensor | None]) -> None:
             call = graph.calls.get(node)
             if call is None:
-                met[node] = gradients
+                for slot in range(len(node.next_functions)):
+                    part = places.get((node, slot))
+                    if part is None or all(b is None for b in gradients):
+                        continue
+                    factors = not part.push or not measure
+                    share = shares_in(node, slot, gradients, rows[node], factors)
+                    if share is None:
+                        left[node, slot] = gradients
+                    else:
+                        part.shares[node, slot] = share
                 return
             b = gradients[call.output]
             if b is not None:
@@ -244,17 +261,14 @@ class Watch:
             if not waiting[call.layer] and seen[call.layer]:
                 self._take(call.layer, seen.pop(call.layer), found, measure)
 
-        nodes = [*graph.calls, *dict.fromkeys(node for part in parts for node, _ in part.places)]
+        nodes = [*graph.calls, *dict.fromkeys(node for node, _ in places)]
         ends = [] if inputs is None else [inputs]
         retain = retain or bool(parts)
         gradients = _pass(graph, losses, weights, nodes, arrive, ends, retain, held)
+        for (node, slot), outputs in left.items():
+            share = one_by_one(node, slot, outputs, rows[node])
+            places[node, slot].shares[node, slot] = share
         for part in parts:
-            for node, slot in part.places:
-                if any(b is not None for b in met.get(node, [])):
-                    factors = not part.push or not measure
-                    # after the pass: within it a node computes what the pass needs alone
-                    share = shares_in(node, slot, met[node], rows[node], factors)
-                    part.shares[node, slot] = share
             if part.shares:
                 found.parts.append(part)
                 if measure:
