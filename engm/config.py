@@ -14,7 +14,9 @@ from engm.errors import InputError
 DatasetName = Literal["digits", "fashion-mnist", "cifar10", "cifar100", "tiny-imagenet"]
 ModelName = Literal["small_cnn", "preact_resnet18", "wide_resnet34_10"]
 MethodName = Literal["natural", "pgd_at", "trades", "mart", "fast_at"]
-OptimizerName = Literal["msgd", "msgd-clip", "engm", "engm-input"]
+OptimizerName = Literal[
+    "msgd", "msgd-clip", "engm", "engm-input", "engm-input-only", "engm-output", "engm-both"
+]
 ScheduleName = Literal["piecewise", "cosine", "one-cycle", "constant"]
 
 # What a dataset asks for where the user does not say (source: this kit; CIFAR's are the field's

@@ -67,6 +67,34 @@ def total(value: int, device: torch.device) -> int:
     return int(summed)
 
 
+@torch.no_grad()
+def share_values(tensors: Sequence[Tensor]) -> None:
+    """Gives all processes the values of the first one, as DDP does when it is made."""
+    for tensor in tensors if several() else []:
+        distributed.broadcast(tensor.data, 0)
+
+
+def averaged(
+    gradients: dict[Tensor, Tensor], parameters: Sequence[Tensor], count: int | Tensor
+) -> dict[Tensor, Tensor]:
+    """Returns the mean gradients over the examples of all processes.
+
+    Args:
+        gradients: The mean over this process's examples for each parameter; one that is missing
+            here, but not in all processes, counts as zero.
+        parameters: Those that there may be gradients of, in the same order in every process.
+        count: How many examples this process had.
+    """
+    if not several():
+        return gradients
+    met = torch.tensor([p in gradients for p in parameters], device=parameters[0].device).float()
+    distributed.all_reduce(met, distributed.ReduceOp.MAX)
+    used = [p for p, is_met in zip(parameters, met.tolist(), strict=True) if is_met]
+    means = [gradients[p] if p in gradients else torch.zeros_like(p) for p in used]
+    average(means, count)
+    return dict(zip(used, means, strict=True))
+
+
 def average(gradients: Sequence[Tensor], count: int | Tensor) -> None:
     """Replaces each process's mean gradient over `count` examples by the mean over all examples.
 

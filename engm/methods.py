@@ -224,6 +224,9 @@ class AWP:
             model: Its trainable tensors of two or more dimensions are moved.
             closure: Returns one loss per example, `[n]`; examples whose loss is inf or nan have no
                 say. Its pass leaves the running statistics of BatchNorm as they were.
+
+        Raises:
+            InputError: If the weights were changed within the block, as by `optimizer.step`.
         """
         weights: list[Tensor] = [p for p in model.parameters() if p.requires_grad and p.ndim > 1]
         if not self.gamma or not weights:
@@ -235,9 +238,17 @@ class AWP:
             with torch.no_grad():
                 for weight, step in zip(weights, steps, strict=True):
                     weight.add_(step)
+            versions = [weight._version for weight in weights]
             yield
+            changed = [weight._version for weight in weights] != versions
         finally:
             _put_back(weights, kept)
+        if changed:
+            raise InputError(
+                "the weights were changed within the block of AWP, which puts them back: the step "
+                "is undone. Write `with awp(model, closure): optimizer.accumulate(closure)` and "
+                "call optimizer.step() after the block"
+            )
 
     def _steps(self, model: nn.Module, closure: Closure, weights: list[Tensor]) -> list[Tensor]:
         buffers = list(model.buffers())

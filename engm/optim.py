@@ -6,7 +6,8 @@ All take their step with the same call, whose closure returns one loss per examp
 """
 
 import math
-from collections.abc import Iterable
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -20,8 +21,9 @@ from engm.norms.measures import (
     NO_STEP,
     Closure,
     ExactMeasure,
-    InputMeasure,
     LoopMeasure,
+    ProxyMeasure,
+    refuse_hidden,
     run_closure,
 )
 
@@ -29,6 +31,9 @@ from engm.norms.measures import (
 _ASK_EVERY = 100
 # The running mean of the example norms forgets over about 1 / (1 - 0.99) = 100 steps.
 _SCALE_DECAY = 0.99
+
+# How the norms of the examples are found.
+Norms = Literal["exact", "input", "output", "both", "loop"]
 
 # --- the step guard
 
@@ -107,17 +112,30 @@ class _ExampleSGD(torch.optim.SGD):
     """
 
     max_norm: float | None = None  # of the gradient of a batch, all parameter groups together
+    # so that a GradScaler hands its scale to `step`, which refuses it
+    _step_supports_amp_scaling = True
 
     def __init__(self, params: Iterable[Any], message: str, **sgd: Any) -> None:
         super().__init__(params, **sgd)
         self._guard = StepGuard(message)
         self._count = 0
         self._gradients: dict[Tensor, Tensor] = {}
+        self._bad: list[Tensor] = []  # which examples of each part, where processes share a batch
+        self._in_closure = self._started = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Returns all but hooks, for copies and pickles; torch's own keeps groups and state."""
+        values = vars(self).items()
+        # `step` on the instance is that of a scheduler
+        return {k: v for k, v in values if k != "step" and not k.endswith("_hooks")}
 
     def step(  # type: ignore[override]
         self, closure: Closure | None = None, inputs: Tensor | None = None
     ) -> Tensor | None:
         """Takes a step along the gradient of the closure's losses.
+
+        What `p.grad` holds is added to it, as the gradient of a penalty may be; so call
+        `zero_grad()` right before, after an attack that may have filled it.
 
         Args:
             closure: Runs the model and returns one loss per example, `[n]`. May be left out after
@@ -134,6 +152,11 @@ class _ExampleSGD(torch.optim.SGD):
                 and gradient); the parameters are then as before. On a GPU it may come with a later
                 step, see `settle`.
         """
+        if getattr(self, "grad_scale", None) is not None:
+            raise InputError(
+                "a GradScaler scales losses for float16, which example norms are not made for; use "
+                "bfloat16, torch.autocast(..., dtype=torch.bfloat16), without a GradScaler"
+            )
         losses = None
         if closure is not None or not self._count:
             losses = self.accumulate(closure, inputs)
@@ -142,13 +165,77 @@ class _ExampleSGD(torch.optim.SGD):
         return losses
 
     def accumulate(self, closure: Closure | None, inputs: Tensor | None = None) -> Tensor:
-        """Takes the gradient of a part of a batch, for a `step()` that follows."""
+        """Takes the gradient of a part of a batch, for a `step()` that follows.
+
+        A batch that does not fit into memory is given in parts; the step is the same as with the
+        whole. For ENGM that is so since c is fixed by the steps before (under "mean", in the very
+        first step, by the first part). BatchNorm in train mode sees the parts, not the whole.
+
+        Args:
+            closure: As for `step`, for the part.
+            inputs: As for `step`.
+
+        Returns:
+            The losses of the part, `[n]`, detached.
+
+        Raises:
+            InputError: As `step`, or if a backward pass filled `p.grad` meanwhile.
+            NonFiniteLossError: As `step`.
+        """
+        if not self._started:
+            distributed.share_values(self._parameters())
+            closure = self._looked_at(closure)
+        before = [(p, p.grad, _version(p.grad)) for p in self._parameters()]
+        self._in_closure = True
+        try:
+            losses = self._add(closure, inputs)
+        finally:
+            self._in_closure = False
+        self._started = True
+        for parameter, gradient, version in before:
+            after = parameter.grad
+            if after is None or (after is gradient and _version(after) == version):
+                continue
+            if bool(after.any()):  # else zero_grad(set_to_none=False) was called
+                self._forget()
+                raise InputError(
+                    "a backward pass within the closure filled p.grad, which would be added to the "
+                    "step. The closure returns the losses and leaves the backward pass to step(); "
+                    "an attack that calls backward() runs before zero_grad(); checkpoints need "
+                    "use_reentrant=False"
+                )
+        return losses
+
+    def _add(self, closure: Closure | None, inputs: Tensor | None) -> Tensor:
+        raise NotImplementedError
+
+    def _looked_at(self, closure: Closure | None) -> Closure:
+        def run() -> Tensor:
+            losses = run_closure(closure)
+            refuse_hidden(losses, self._parameters())
+            return losses
+
+        return run
+
+    def _check(self, failed: Tensor, bad: Tensor) -> None:
+        # processes that share a batch may have it in other numbers of parts: they ask in the step
+        if distributed.several():
+            self._bad.append(bad)
+        else:
+            self._guard.check(failed, bad)
+
+    def _any_failed(self, bad: Tensor) -> Tensor:
+        """Returns whether no update may be made, for the examples of a whole batch."""
         raise NotImplementedError
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Forgets the gradients, and the parts of a batch that no step was taken along."""
+        """Forgets the gradients, and the parts of a batch that no step was taken along.
+
+        Within a closure it forgets the gradients alone, as people have it there from torch.
+        """
         super().zero_grad(set_to_none)
-        self._forget()
+        if not self._in_closure:
+            self._forget()
 
     def settle(self) -> None:
         """Waits for the device, and raises what steps on a GPU had no answer to yet.
@@ -162,11 +249,14 @@ class _ExampleSGD(torch.optim.SGD):
         self._guard.settle()
 
     def _forget(self) -> None:
-        self._count, self._gradients = 0, {}
+        self._count, self._gradients, self._bad = 0, {}, []
 
     def _take_step(self) -> None:
         """Updates the weights along the mean over all processes of `_gradients`."""
-        distributed.average(list(self._gradients.values()), self._count)
+        if self._bad:
+            bad = torch.cat(self._bad)
+            self._guard.check(self._any_failed(bad), bad)
+        self._gradients = distributed.averaged(self._gradients, self._parameters(), self._count)
         skip = self._guard.skip
         fused = skip is not None or any(group["fused"] for group in self.param_groups)
         for parameter, gradient in self._gradients.items():
@@ -179,7 +269,11 @@ class _ExampleSGD(torch.optim.SGD):
             self._fuse()
         if skip is not None:
             self.found_inf = skip
-        super().step()
+        # without the hooks of steps, which run round this one already
+        update = torch.optim.SGD.step
+        if getattr(update, "hooked", False):
+            update = update.__wrapped__  # type: ignore[attr-defined]
+        update(self)
         self._guard.steps += 1
 
     def _fuse(self) -> None:
@@ -197,6 +291,10 @@ class _ExampleSGD(torch.optim.SGD):
 
     def _parameters(self) -> list[Tensor]:
         return [p for group in self.param_groups for p in group["params"]]
+
+
+def _version(gradient: Tensor | None) -> int:
+    return -1 if gradient is None else gradient._version
 
 
 def _laid_out(values: Tensor, parameter: Tensor) -> Tensor:
@@ -233,20 +331,10 @@ class MSGD(_ExampleSGD):
         super().__init__(params, "{bad} of {count} losses are inf or nan; " + NO_STEP, lr=lr, **sgd)
         self.max_norm = max_norm
 
-    def accumulate(self, closure: Closure | None, inputs: Tensor | None = None) -> Tensor:
-        """Takes the mean gradient of a part of a batch, for a `step()` that follows.
-
-        Args:
-            closure: As for `step`, for the part.
-            inputs: As for `step`.
-
-        Returns:
-            The losses of the part, `[n]`, detached.
-        """
+    def _add(self, closure: Closure | None, inputs: Tensor | None) -> Tensor:
         losses = run_closure(closure)
         bad = ~losses.detach().isfinite()
-        # wherever the losses are, so that no process waits
-        self._guard.check(distributed.mean(bad) > 0, bad)
+        self._check(bad.any(), bad)
         parameters = [p for p in self._parameters() if p.requires_grad]
         gradients = torch.autograd.grad(losses.mean(), parameters, allow_unused=True)
         share = len(losses) / (self._count + len(losses))
@@ -256,9 +344,13 @@ class MSGD(_ExampleSGD):
                 after = torch.zeros_like(before) if gradient is None else gradient
                 self._gradients[parameter] = before.lerp(after, share)
             elif gradient is not None:
-                self._gradients[parameter] = gradient if share == 1 else gradient * share
+                # two parameters may have one gradient between them
+                self._gradients[parameter] = gradient.clone() if share == 1 else gradient * share
         self._count += len(losses)
         return losses.detach()
+
+    def _any_failed(self, bad: Tensor) -> Tensor:
+        return distributed.mean(bad) > 0
 
 
 # --- ENGM
@@ -294,11 +386,16 @@ class ENGM(_ExampleSGD):
             the first step, of the batch itself).
         floor: f in (0, 1]. Close to 0 every example is normalised to length c; 1 is per-example
             clipping, which leaves examples shorter than c as they are.
-        norms: How |g_i| is found. "exact": in the backward pass itself, see `Watch`. "input":
-            estimated from the gradients w.r.t. the inputs, see `InputEstimate`; the bound c then
-            holds for the estimates. "loop": one backward pass an example, for models that "exact"
-            has no formula for.
-        refresh_every: With "input", after how many closures the estimate is fitted anew.
+        norms: How |g_i| is found. "exact": in the backward pass itself, see `Watch`. "input",
+            "output", "both": estimated from the gradients w.r.t. the images, the model's outputs,
+            or both, see `ProxyMeasure`; the bound c then holds for the estimates. "loop": one
+            backward pass an example, obviously correct, but slow.
+        refresh_every: With an estimate, after how many closures its line is fitted anew; `None`:
+            no line, |g_i| is taken as proportional to the proxy, and the model may be any. With
+            "output" that costs nothing.
+        groups: Parameters with options of their own, as for `torch.optim.SGD`, such as
+            `[{"params": ["0.bias", model.norm], "weight_decay": 0.0}]`; "params" lists names,
+            parameters or modules. All others have the options above.
         **sgd: `nesterov`, `dampening` and what else `torch.optim.SGD` takes.
 
     Attributes:
@@ -317,8 +414,10 @@ class ENGM(_ExampleSGD):
         weight_decay: float = 0.0,
         scale: float | Literal["mean"] = "mean",
         floor: float = 0.05,
-        norms: Literal["exact", "input", "loop"] = "exact",
-        refresh_every: int = 20,
+        norms: Norms = "exact",
+        refresh_every: int | None = 20,
+        *,
+        groups: Sequence[Mapping[str, Any]] = (),
         **sgd: Any,
     ) -> None:
         _check_model(model)
@@ -326,35 +425,31 @@ class ENGM(_ExampleSGD):
             raise InputError(f"scale must be a number above 0, or 'mean'; got {scale!r}")
         if not 0 < floor <= 1:
             raise InputError(f"floor must be in (0, 1], got {floor!r}")
-        if norms not in ("exact", "input", "loop"):
-            raise InputError(f"norms must be 'exact', 'input' or 'loop', got {norms!r}")
-        trainable = [p for p in model.parameters() if p.requires_grad]
+        if norms not in ("exact", "input", "output", "both", "loop"):
+            raise InputError(
+                f"norms must be 'exact', 'input', 'output', 'both' or 'loop', got {norms!r}"
+            )
         message = f"all losses or their gradients are inf or nan; {NO_STEP}"
         how = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
-        super().__init__(trainable, message, **how, **sgd)
+        super().__init__(_groups(model, groups), message, **how, **sgd)
+        self._model, self._trained = model, model.training
         self.scale, self.floor = scale, floor
         self.last: ExampleWeights | None = None
-        self.measure: ExactMeasure | InputMeasure | LoopMeasure
+        self.measure: ExactMeasure | ProxyMeasure | LoopMeasure
         if norms == "exact":
             self.measure = ExactMeasure(model)
-        elif norms == "input":
-            self.measure = InputMeasure(model, refresh_every)
-        else:
+        elif norms == "loop":
             self.measure = LoopMeasure(model)
+        else:
+            self.measure = ProxyMeasure(model, norms, refresh_every)
         self._mean_norm: Tensor | None = None  # of the steps so far, float64
         self._norms: list[Tensor] = []  # of each part of the batch so far; nan where left out
 
-    def accumulate(self, closure: Closure | None, inputs: Tensor | None = None) -> Tensor:
-        """Takes sum_i w_i g_i of a part of a batch, for a `step()` that follows.
-
-        A batch that does not fit into memory is given in parts; the step is the same as with the
-        whole, since c is fixed by the steps before (under "mean", in the very first step, by the
-        first part). BatchNorm in train mode sees the parts, not the whole. Arguments and result
-        are those of `MSGD.accumulate`.
-        """
+    def _add(self, closure: Closure | None, inputs: Tensor | None) -> Tensor:
+        self._check_model_again()
         losses, norms, weighted = self.measure(closure, inputs)
         good = norms.isfinite() & losses.isfinite()
-        self._guard.check(distributed.mean(good) == 0, ~good)
+        self._check(~good.any(), ~good)
         scale = self._current_scale(norms, good)
         weights = torch.where(good, example_weights(norms, scale, self.floor), 0.0)
         # on a GPU nobody waits to hear that all of them are good, as they nearly always are
@@ -364,10 +459,33 @@ class ENGM(_ExampleSGD):
             gradient = gradient.to(parameter.dtype)
             before = self._gradients.get(parameter)
             self._gradients[parameter] = gradient if before is None else before + gradient
+        parts = [] if self.last is None or not self._count else [self.last]
         self._count += len(losses)
         self._norms.append(norms.masked_fill(~good, math.nan))
-        self.last = ExampleWeights(norms, weights, good, scale)
+        parts.append(ExampleWeights(norms, weights, good, scale))
+        self.last = ExampleWeights.joined(parts)
         return losses
+
+    def _any_failed(self, bad: Tensor) -> Tensor:
+        return distributed.mean(~bad) == 0
+
+    def _check_model_again(self) -> None:
+        known = {p for group in self.param_groups for p in group["params"]}
+        for name, parameter in self._model.named_parameters():
+            if parameter.requires_grad and parameter not in known:
+                raise InputError(
+                    f"{name} became trainable, or was put in, after ENGM was made, which does not "
+                    "step it; make the optimizer anew"
+                )
+        if self._model.training:
+            self._trained = True
+        elif self._trained:
+            self._trained = False
+            warnings.warn(
+                "the model is in eval mode, though it was in train mode before; if an attack left "
+                "it so, call model.train() after the attack",
+                stacklevel=4,
+            )
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the state of `torch.optim.SGD`, the running mean and the estimate's line."""
@@ -389,8 +507,8 @@ class ENGM(_ExampleSGD):
         self._norms = []
 
     def _take_step(self) -> None:
-        for total in self._gradients.values():
-            total.div_(self._count)
+        # new tensors: two parameters may have one gradient between them
+        self._gradients = {p: total / self._count for p, total in self._gradients.items()}
         super()._take_step()
         norms = torch.cat(self._norms)
         mean = distributed.mean(norms, norms.isfinite())
@@ -428,6 +546,39 @@ def _check_model(model: Any) -> None:
         )
     if not any(p.requires_grad for p in model.parameters()):
         raise InputError("the model has no parameter that requires a gradient")
+    if distributed.several() and any(
+        isinstance(module, nn.SyncBatchNorm) for module in model.modules()
+    ):
+        raise InputError(
+            "SyncBatchNorm couples the examples of all processes, which ENGM has no norms for; "
+            "use BatchNorm, with the statistics of each process, or GroupNorm"
+        )
+
+
+def _groups(model: nn.Module, groups: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Returns the parameter groups, that of all the others first."""
+    named = dict(model.named_parameters())
+    own: list[dict[str, Any]] = []
+    for group in groups:
+        parameters: list[Tensor] = []
+        for item in group.get("params", ()):
+            if isinstance(item, str) and item in named:
+                parameters.append(named[item])
+            elif isinstance(item, nn.Module):
+                parameters.extend(item.parameters())
+            elif isinstance(item, Tensor):
+                parameters.append(item)
+            else:
+                raise InputError(
+                    f"a group lists names of parameters, parameters or modules; got {item!r}. "
+                    f"The names are {', '.join(named)}"
+                )
+        own.append({**group, "params": [p for p in parameters if p.requires_grad]})
+    listed = [p for group in own for p in group["params"]]
+    if not {*listed} <= {*named.values()}:
+        raise InputError("a group lists a parameter that the model does not have")
+    rest = [p for p in named.values() if p.requires_grad and p not in {*listed}]
+    return [group for group in ({"params": rest}, *own) if group["params"]]
 
 
 # --- the weights of examples
@@ -447,6 +598,14 @@ class ExampleWeights:
     weights: Tensor
     good: Tensor
     _scale: Tensor
+
+    @classmethod
+    def joined(cls, parts: "Sequence[ExampleWeights]") -> "ExampleWeights":
+        """Returns the parts of a batch as one."""
+        if len(parts) == 1:
+            return parts[0]
+        columns = [torch.cat([getattr(p, k) for p in parts]) for k in ("norms", "weights", "good")]
+        return cls(columns[0], columns[1], columns[2], parts[0]._scale)
 
     # read when they are asked for, so that a step on a GPU need not wait for them
     @property
@@ -476,10 +635,20 @@ def example_weights(norms: Tensor, scale: float | Tensor, floor: float) -> Tenso
 
 # --- the optimizer of a run
 
+# `norms` and `refresh_every` of each
+_NORMS: dict[str, tuple[Norms, int | None]] = {
+    "engm": ("exact", None),
+    "engm-input": ("input", 20),
+    "engm-input-only": ("input", None),
+    "engm-output": ("output", None),
+    "engm-both": ("both", 20),
+}
+
 
 def build(config: RunConfig, model: nn.Module) -> MSGD | ENGM:
     """Makes the outer optimizer that a run asks for."""
-    if config.optimizer in ("engm", "engm-input"):
+    if config.optimizer in _NORMS:
+        norms, refresh_every = _NORMS[config.optimizer]
         return ENGM(
             model,
             lr=config.lr,
@@ -487,7 +656,8 @@ def build(config: RunConfig, model: nn.Module) -> MSGD | ENGM:
             weight_decay=config.weight_decay,
             scale=config.scale,
             floor=config.floor,
-            norms="exact" if config.optimizer == "engm" else "input",
+            norms=norms,
+            refresh_every=refresh_every,
         )
     return MSGD(
         (p for p in model.parameters() if p.requires_grad),

@@ -373,7 +373,10 @@ def test_all_examples_bad_is_refused_and_changes_nothing(norms):
         ({"scale": 0}, "scale must be a number above 0, or 'mean'; got 0"),
         ({"scale": "max"}, "scale must be a number above 0"),
         ({"floor": 0}, r"floor must be in \(0, 1\], got 0"),
-        ({"norms": "fast"}, "norms must be 'exact', 'input' or 'loop', got 'fast'"),
+        (
+            {"norms": "fast"},
+            "norms must be 'exact', 'input', 'output', 'both' or 'loop', got 'fast'",
+        ),
     ],
 )
 def test_arguments_out_of_range(arguments, message):

@@ -113,7 +113,7 @@ def found(tmp_path_factory):
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
 
 
-@pytest.mark.filterwarnings("ignore:norms='input'")
+@pytest.mark.filterwarnings("ignore:at step")
 @pytest.mark.parametrize("case", list(cases()), ids=str)
 def test_two_processes_take_the_step_of_one(found, case):
     _, model, optimizer, bad = case

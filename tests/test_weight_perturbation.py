@@ -157,7 +157,7 @@ def test_a_gamma_that_is_none_is_refused(gamma):
         AWP(gamma)
 
 
-@pytest.mark.filterwarnings("ignore:norms='input'")
+@pytest.mark.filterwarnings("ignore:at step")
 @pytest.mark.parametrize("awp", [None, AWP(0.02)])
 @pytest.mark.parametrize("norms", [None, "exact", "input", "loop"])
 @pytest.mark.parametrize(

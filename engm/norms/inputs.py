@@ -1,8 +1,11 @@
-"""The estimate of example norms from input gradients: |g_i| ~ alpha |dl_i/dx_i| + beta.
+"""The estimate of example norms from proxies: |g_i| ~ alpha |dl_i/dx_i| + beta.
 
 The abstract of arXiv 2209.01199 observes that the norms w.r.t. parameters and w.r.t. inputs go
 together, and estimates the first from the second. The straight line, how it is fitted and smoothed,
-and when it is given up are decisions of this kit.
+and when it is given up are decisions of this kit. In place of the inputs x_i the model's outputs
+may be taken, whose gradient is there after the forward pass (for cross-entropy p - y); that it says
+much about the norm is known from importance sampling (Katharopoulos and Fleuret 2018, arXiv
+1803.00942). With both, the line becomes a plane.
 """
 
 import warnings
@@ -23,14 +26,14 @@ class Fit:
 
     Attributes:
         step: The step at which it was made, from 1.
-        alpha: Slope after smoothing.
+        alpha: Slope after smoothing; with two proxies one for each.
         beta: Intercept after smoothing.
         r_squared: Part of the norms' variance that the line through this batch explains.
         rank_correlation: Spearman's, between the two norms in this batch.
     """
 
     step: int
-    alpha: float
+    alpha: float | tuple[float, ...]
     beta: float
     r_squared: float
     rank_correlation: float
@@ -57,35 +60,43 @@ class InputEstimate:
 
         Args:
             step: Number of the step, for the record.
-            inputs: |dl_i/dx_i|, `[n]`; examples that are not finite are left out.
+            inputs: |dl_i/dx_i|, `[n]`, or several proxies, `[n, k]`; examples that are not finite
+                are left out.
             norms: |g_i|, `[n]`.
 
         Warns:
             UserWarning: Once, when the line is useless and the exact norms are used instead.
         """
-        good = inputs.isfinite() & norms.isfinite()
-        u, v = inputs[good].double().cpu(), norms[good].double().cpu()
+        proxies = inputs if inputs.dim() == 2 else inputs[:, None]
+        good = proxies.isfinite().all(1) & norms.isfinite()
+        u, v = proxies[good].double().cpu(), norms[good].double().cpu()
         if len(u) < 3:
             return  # a line through two points explains nothing
-        du, dv = u - u.mean(), v - v.mean()
-        slope = _ratio(du @ dv, du @ du)
-        intercept = float(v.mean() - slope * u.mean())
-        rest = dv - slope * du
+        du, dv = u - u.mean(0), v - v.mean()
+        if du.shape[1] == 1:
+            slope = _ratio(du[:, 0] @ dv, du[:, 0] @ du[:, 0])
+            slopes = torch.tensor([slope], dtype=torch.float64)
+        else:
+            slopes = torch.linalg.lstsq(du, dv[:, None], driver="gelsd").solution[:, 0]
+        intercept = float(v.mean() - slopes @ u.mean(0))
+        rest = dv - du @ slopes
         keep = _SMOOTHING if self.useful else 0.0
         before = self.fits[-1] if self.fits else Fit(0, 0.0, 0.0, 0.0, 0.0)
+        smoothed = keep * torch.tensor(before.alpha, dtype=torch.float64) + (1 - keep) * slopes
+        single = len(slopes) == 1
         self.fits.append(
             Fit(
                 step=step,
-                alpha=keep * before.alpha + (1 - keep) * slope,
+                alpha=float(smoothed) if single else tuple(smoothed.tolist()),
                 beta=keep * before.beta + (1 - keep) * intercept,
                 r_squared=1 - _ratio(rest @ rest, dv @ dv) if dv.any() else 0.0,
-                rank_correlation=_rank_correlation(u, v),
+                rank_correlation=_rank_correlation(u[:, 0] if single else u @ slopes, v),
             )
         )
         if not self.useful and not self._warned:
             self._warned = True
             warnings.warn(
-                f"norms='input': at step {step} the input gradients explain "
+                f"at step {step} the gradients of inputs or outputs explain "
                 f"{self.fits[-1].r_squared:.0%} of the example norms' variance; exact norms are "
                 "used until a later fit is better",
                 stacklevel=4,
@@ -93,11 +104,14 @@ class InputEstimate:
 
     def estimate(self, inputs: Tensor) -> Tensor:
         """Returns the norms that the line gives, `[n]`, kept above a hundredth of their mean."""
-        line = self.fits[-1].alpha * inputs + self.fits[-1].beta
+        proxies = inputs if inputs.dim() == 2 else inputs[:, None]
+        slopes = torch.tensor(self.fits[-1].alpha, dtype=torch.float64).to(proxies).reshape(-1)
+        line = (proxies * slopes).sum(1) + self.fits[-1].beta
         good = line.nan_to_num(0.0, 0.0, 0.0).clamp(min=0)
         lowest = 0.01 * good.mean()
-        # an input gradient that is not finite stays so, for the optimizer to see
-        return torch.where(inputs.isfinite(), line.clamp(min=lowest), inputs)
+        # a gradient that is not finite stays so, for the optimizer to see
+        finite = proxies.isfinite().all(1)
+        return torch.where(finite, line.clamp(min=lowest), torch.nan)
 
     def state(self) -> list[dict[str, float]]:
         """Returns the last fit as plain values, for a `state_dict`."""

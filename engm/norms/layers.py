@@ -1,12 +1,14 @@
 """What each example contributes to the gradient of a layer's weight and bias.
 
 A layer saw the input a and passes on the output b = dL/d(output) of a whole batch. The gradient of
-its weight is a sum over rows, and row i of a and b gives example i's share of it. A share is kept
-in one of two forms, whichever is cheaper: itself, or as the a and b it is made of.
+its weight is a sum over rows, and the rows of example i in a and b give its share of it. A share is
+kept in one of two forms, whichever is cheaper: itself, or as the a and b it is made of.
 
     Linear     share_i = sum_p b_ip a_ip^T           p: positions, such as those in a sequence
-    Conv2d     the same with the patch of a that output position p sees
+    Conv       the same with the patch of a that output position p sees
     norms      share_i = sum_p b_ip x_ip             x: the normalised input
+    PReLU      share_i = sum_p b_ip min(a_ip, 0)
+    Embedding  share_i = sum_p b_ip, in the row of the table that a_ip names
 
 Sources: Goodfellow 2015 (arXiv 1510.01799) for the norm of a linear layer's share; Li et al.
 (arXiv 2110.05679) and Bu et al. (arXiv 2205.10683, 2210.00038) for Gram matrices where the share is
@@ -23,7 +25,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.grad import conv2d_weight
 
-Calls = Sequence[tuple[Tensor, Tensor]]  # (a, b) of each call of a layer
+from engm.errors import InputError
+from engm.norms.rows import Rows
+
+# (a, b) of each call of a layer, and which of their rows belong to which example
+Calls = Sequence[tuple[Tensor, Tensor, Rows]]
+Pairs = Sequence[tuple[Tensor, Tensor]]  # (a, b), a row an example
 # To write a number of a share and read it twice costs a CPU as much as this many multiplications
 # (measured on one; what decides is at most a factor of time, never the result).
 _MEMORY_COST = 24
@@ -38,13 +45,15 @@ class Stored:
 
     def squares(self) -> Tensor:
         """Returns the square of each share's length, `[n]`."""
-        flat = self.shares.flatten(1)
+        flat = self.shares.reshape(len(self.shares), -1)
         return torch.linalg.vector_norm(flat, dim=1, dtype=_precise(flat.dtype)).square()
 
     def weighted(self, weights: Tensor, keep: Tensor | None) -> Tensor:
         """Returns sum_i w_i share_i in the parameter's shape, of the rows to `keep` where given."""
         shares = _kept(self.shares, keep)
-        return self.arrange((weights.to(shares.dtype) @ shares.flatten(1)).view(shares.shape[1:]))
+        return self.arrange(
+            (weights.to(shares.dtype) @ shares.reshape(len(shares), -1)).view(shares.shape[1:])
+        )
 
 
 @dataclass(frozen=True)
@@ -57,13 +66,13 @@ class Factors:
         product: The gradient of the weight from an a and a b.
     """
 
-    calls: Calls
+    calls: Pairs
     inner: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
     product: Callable[[Tensor, Tensor], Tensor]
 
     def squares(self) -> Tensor:
         """Returns the square of each share's length, `[n]`."""
-        calls = [(a.to(_precise(a.dtype)), b.to(_precise(b.dtype))) for a, b in self.calls]
+        calls = [(_precisely(a), _precisely(b)) for a, b in self.calls]
         # |sum of the calls' shares|^2 = the sum over all pairs of calls
         total = _total(self.inner(*one, *other) for one in calls for other in calls)
         return total.clamp(min=0)
@@ -90,28 +99,116 @@ def _per_row(numbers: Tensor, values: Tensor) -> Tensor:
     return numbers.view(-1, *[1] * (values.dim() - 1))
 
 
-def shares_of(module: nn.Module, calls: Calls, measure: bool) -> dict[str, Share]:
-    """Returns the shares of the examples in the trainable weight and bias of `module`.
+def formula_of(module: nn.Module) -> "_Formula | None":
+    """Returns what gives the shares in the parameters of `module`; `None` where nothing does.
+
+    There is a formula for torch's layers, for what was registered, and for subclasses of both that
+    leave `forward` as it is, while weight and bias are parameters of their own: not for a layer
+    whose `forward` was replaced, or whose weight is made of other parameters.
+    """
+    for kind in type(module).__mro__:
+        if kind in _REGISTRY:
+            formula, forward = _REGISTRY[kind]
+            plain = type(module).forward is forward and "forward" not in vars(module)
+            return formula if plain and _its_own(module) else None
+    return None
+
+
+def _its_own(module: Any) -> bool:
+    for name in ("weight", "bias"):
+        if getattr(module, name, None) is not None and name not in module._parameters:
+            return False
+    # counts over the batch, sparse gradients, and a table that is changed as it is read
+    return not isinstance(module, nn.Embedding) or not (
+        module.scale_grad_by_freq or module.sparse or module.max_norm is not None
+    )
+
+
+def register_formula(
+    kind: type[nn.Module],
+    gradients: Callable[[Any, Tensor, Tensor], dict[str, Tensor]],
+) -> None:
+    """Tells ENGM how to find the gradients of each example in a layer of one's own.
+
+        class Scale(nn.Module):
+            def __init__(self, channels):
+                super().__init__()
+                self.factor = nn.Parameter(torch.ones(channels))
+
+            def forward(self, x):
+                return self.factor * x
+
+        register_formula(Scale, lambda layer, a, b: {"factor": a * b})
+
+    ENGM takes such a layer without that, too, since it follows its parameter through the graph; a
+    formula is for operations that have none in `engm.norms.operations`, which are done one example
+    at a time. A formula that is wrong is found out in the first step, and not used.
 
     Args:
-        module: A layer of one of the types in `FORMULAS`.
-        calls: Its input and the gradient of its output, for each time it was called.
+        kind: The layer; subclasses that leave `forward` as it is count as well.
+        gradients: Called with the layer, its input a and the gradient b of its output, both with a
+            row an example; returns for each trainable parameter, by its name, the gradient of each
+            example, `[n, *shape of the parameter]`.
+
+    Raises:
+        InputError: If `kind` is no module class, or `gradients` no function. Source: this kit.
+    """
+    if not (isinstance(kind, type) and issubclass(kind, nn.Module)) or not callable(gradients):
+        raise InputError(
+            "register_formula takes a class of layers and a function of (layer, a, b), "
+            f"got {kind!r} and {gradients!r}"
+        )
+
+    def formula(module: Any, calls: Calls, measure: bool) -> dict[str, Share]:
+        found = [gradients(module, a, b) for a, b in _each(calls)]
+        own = [name for name, p in module.named_parameters(recurse=False) if p.requires_grad]
+        return {
+            name: Stored(_total(one[name] for one in found))
+            for name in own
+            if all(name in one for one in found)
+        }
+
+    _REGISTRY[kind] = (formula, kind.forward)
+
+
+def shares_of(module: nn.Module, calls: Calls, measure: bool) -> dict[str, Share]:
+    """Returns the shares of the examples in the trainable parameters of `module`, by name.
+
+    Args:
+        module: A layer that `formula_of` has a formula for.
+        calls: Its input, the gradient of its output, and which rows of both belong to an example,
+            for each time it was called.
         measure: Whether the shares' lengths will be asked for.
     """
-    found: dict[str, Share] = {}
-    if getattr(module, "weight", None) is not None and module.weight.requires_grad:
-        typed = [(a.to(b.dtype), b) for a, b in calls]
-        found["weight"] = FORMULAS[type(module)](module, typed, measure)
-    if getattr(module, "bias", None) is not None and module.bias.requires_grad:
-        found["bias"] = Stored(_total(_bias_shares(module, b) for _, b in calls))
-    return found
+    formula = formula_of(module)
+    assert formula is not None
+    return formula(module, calls, measure)
+
+
+def _with_bias(weight: Callable[[Any, Calls, bool], Share]) -> "_Formula":
+    def formula(module: Any, calls: Calls, measure: bool) -> dict[str, Share]:
+        shares: dict[str, Share] = {}
+        if getattr(module, "weight", None) is not None and module.weight.requires_grad:
+            shares["weight"] = weight(module, calls, measure)
+        if getattr(module, "bias", None) is not None and module.bias.requires_grad:
+            parts = (over_positions(module, rows.split(b)) for _, b, rows in calls)
+            shares["bias"] = Stored(_total(parts))
+        return shares
+
+    return formula
 
 
 def _linear(module: Any, calls: Calls, measure: bool) -> Share:
-    calls = [(_rows(a), _rows(b)) for a, b in calls]  # [n, positions, channels]
+    pairs = [(_rows(rows.split(a.to(b.dtype))), _rows(rows.split(b))) for a, b, rows in calls]
+    return linear_shares(pairs, measure)
+
+
+def linear_shares(calls: Pairs, measure: bool, stored: bool = False) -> Share:
+    """Returns sum_p b_p a_p^T of each example, from a and b `[n, positions, channels]`."""
+    inputs, outputs = calls[0][0].shape[-1], calls[0][1].shape[-1]
     positions = sum(b.shape[1] for _, b in calls)
-    gram_cost = positions**2 * (module.in_features + module.out_features)
-    if not measure or gram_cost < _MEMORY_COST * module.in_features * module.out_features:
+    gram_cost = positions**2 * (inputs + outputs)
+    if not stored and (not measure or gram_cost < _MEMORY_COST * inputs * outputs):
 
         def product(a: Tensor, b: Tensor) -> Tensor:
             return b.flatten(0, 1).T @ a.flatten(0, 1)
@@ -130,6 +227,7 @@ def _linear_inner(a: Tensor, b: Tensor, other_a: Tensor, other_b: Tensor) -> Ten
 
 
 def _conv2d(module: Any, calls: Calls, measure: bool) -> Share:
+    pairs = _each(calls)
     groups, (height, width) = module.groups, module.kernel_size
     outputs, inputs = module.out_channels // groups, module.in_channels // groups
 
@@ -143,18 +241,18 @@ def _conv2d(module: Any, calls: Calls, measure: bool) -> Share:
             groups=groups,
         )
 
-    pixels_a = sum(a.shape[2] * a.shape[3] for a, _ in calls)
-    pixels_b = sum(b.shape[2] * b.shape[3] for _, b in calls)
+    pixels_a = sum(a.shape[2] * a.shape[3] for a, _ in pairs)
+    pixels_b = sum(b.shape[2] * b.shape[3] for _, b in pairs)
     # two Gram matrices, and one of them shifted to each kernel position
     gram_cost = pixels_a**2 * inputs + pixels_b**2 * (outputs + 16 * height * width)
     if not measure or gram_cost < _MEMORY_COST * outputs * inputs * height * width:
-        return Factors(calls, partial(_conv2d_inner, module), product)
+        return Factors(pairs, partial(_conv2d_inner, module), product)
 
     def arrange(total: Tensor) -> Tensor:
         # [groups, height * width, outputs, inputs] -> [groups * outputs, inputs, height, width]
         return total.permute(0, 2, 3, 1).reshape(-1, inputs, height, width)
 
-    return Stored(_total(_conv2d_shares(module, a, b) for a, b in calls), arrange)
+    return Stored(_total(_conv2d_shares(module, a, b) for a, b in pairs), arrange)
 
 
 def _padded(module: Any, a: Tensor) -> Tensor:
@@ -221,22 +319,101 @@ def _conv2d_shares(module: Any, a: Tensor, b: Tensor) -> Tensor:
     return shares.view(n, groups, *shares.shape[1:])
 
 
-def _norm(module: Any, calls: Calls, measure: bool) -> Share:
-    def share(a: Tensor, b: Tensor) -> Tensor:
-        a, b = a.to(_precise(a.dtype)), b.to(_precise(b.dtype))
-        return _bias_shares(module, b * _normalised(module, a))
+def _each(calls: Calls) -> Pairs:
+    # k rows an example are k calls
+    return [
+        pair
+        for a, b, rows in calls
+        for pair in zip(rows.split(a.to(b.dtype)).unbind(1), rows.split(b).unbind(1), strict=True)
+    ]
 
-    return Stored(_total(share(a, b) for a, b in calls))
+
+def _conv(module: Any, calls: Calls, measure: bool) -> Share:
+    size = module.weight.shape
+    transposed = isinstance(module, nn.modules.conv._ConvTransposeNd)
+    padding = module.padding if transposed else [0] * len(module.kernel_size)
+    options = (
+        module.stride, padding, module.dilation, transposed, module.output_padding, module.groups
+    )  # fmt: skip
+    return Stored(
+        _total(
+            conv_shares(a if transposed else _padded(module, a), b, size, options)
+            for a, b in _each(calls)
+        )
+    )
+
+
+def conv_shares(a: Tensor, b: Tensor, size: Sequence[int], options: tuple[Any, ...]) -> Tensor:
+    """Returns the shares in the weight of any convolution, `[n, *size]`.
+
+    With the examples dealt out as groups of channels of a single one, the gradient of the weight
+    holds each example's share.
+
+    Args:
+        a: The input, `[n, channels, ...]`.
+        b: The gradient of the output.
+        size: Shape of the weight.
+        options: stride, padding, dilation, transposed, output_padding, groups, as torch has them.
+    """
+    n = len(a)
+    weight = b.new_empty(n * size[0], *size[1:])
+    gradients = torch.ops.aten.convolution_backward(
+        b.reshape(1, -1, *b.shape[2:]),
+        a.reshape(1, -1, *a.shape[2:]),
+        weight,
+        None,
+        *options[:5],
+        options[5] * n,
+        [False, True, False],
+    )
+    return gradients[1].view(n, *size)
+
+
+def _embedding(module: Any, calls: Calls, measure: bool) -> Share:
+    pairs = [(rows.split(a), rows.split(b)) for a, b, rows in calls]
+    if module.padding_idx is not None:
+        pairs = [(a, b * (a != module.padding_idx)[..., None]) for a, b in pairs]
+
+    def inner(a: Tensor, b: Tensor, other_a: Tensor, other_b: Tensor) -> Tensor:
+        same = a.flatten(1)[:, :, None] == other_a.flatten(1)[:, None, :]
+        return (same * (_rows(b) @ _rows(other_b).transpose(1, 2))).sum((1, 2))
+
+    def product(a: Tensor, b: Tensor) -> Tensor:
+        return b.new_zeros(module.weight.shape).index_add(0, a.flatten(), b.flatten(0, -2))
+
+    return Factors(pairs, inner, product)
+
+
+def _norm(module: Any, calls: Calls, measure: bool) -> Share:
+    return _elementwise(module, calls, _normalised)
+
+
+def _prelu(module: Any, calls: Calls, measure: bool) -> Share:
+    return _elementwise(module, calls, lambda module, a: a.clamp(max=0))
+
+
+def _elementwise(module: Any, calls: Calls, factor: Callable[[Any, Tensor], Tensor]) -> Share:
+    # the factor from whole batches: its statistics may be those of all rows
+    return Stored(
+        _total(
+            over_positions(
+                module, rows.split(_precisely(b) * factor(module, _precisely(a.to(b.dtype))))
+            )
+            for a, b, rows in calls
+        )
+    )
 
 
 def _normalised(module: Any, a: Tensor) -> Tensor:
+    if isinstance(module, nn.RMSNorm):
+        return functional.rms_norm(a, module.normalized_shape, eps=module.eps)
     if isinstance(module, nn.LayerNorm):
         return functional.layer_norm(a, module.normalized_shape, eps=module.eps)
     if isinstance(module, nn.GroupNorm):
         return functional.group_norm(a, module.num_groups, eps=module.eps)
     now = module.training or module.running_mean is None
     mean, variance = (None, None) if now else (module.running_mean, module.running_var)
-    if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d):
+    if isinstance(module, nn.modules.batchnorm._BatchNorm):
         return functional.batch_norm(a, mean, variance, training=now, eps=module.eps)
     return functional.instance_norm(a, mean, variance, use_input_stats=now, eps=module.eps)
 
@@ -245,31 +422,44 @@ def _precise(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
+def _precisely(values: Tensor) -> Tensor:
+    return values.to(_precise(values.dtype)) if values.is_floating_point() else values
+
+
 def _total(parts: Iterable[Tensor]) -> Tensor:
     return reduce(torch.add, parts)
 
 
-def _bias_shares(module: Any, values: Tensor) -> Tensor:
-    """Returns the sums over all positions, `[n, ...]`: only rows and the bias's own sizes stay."""
-    if isinstance(module, nn.LayerNorm):
-        positions = range(1, values.dim() - len(module.normalized_shape))
-    elif isinstance(module, nn.Linear):
-        positions = range(1, values.dim() - 1)
+def over_positions(module: Any, values: Tensor) -> Tensor:
+    """Returns the sums over all positions, `[n, ...]`, of values `[n, k, ...]`."""
+    if isinstance(module, nn.LayerNorm | nn.RMSNorm):
+        positions = [*range(1, values.dim() - len(module.normalized_shape))]
+    elif isinstance(module, nn.Linear) or (isinstance(module, nn.PReLU) and values.dim() < 4):
+        positions = [*range(1, values.dim() - 1)]
     else:  # channels come second
-        positions = range(2, values.dim())
-    return values.sum(tuple(positions)) if positions else values
+        positions = [1, *range(3, values.dim())]
+    total = values.sum(positions)
+    if isinstance(module, nn.PReLU) and module.num_parameters == 1:
+        return total.flatten(1).sum(1, keepdim=True)
+    return total
 
 
-# Exact types: a subclass may compute something else. For each the weight's share.
-FORMULAS: dict[type, Callable[[Any, Calls, bool], Share]] = {
-    nn.Linear: _linear,
-    nn.Conv2d: _conv2d,
-    nn.BatchNorm1d: _norm,
-    nn.BatchNorm2d: _norm,
-    nn.BatchNorm3d: _norm,
-    nn.GroupNorm: _norm,
-    nn.InstanceNorm1d: _norm,
-    nn.InstanceNorm2d: _norm,
-    nn.InstanceNorm3d: _norm,
-    nn.LayerNorm: _norm,
+_Formula = Callable[[Any, Calls, bool], dict[str, Share]]
+
+_NORMS: tuple[type[nn.Module], ...] = (
+    *(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm),
+    *(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d),
+    *(nn.GroupNorm, nn.LayerNorm, nn.RMSNorm),
+)
+_CONVOLUTIONS: tuple[type[nn.Module], ...] = (
+    *(nn.Conv1d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
+)
+# For each kind of layer the formula, and the `forward` that it is of.
+_REGISTRY: dict[type[nn.Module], tuple[_Formula, Any]] = {
+    nn.Linear: (_with_bias(_linear), nn.Linear.forward),
+    nn.Conv2d: (_with_bias(_conv2d), nn.Conv2d.forward),
+    nn.Embedding: (_with_bias(_embedding), nn.Embedding.forward),
+    nn.PReLU: (_with_bias(_prelu), nn.PReLU.forward),
+    **{kind: (_with_bias(_conv), kind.forward) for kind in _CONVOLUTIONS},
+    **{kind: (_with_bias(_norm), kind.forward) for kind in _NORMS},
 }

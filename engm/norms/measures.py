@@ -1,24 +1,32 @@
-"""How ENGM finds the norms of its examples: exactly, estimated from input gradients, or in a loop.
+"""How ENGM finds the norms of its examples: exactly, from proxies, or in a loop.
 
 A measure is called with the closure, and gives the losses, the norms |g_i| and a function that
 gives sum_i w_i g_i for weights found from the norms.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import BackwardCFunction
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from engm.errors import InputError, NonFiniteLossError
 from engm.norms.inputs import InputEstimate
-from engm.norms.watch import Watch, loop_norms
+from engm.norms.rows import Rows
+from engm.norms.watch import Checked, Watch, loop_norms, rows_of
 
 Closure = Callable[[], Tensor]
 Weighted = Callable[[Tensor, Tensor | None], dict[Tensor, Tensor]]
 Measured = tuple[Tensor, Tensor, Weighted]
 NO_STEP = "no step was taken."
+_NO_INPUT = "the losses do not depend on inputs; give the very tensor that the model is given"
+_NO_OUTPUT = (
+    "the losses do not depend on the model's outputs; in the closure, call the model that ENGM was "
+    "given, by model(x)"
+)
 
 
 class _Stateless:
@@ -34,58 +42,103 @@ class ExactMeasure(_Stateless):
     """Exact norms from one forward and one backward pass, see `Watch`."""
 
     def __init__(self, model: nn.Module) -> None:
-        Watch(model)  # says now, not in the first step, which layer it has no formula for
-        self._model = model
+        self._model, self._checked = model, Checked()
 
     def __call__(self, closure: Closure | None, inputs: Tensor | None) -> Measured:
         """Runs the closure and its backward pass."""
-        with Watch(self._model) as watch:
+        with Watch(self._model, checked=self._checked) as watch:
             losses = run_closure(closure)
         watch.backward(losses)
         return losses.detach(), watch.norms(), watch.weighted
 
 
-class InputMeasure:
-    """Norms estimated from the gradients w.r.t. the inputs, see `InputEstimate`.
+class ProxyMeasure:
+    """Norms from the gradients w.r.t. the model's inputs or outputs, see `InputEstimate`.
 
-    Every `refresh_every` steps, and as long as the estimate is useless, they are measured exactly.
+    With a line, the norms are measured exactly every `refresh_every` steps, and as long as the
+    estimate is useless. Without one they are taken as proportional to the proxy (with both, to the
+    mean of the two, each relative to its mean in the batch): scale "mean" makes the factor
+    irrelevant, the model is never watched, and any that can be differentiated will do.
+
+    Args:
+        model: The model.
+        of: The gradients that are the proxy.
+        refresh_every: After how many steps the line is fitted anew; `None` for no line.
 
     Attributes:
-        estimate: The line from input gradients to norms, with all its fits.
+        estimate: The line from proxies to norms, with all its fits.
     """
 
-    def __init__(self, model: nn.Module, refresh_every: int) -> None:
-        if refresh_every < 1:
-            raise InputError(f"refresh_every must be at least 1, got {refresh_every!r}")
-        Watch(model)
+    def __init__(
+        self,
+        model: nn.Module,
+        of: Literal["input", "output", "both"],
+        refresh_every: int | None,
+    ) -> None:
+        if refresh_every is not None and refresh_every < 1:
+            raise InputError(f"refresh_every must be at least 1, or None; got {refresh_every!r}")
         self.estimate = InputEstimate()
-        self._model, self._refresh_every = model, refresh_every
+        self._model, self._of, self._refresh_every = model, of, refresh_every
+        self._checked = Checked()
+        self._rows: dict[tuple[object, ...], list[Rows]] = {}
         self._calls = 0
 
     def __call__(self, closure: Closure | None, inputs: Tensor | None) -> Measured:
-        """Runs the closure and its backward pass, down to the inputs."""
-        refresh = self._calls % self._refresh_every == 0 or not self.estimate.useful
-        with _gradient_wanted(inputs):
-            with Watch(self._model, measure=refresh) as watch:
-                losses = run_closure(closure)
-            if inputs is not None and len(inputs) != len(losses):
+        """Runs the closure, and backward passes as far as they are needed."""
+        every, of_inputs = self._refresh_every, self._of != "output"
+        refresh = every is not None and (self._calls % every == 0 or not self.estimate.useful)
+        # on the way down to the inputs all that is needed of the layers can be had
+        watched = refresh or (every is not None and self._of == "input")
+        watch = Watch(self._model, measure=refresh, checked=self._checked)
+        key, proxies = object(), []
+        with (
+            _gradient_wanted(inputs) if of_inputs else nullcontext(),
+            nullcontext() if self._of == "input" else _outputs_marked(self._model, key),
+            watch if watched else nullcontext(),
+        ):
+            losses = run_closure(closure)
+            if of_inputs and inputs is not None and len(inputs) != len(losses):
                 raise InputError(
                     f"inputs has {len(inputs)} rows for {len(losses)} losses; give one an example"
                 )
-            gradient = watch.backward(losses, inputs)
-        if gradient is None:
-            raise InputError(
-                "the losses do not depend on inputs; give the very tensor that the model is given"
-            )
-        precise = torch.promote_types(gradient.dtype, torch.float32)
-        lengths = torch.linalg.vector_norm(gradient.flatten(1), dim=1, dtype=precise)
+            if self._of != "input":
+                outputs = _marks(losses, key)
+                rows = self._rows_of(losses, outputs)
+                proxies.append(_lengths(_gradients(losses, outputs), rows))
+            if of_inputs:
+                assert inputs is not None
+                rows = self._rows_of(losses, [inputs])
+                if watched:
+                    gradients = [watch.backward(losses, inputs)]
+                else:
+                    gradients = _gradients(losses, [inputs])
+                if gradients[0] is None:
+                    raise InputError(_NO_INPUT)
+                proxies.append(_lengths(gradients, rows))
+            elif watched:
+                watch.backward(losses)
         self._calls += 1
+        lengths = proxies[0] if len(proxies) == 1 else torch.stack(proxies, 1)
         if refresh:
             norms = watch.norms()
             self.estimate.fit(self._calls, lengths, norms)
-        else:
+        elif every is not None:
             norms = self.estimate.estimate(lengths)
-        return losses.detach(), norms, watch.weighted
+        else:
+            relative = [_relative(proxy) for proxy in proxies]
+            norms = proxies[0] if len(proxies) == 1 else torch.stack(relative).mean(0)
+        weighted = watch.weighted if watched else weighted_losses(losses, self._model)
+        return losses.detach(), norms, weighted
+
+    def _rows_of(self, losses: Tensor, ends: Sequence[Tensor | GradientEdge]) -> list[Rows]:
+        # looked for once: for a batch of this size
+        key = (len(losses), len(ends), type(ends[0]))
+        if key not in self._rows:
+            rows, sure = rows_of(losses, ends)
+            if not sure:
+                return rows
+            self._rows[key] = rows
+        return self._rows[key]
 
     def state(self) -> dict[str, Any]:
         """Returns what a `state_dict` keeps: the line and when it is due."""
@@ -107,22 +160,31 @@ class LoopMeasure(_Stateless):
         """Runs the closure and n backward passes."""
         losses = run_closure(closure)
         parameters: list[Tensor] = [p for p in self._model.parameters() if p.requires_grad]
-        norms = loop_norms(losses, parameters)
+        return losses.detach(), loop_norms(losses, parameters), weighted_losses(losses, self._model)
 
-        def weighted(weights: Tensor, keep: Tensor | None) -> dict[Tensor, Tensor]:
-            # sum_i w_i g_i is the gradient of sum_i w_i l_i, the weights held constant
-            total = (weights.to(losses.dtype) * losses).sum()
-            found = torch.autograd.grad(total, parameters, allow_unused=True)
-            pairs = zip(parameters, found, strict=True)
-            gradients = {p: g for p, g in pairs if g is not None}
-            if not all(g.isfinite().all() for g in gradients.values()):
-                raise NonFiniteLossError(
-                    f"an example that is inf or nan reaches the gradient of the others; {NO_STEP} "
-                    "norms='exact' would leave it out."
-                )
-            return gradients
 
-        return losses.detach(), norms, weighted
+def weighted_losses(losses: Tensor, model: nn.Module) -> Weighted:
+    """Returns what gives sum_i w_i g_i: the gradient of sum_i w_i l_i, the weights held constant.
+
+    It raises a `NonFiniteLossError` where an example that is left out reaches that of the others.
+    """
+    parameters: list[Tensor] = [p for p in model.parameters() if p.requires_grad]
+
+    def weighted(weights: Tensor, keep: Tensor | None) -> dict[Tensor, Tensor]:
+        with torch.enable_grad():
+            kept = losses if keep is None else torch.where(keep, losses, 0)
+            total = (weights.to(losses.dtype) * kept).sum()
+        found = torch.autograd.grad(total, parameters, allow_unused=True)
+        pairs = zip(parameters, found, strict=True)
+        gradients = {p: g for p, g in pairs if g is not None}
+        if keep is not None and not all(g.isfinite().all() for g in gradients.values()):
+            raise NonFiniteLossError(
+                f"an example that is inf or nan reaches the gradient of the others; {NO_STEP} "
+                "norms='exact' would leave it out."
+            )
+        return gradients
+
+    return weighted
 
 
 def run_closure(closure: Closure | None) -> Tensor:
@@ -151,6 +213,41 @@ def run_closure(closure: Closure | None) -> Tensor:
     return losses
 
 
+def refuse_hidden(losses: Tensor, parameters: Sequence[Tensor]) -> None:
+    """Refuses parameters whose gradient comes from a backward pass within a function.
+
+    Such a function (a checkpoint with `use_reentrant=True`, a reversible block) adds to `p.grad` by
+    itself; the graph of the losses does not lead to the parameters, which would never be trained.
+
+    Raises:
+        InputError: If there is one.
+    """
+    nodes, waiting = {losses.grad_fn}, [losses.grad_fn]
+    for node in waiting:
+        for child, _ in node.next_functions if node is not None else ():
+            if child is not None and child not in nodes:
+                nodes.add(child)
+                waiting.append(child)
+    met = {id(getattr(node, "variable", None)) for node in nodes}
+    hidden = [p for p in parameters if p.requires_grad and id(p) not in met]
+    if not hidden or not any(isinstance(node, BackwardCFunction) for node in nodes):
+        return
+    kept = [(p, p.grad) for p in parameters]
+    try:
+        for parameter in parameters:
+            parameter.grad = None
+        losses.sum().backward(retain_graph=True)
+        count = sum(p.grad is not None for p in hidden)
+    finally:
+        for parameter, gradient in kept:
+            parameter.grad = gradient
+    if count:
+        raise InputError(
+            f"{count} parameters get their gradient from a backward pass within a function of the "
+            "model, not through the graph of the losses; checkpoints need use_reentrant=False"
+        )
+
+
 @contextmanager
 def _gradient_wanted(inputs: Tensor | None) -> Iterator[None]:
     if (
@@ -159,8 +256,9 @@ def _gradient_wanted(inputs: Tensor | None) -> Iterator[None]:
         or inputs.is_inference()
     ):
         raise InputError(
-            "norms='input' needs the images too: optimizer.step(closure, inputs=x_adv), with "
-            "x_adv a tensor of floats from outside of the model, such as x_adv.detach()"
+            "norms='input' (or 'both') needs the images too: optimizer.step(closure, "
+            "inputs=x_adv), with x_adv a tensor of floats from outside of the model, such as "
+            "x_adv.detach()"
         )
     before = inputs.requires_grad
     inputs.requires_grad_(True)
@@ -168,3 +266,68 @@ def _gradient_wanted(inputs: Tensor | None) -> Iterator[None]:
         yield
     finally:
         inputs.requires_grad_(before)
+
+
+@contextmanager
+def _outputs_marked(model: nn.Module, key: object) -> Iterator[None]:
+    # on the node that made it: an output that no loss depends on is let go with its graph
+    def mark(module: nn.Module, args: Any, output: Any) -> None:
+        parts = output.values() if isinstance(output, dict) else output
+        for part in [output] if isinstance(output, Tensor) else parts:
+            if isinstance(part, Tensor) and part.requires_grad:
+                edge = get_gradient_edge(part)
+                edge.node.metadata[key] = edge.output_nr  # type: ignore[index]
+
+    hook = model.register_forward_hook(mark)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def _marks(losses: Tensor, key: object) -> list[Tensor | GradientEdge]:
+    marks: list[Tensor | GradientEdge] = []
+    waiting, met = [losses.grad_fn], {losses.grad_fn}
+    while waiting:
+        node = waiting.pop()
+        if node is None:
+            continue
+        output = node.metadata.get(key)  # type: ignore[attr-defined]
+        if output is not None:
+            marks.append(GradientEdge(node, output))
+            continue
+        for child, _ in node.next_functions:
+            if child not in met:
+                met.add(child)
+                waiting.append(child)
+    if not marks:
+        raise InputError(_NO_OUTPUT)
+    return marks
+
+
+def _gradients(losses: Tensor, ends: Sequence[Tensor | GradientEdge]) -> list[Tensor | None]:
+    ones = torch.ones_like(losses)
+    return list(
+        torch.autograd.grad(losses, ends, ones, retain_graph=True, allow_unused=True)  # type: ignore[arg-type]
+    )
+
+
+def _lengths(gradients: Sequence[Tensor | None], rows: Sequence[Rows]) -> Tensor:
+    """Returns the lengths of each example's part of some gradients, `[n]`."""
+    squares = [
+        torch.linalg.vector_norm(
+            one.split(gradient).flatten(1),
+            dim=1,
+            dtype=torch.promote_types(gradient.dtype, torch.float32),
+        )
+        for gradient, one in zip(gradients, rows, strict=True)
+        if gradient is not None
+    ]
+    return squares[0] if len(squares) == 1 else torch.stack(squares).norm(dim=0)
+
+
+def _relative(proxy: Tensor) -> Tensor:
+    # examples that are not finite stay so
+    good = proxy.isfinite()
+    mean = torch.where(good, proxy, 0).sum() / good.sum().clamp(min=1)
+    return proxy / mean.clamp(min=torch.finfo(proxy.dtype).tiny)

@@ -3,9 +3,10 @@
 `Watch` finds it exactly for all examples in one backward pass; `loop_norms` in one an example.
 """
 
+import warnings
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -13,10 +14,24 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
 from engm.errors import InputError
-from engm.norms.layers import FORMULAS, Share, shares_of
+from engm.norms.graph import Call, Graph
+from engm.norms.layers import Share, Stored, formula_of, shares_of
+from engm.norms.operations import (
+    batch_statistics,
+    has_formula,
+    name_of,
+    one_by_one,
+    shares_in,
+    taken,
+)
+from engm.norms.rows import Rows, Summary, probe_weights
 
 _NOTHING = "the losses do not depend on any of the parameters; is it the same model?"
-_WAY_OUT = "use norms='loop', which takes any model but one backward pass an example"
+WAY_OUT = "use norms='loop', which takes every model at the price of one backward pass an example"
+# A step is not checked again after so many in which nothing reached some layer.
+_TRIES = 20
+# Numbers that may be held at once where the gradients of all examples go through a plain part.
+_AT_ONCE = 2**26
 
 
 def loop_norms(losses: Tensor, parameters: Sequence[Tensor]) -> Tensor:
@@ -52,14 +67,34 @@ def loop_norms(losses: Tensor, parameters: Sequence[Tensor]) -> Tensor:
 
 
 @dataclass(frozen=True)
-class _Call:
-    layer: nn.Module
-    training: bool
-    a: Tensor  # its input
-    version: int  # of a; counts the changes in place
-    above: Node | None  # what made a
-    edge: GradientEdge  # out of the layer
-    shape: torch.Size  # of its output
+class _Plan:
+    """Which rows belong to which example, as far as a probe found out.
+
+    Attributes:
+        rows: Of the nodes, by their place in the graph's order: of the calls, and of the operations
+            in which a parameter meets the batch.
+    """
+
+    rows: dict[int, Rows]
+
+
+@dataclass
+class Checked:
+    """What was found about a model so far, for later steps.
+
+    Attributes:
+        plans: For each signature of a graph.
+        skip: Layers that no formula holds for.
+        tries: How often a graph could not be checked wholly.
+    """
+
+    plans: dict[tuple[object, ...], _Plan] = field(default_factory=dict)
+    skip: set[nn.Module] = field(default_factory=set)
+    tries: int = 0
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copies and pickles find it out anew: it is about the nodes of this process."""
+        return Checked, ()
 
 
 class Watch:
@@ -72,9 +107,11 @@ class Watch:
         gradients = watch.weighted(weights)  # sum_i w_i g_i for each parameter
 
     For each layer the input a of the forward pass and the gradient b of its output are a batch of
-    rows, and the gradient of the layer's parameters is a sum over the rows. g_i is row i's *share*
-    of it. Where layers treat examples apart (Linear, Conv2d, GroupNorm, LayerNorm, InstanceNorm,
-    BatchNorm in eval mode) that is the gradient of `losses[i]`.
+    rows, and the gradient of the layer's parameters is a sum over the rows. g_i is what the rows of
+    example i add to it, its *share*. Where layers treat examples apart (all but BatchNorm in train
+    mode) that is the gradient of `losses[i]`. A parameter that no layer's formula reaches (a class
+    token, the weights of an attention, a weight that is standardised) is followed through the
+    autograd graph to the operation in which it meets the batch, see `engm.norms.operations`.
 
     BatchNorm in train mode couples the examples: b of row i then holds what all losses say about
     row i, so row i's share counts it as a carrier of all losses, while `loop_norms` counts loss i
@@ -84,7 +121,16 @@ class Watch:
     BatchNorm takes off the gradient of the whole batch (its mean, its part along the weights), and
     weights that differ bring it back; a network trained with them may hardly learn.
 
-    Source: this kit; for the formulas see `layer_shares`.
+    Which rows belong to which example is not assumed. The first time, and whenever shapes or the
+    layers that are called change, four more backward passes find out: with losses weighted by
+    powers of two, a row that belongs to one example alone comes out as many times as large. Then
+    the weighted gradient of each parameter is held against autograd's, and the norm of one example
+    against its own gradient. With BatchNorm in train mode that is done with the statistics held,
+    so that what the statistics themselves carry is not checked. What a layer's formula gets wrong
+    is found in the graph instead; where examples meet (a batch norm that is written by hand, losses
+    in another order than the images), one example at a time, with a warning.
+
+    Source: this kit; for the formulas see `engm.norms.layers`.
 
     The model may be called several times in the block, as in TRADES.
 
@@ -92,20 +138,19 @@ class Watch:
         model: Its trainable layers are watched while the block runs.
         measure: Whether `norms` will be asked for. Without, that work is spared, and what a layer
             saw is kept instead of its shares.
-
-    Raises:
-        InputError: If a trainable parameter belongs to a layer that there is no formula for, or to
-            two layers.
+        checked: What was found about this model before; without it the check is made anew.
     """
 
-    def __init__(self, model: nn.Module, measure: bool = True) -> None:
-        self._layers, self._owners = _trainable_layers(model)
-        self._model, self._measure = model, measure
+    def __init__(
+        self, model: nn.Module, measure: bool = True, checked: Checked | None = None
+    ) -> None:
+        self._checked = Checked() if checked is None else checked
+        self._layers, self._owners = _trainable(model, self._checked.skip)
+        self._measure = measure
         self._hooks: list[Any] = []
-        self._calls: dict[Node, _Call] = {}
+        self._key = object()
         self._coupled: Tensor | None = None  # the losses, where their examples are
-        self._shares: dict[Tensor, Share | None] = {}
-        self._squares: dict[Tensor, Tensor] = {}
+        self._found = _Shares()
 
     def __enter__(self) -> "Watch":
         """Begins to watch the layers."""
@@ -132,61 +177,30 @@ class Watch:
             them.
 
         Raises:
-            InputError: If a parameter was used outside of its layer, a layer saw another number of
-                rows than there are losses, changed its mode, or had its input changed in place
-                afterwards, or the losses depend on no parameter.
+            InputError: If a layer changed its mode or had its input changed in place afterwards,
+                the losses depend on no parameter, or the check finds that norms or gradients are
+                not those of autograd.
         """
-        self._check(losses)
-        if not self._calls:
+        graph = Graph(losses.grad_fn, self._key, self._owners, self._checked.skip)
+        self._refuse(graph)
+        graph, plan = self._planned(graph, losses)
+        self._coupled = losses if graph.coupled else None
+        self._found = _Shares()
+        ones = torch.ones_like(losses)
+        gradient = self._collect(
+            graph, plan, losses, ones, self._found, inputs, self._measure, graph.coupled
+        )
+        if not self._found.parameters():
             raise InputError(_NOTHING)
-        self._coupled = losses if any(map(_couples, self._model.modules())) else None
-        waiting = Counter(call.layer for call in self._calls.values())
-        seen: dict[nn.Module, list[tuple[Tensor, Tensor]]] = defaultdict(list)
-
-        def arrive(node: Node, b: Tensor | None) -> None:
-            call = self._calls.pop(node)
-            if b is not None:
-                seen[call.layer].append((call.a, b.reshape(call.shape)))
-            waiting[call.layer] -= 1
-            if not waiting[call.layer] and seen[call.layer]:
-                self._take(call.layer, seen.pop(call.layer))
-
-        roots: list[GradientEdge] = []
-        others: list[GradientEdge] = []
-        for call in self._calls.values():
-            (roots if self._is_root(call) else others).append(call.edge)
-        hooks = [
-            edge.node.register_prehook(
-                lambda gradients, edge=edge: arrive(edge.node, gradients[edge.output_nr])
-            )
-            for edge in others
-        ]
-        # As far as the first layers' outputs: no gradient of a weight lies on the way there.
-        ends: list[Any] = roots + ([] if inputs is None else [inputs])
-        try:
-            with torch.no_grad():
-                ones = torch.ones_like(losses)
-                again = self._coupled is not None
-                found = torch.autograd.grad(
-                    losses, ends, ones, retain_graph=again, allow_unused=True
-                )
-                for edge, b in zip(roots, found, strict=False):
-                    arrive(edge.node, b)
-        finally:
-            # a hook holds the node that it is on: let go, or neither is ever freed
-            for hook in hooks:
-                hook.remove()
-        if not self._shares:
-            raise InputError(_NOTHING)
-        return None if inputs is None else found[-1]
+        return gradient
 
     def norms(self) -> Tensor:
         """Returns |g_i|, `[n]`, in float32, or float64 where the model's passes are."""
-        return torch.stack(list(self._squares.values())).sum(0).sqrt()
+        return torch.stack(list(self._found.squares.values())).sum(0).sqrt()
 
     def squares(self) -> dict[Tensor, Tensor]:
         """Returns |g_i|^2 of each parameter that had a part in the losses, `[n]`."""
-        return dict(self._squares)
+        return dict(self._found.squares)
 
     def weighted(self, weights: Tensor, keep: Tensor | None = None) -> dict[Tensor, Tensor]:
         """Returns sum_i w_i g_i for each parameter that had a part in the losses.
@@ -196,23 +210,87 @@ class Watch:
             keep: Which examples count, `[n]` booleans; all where left out. The others may be nan.
         """
         if self._coupled is None:
-            return {p: s.weighted(weights, keep) for p, s in self._shares.items() if s is not None}
+            return self._found.weighted(weights, keep)
         with torch.enable_grad():
             losses = self._coupled if keep is None else torch.where(keep, self._coupled, 0)
             total = (weights.to(losses.dtype) * losses).sum()
-        found = torch.autograd.grad(total, list(self._shares), retain_graph=True, allow_unused=True)
-        return {p: g for p, g in zip(self._shares, found, strict=True) if g is not None}
+        parameters = self._found.parameters()
+        gradients = torch.autograd.grad(total, parameters, retain_graph=True, allow_unused=True)
+        return {p: g for p, g in zip(parameters, gradients, strict=True) if g is not None}
 
-    def _take(self, layer: nn.Module, calls: list[tuple[Tensor, Tensor]]) -> None:
-        if self._coupled is not None and not self._measure:
-            own = [p for p in layer.parameters(recurse=False) if p.requires_grad]
-            self._shares.update(dict.fromkeys(own))
+    # --- one backward pass
+
+    def _collect(
+        self,
+        graph: Graph,
+        plan: _Plan,
+        losses: Tensor,
+        weights: Tensor,
+        found: "_Shares",
+        inputs: Tensor | None = None,
+        measure: bool = True,
+        retain: bool = True,
+        held: bool = False,
+    ) -> Tensor | None:
+        """Fills `found`; returns the gradient of `inputs`."""
+        rows = {graph.order[k]: value for k, value in plan.rows.items()}
+        parts = _parts(graph, rows, measure)
+        places = {place: part for part in parts for place in part.places}
+        left: dict[tuple[Node, int], Sequence[Tensor | None]] = {}
+        waiting = Counter(call.layer for call in graph.calls.values())
+        seen: dict[nn.Module, list[tuple[Tensor, Tensor, Rows]]] = defaultdict(list)
+
+        def arrive(node: Node, gradients: Sequence[Tensor | None]) -> None:
+            call = graph.calls.get(node)
+            if call is None:
+                for slot in range(len(node.next_functions)):
+                    part = places.get((node, slot))
+                    if part is None or all(b is None for b in gradients):
+                        continue
+                    factors = not part.push or not measure
+                    share = shares_in(node, slot, gradients, rows[node], factors)
+                    if share is None:
+                        left[node, slot] = gradients
+                    else:
+                        part.shares[node, slot] = share
+                return
+            b = gradients[call.output]
+            if b is not None:
+                seen[call.layer].append((call.a, b.reshape(call.shape), rows[node]))
+            waiting[call.layer] -= 1
+            if not waiting[call.layer] and seen[call.layer]:
+                self._take(call.layer, seen.pop(call.layer), found, measure)
+
+        nodes = [*graph.calls, *dict.fromkeys(node for node, _ in places)]
+        ends = [] if inputs is None else [inputs]
+        retain = retain or bool(parts)
+        gradients = _pass(graph, losses, weights, nodes, arrive, ends, retain, held)
+        for (node, slot), outputs in left.items():
+            share = one_by_one(node, slot, outputs, rows[node])
+            places[node, slot].shares[node, slot] = share
+        for part in parts:
+            if part.shares:
+                found.parts.append(part)
+                if measure:
+                    found.squares.update(part.squares(graph))
+        return None if inputs is None else gradients[-1]
+
+    def _take(
+        self,
+        layer: nn.Module,
+        calls: list[tuple[Tensor, Tensor, Rows]],
+        found: "_Shares",
+        measure: bool,
+    ) -> None:
+        own = [p for p in layer.parameters(recurse=False) if p.requires_grad]
+        if self._coupled is not None and not measure:
+            found.shares.update(dict.fromkeys(own))
             return
-        for name, share in shares_of(layer, calls, self._measure).items():
+        for name, share in shares_of(layer, calls, measure).items():
             parameter = getattr(layer, name)
-            self._shares[parameter] = share if self._coupled is None else None
-            if self._measure:
-                self._squares[parameter] = share.squares()
+            found.shares[parameter] = share if self._coupled is None else None
+            if measure:
+                found.squares[parameter] = share.squares()
 
     def _record(self, layer: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
         own = [p for p in layer.parameters(recurse=False) if p.requires_grad]
@@ -221,85 +299,431 @@ class Watch:
             return
         a = args[0] if args else kwargs["input"]
         above = get_gradient_edge(a).node if a.requires_grad else None
-        # The edge, not the tensor: it stays that of this layer if the output is changed in place.
-        # If the output is a view, such a change replaces its edge, but not that of its base.
+        # The node, not the tensor: it stays that of this layer if the output is changed in place.
+        # If the output is a view, such a change replaces its node, but not that of its base.
         edge = get_gradient_edge(output if output._base is None else output._base)
-        self._calls[edge.node] = _Call(
-            layer, layer.training, a.detach(), a._version, above, edge, output.shape
+        # Kept by the node itself: what no loss leads to is let go with its graph.
+        edge.node.metadata[self._key] = Call(  # type: ignore[index]
+            layer, layer.training, a.detach(), a._version, above, edge.output_nr, output.shape
         )
 
-    def _is_root(self, call: _Call) -> bool:
-        # whether no watched layer lies above this one
-        return not any(node in self._calls for node in _graph(call.above, self._calls))
-
-    def _check(self, losses: Tensor) -> None:
-        met = set(_graph(losses.grad_fn, self._calls))
-        # other calls had no part in the losses
-        self._calls = {node: call for node, call in self._calls.items() if node in met}
-        for call in self._calls.values():
-            name, rows = self._layers[call.layer], len(call.a)
+    def _refuse(self, graph: Graph) -> None:
+        if not graph.calls and not graph.leaves:
+            raise InputError(_NOTHING)
+        if any(name_of(node) == "CompiledFunction" for node in [*graph.takers(), *graph.plain]):
+            raise InputError(
+                f"the model is compiled; give the uncompiled one in the closure, or {WAY_OUT}"
+            )
+        for call in graph.calls.values():
+            name = self._layers[call.layer]
             if call.training != call.layer.training:
                 raise InputError(
                     f"layer {name!r} was put from train into eval mode, or back, "
-                    f"while the losses were computed; keep one mode, or {_WAY_OUT}"
-                )
-            if rows != len(losses):
-                raise InputError(
-                    f"layer {name!r} saw {rows} rows for {len(losses)} losses; "
-                    f"give the model one row an example, in each call, or {_WAY_OUT}"
+                    f"while the losses were computed; keep one mode, or {WAY_OUT}"
                 )
             if call.a._version != call.version:
                 raise InputError(
                     f"the input of layer {name!r} was changed in place after the layer had seen "
                     "it; change a copy instead"
                 )
-        for node in met:
-            # the walk steps over the layers, so nothing of theirs is to be met
-            parameter = getattr(node, "variable", None)
-            if parameter in self._owners:
+
+    # --- the check
+
+    def _planned(self, graph: Graph, losses: Tensor) -> tuple[Graph, _Plan]:
+        checked = self._checked
+        key = (len(losses), *graph.signature())
+        if key in checked.plans:
+            return graph, checked.plans[key]
+        if losses.is_meta:  # has no numbers to look at
+            return graph, _Plan(_guess(graph, len(losses)))
+        while True:
+            plan, sure, wrong = self._probe(graph, losses)
+            if not wrong:
+                break
+            checked.skip |= wrong
+            graph = Graph(losses.grad_fn, self._key, self._owners, checked.skip)
+            key = (len(losses), *graph.signature())
+        if sure or checked.tries >= _TRIES:
+            checked.plans[key] = plan
+        else:
+            checked.tries += 1
+        return graph, plan
+
+    def _probe(self, graph: Graph, losses: Tensor) -> tuple[_Plan, bool, set[nn.Module]]:
+        """Returns the rows, whether all were seen, and the layers whose formula does not hold."""
+        n, weights = len(losses), probe_weights(losses)
+        parameters = self._parameters(graph)
+        inner = [node for node in graph.plain if node not in graph.leaves]
+        nodes = [*graph.calls, *graph.takers(), *inner]
+        summaries: list[dict[Node, Summary]] = []
+        gradients: list[Tensor | None] = []
+        for factor in (torch.ones_like(weights), weights):
+            seen: dict[Node, Summary] = {}
+
+            def note(
+                node: Node, found: Sequence[Tensor | None], seen: dict[Node, Summary] = seen
+            ) -> None:
+                b = next((b for b in found if b is not None), None)
+                if b is not None:
+                    call = graph.calls.get(node)
+                    seen[node] = Summary.of(b if call is None else b.reshape(call.shape), n)
+
+            gradients = _pass(graph, losses, factor, nodes, note, parameters, True, True, all_=True)
+            summaries.append(seen)
+        plain, probe = summaries
+        rows, sure = _guess(graph, n), bool(losses.isfinite().all())
+        wrong: set[nn.Module] = set()
+        place = {node: k for k, node in enumerate(graph.order)}
+        for node, summary in plain.items():
+            own = summary.rows(probe[node], weights)
+            call = graph.calls.get(node)
+            if own is not None and not summary.empty:
+                rows[place[node]] = own
+            elif summary.empty:
+                sure = False
+            elif call is not None:
+                wrong.add(call.layer)
+            elif node not in graph.plain:
                 raise InputError(
-                    f"{self._owners[parameter]} was used, but not by calling its layer; if the "
-                    f"model is compiled, give the uncompiled one; otherwise {_WAY_OUT}"
+                    f"in the operation {name_of(node)!r}, in which a parameter meets the batch, "
+                    f"the examples cannot be told apart; {WAY_OUT}"
                 )
+        plan = _Plan(rows)
+        return plan, sure, wrong or self._compare(graph, plan, losses, weights, gradients)
+
+    def _compare(
+        self,
+        graph: Graph,
+        plan: _Plan,
+        losses: Tensor,
+        weights: Tensor,
+        gradients: Sequence[Tensor | None],
+    ) -> set[nn.Module]:
+        """Holds weighted gradients and one norm against autograd's."""
+        parameters = self._parameters(graph)
+        found = _Shares()
+        self._coupled = None
+        self._collect(graph, plan, losses, torch.ones_like(losses), found, held=True)
+        own = found.weighted(weights, None)
+        tolerance, eps = _tolerance(losses, found)
+        lengths = [g.norm() for g in gradients if g is not None]
+        rounding = 10 * eps * torch.stack(lengths).norm()
+        wrong: set[nn.Module] = set()
+        layers: dict[Tensor, nn.Module] = {
+            p: layer for layer in self._layers for p in layer.parameters(recurse=False)
+        }
+        seen = {p for call in graph.calls.values() for p in call.layer.parameters(recurse=False)}
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            if gradient is None or not bool(gradient.isfinite().all()):
+                continue
+            off, size = gradient, gradient.norm()
+            if parameter in own:
+                each = found.squares[parameter].sqrt()
+                off, size = own[parameter] - gradient, size + (weights * each).sum()
+            if bool(off.norm() <= tolerance * size + rounding):
+                continue
+            if parameter not in seen:
+                raise InputError(
+                    f"the part of the examples in the gradient of {self._owners[parameter]!r} "
+                    f"is not the one that autograd finds; {WAY_OUT}"
+                )
+            wrong.add(layers[parameter])
+        if not wrong and found.squares:
+            norms = torch.stack(list(found.squares.values())).sum(0).sqrt()
+            most = int(norms.nan_to_num(0, 0, 0).argmax())
+            self._warn(graph, plan)
+            if not bool(norms.isfinite().all()):
+                return wrong
+            only = torch.zeros_like(losses)
+            only[most] = 1
+            passed = _pass(
+                graph, losses, only, [], lambda *_: None, parameters, True, True, all_=True
+            )
+            lengths = [g.to(norms.dtype).norm() for g in passed if g is not None]
+            norm = torch.stack(lengths).norm()
+            if bool((norm - norms[most]).abs() > tolerance * norm):
+                raise InputError(
+                    f"the norm of example {most}, {float(norms[most]):.4g}, is not that of its "
+                    f"gradient, {float(norm):.4g}; {WAY_OUT}"
+                )
+        return wrong
+
+    def _parameters(self, graph: Graph) -> list[Tensor]:
+        layers = {call.layer for call in graph.calls.values()}
+        own = [p for layer in layers for p in layer.parameters(recurse=False) if p.requires_grad]
+        return [*dict.fromkeys([*own, *graph.leaves.values()])]
+
+    def _warn(self, graph: Graph, plan: _Plan) -> None:
+        rows = {graph.order[k]: value for k, value in plan.rows.items()}
+        leaves = {
+            leaf
+            for part in _parts(graph, rows, True)
+            if not part.fast(graph)
+            for leaf in part.leaves.values()
+        }
+        slow = [name for parameter, name in self._owners.items() if parameter in leaves]
+        if slow:
+            names = ", ".join(slow[:3]) + (f" and {len(slow) - 3} more" if len(slow) > 3 else "")
+            warnings.warn(
+                f"the norms of {names} are found one example at a time, which is slow: there is "
+                "no formula for where they are used, or examples meet on the way to the losses",
+                stacklevel=2,
+            )
 
 
-def _couples(module: nn.Module) -> bool:
-    # its statistics are those of the batch
-    batch_norm = isinstance(module, nn.modules.batchnorm._BatchNorm)
-    return batch_norm and (module.training or module.running_mean is None)
+class _Shares:
+    """The shares of the examples in all parameters.
+
+    Attributes:
+        shares: In the parameters of watched layers; `None` where they are not needed.
+        parts: In all others.
+        squares: Their squares, of each parameter, `[n]`.
+    """
+
+    def __init__(self) -> None:
+        self.shares: dict[Tensor, Share | None] = {}
+        self.parts: list[_Part] = []
+        self.squares: dict[Tensor, Tensor] = {}
+
+    def parameters(self) -> list[Tensor]:
+        return [*self.shares, *(p for part in self.parts for p in part.leaves.values())]
+
+    def weighted(self, weights: Tensor, keep: Tensor | None) -> dict[Tensor, Tensor]:
+        total = {p: s.weighted(weights, keep) for p, s in self.shares.items() if s is not None}
+        for part in self.parts:
+            total |= part.weighted(weights, keep)
+        return total
 
 
-def _trainable_layers(model: nn.Module) -> tuple[dict[nn.Module, str], dict[Tensor, str]]:
+class _Part:
+    """Parameters that are used outside of layers with a formula, and the operations they are in.
+
+    Attributes:
+        places: The operations, and which of their inputs the parameters lead to.
+        leaves: The parameters, with those that are used together with them.
+        push: Whether something is computed from the parameters before they meet the batch.
+        shares: Of the examples, in each of the inputs.
+    """
+
+    def __init__(self, places: list[tuple[Node, int]], leaves: dict[Node, Tensor], push: bool):
+        self.places, self.leaves, self.push = places, leaves, push
+        self.shares: dict[tuple[Node, int], Share] = {}
+
+    def _edges(self) -> list[GradientEdge]:
+        return [taken(node, slot) for node, slot in self.shares]
+
+    def weighted(self, weights: Tensor, keep: Tensor | None) -> dict[Tensor, Tensor]:
+        totals = [share.weighted(weights, keep) for share in self.shares.values()]
+        return self._passed_on(totals)
+
+    def squares(self, graph: Graph) -> dict[Tensor, Tensor]:
+        shares = list(self.shares.values())
+        if not self.push:
+            return {p: shares[0].squares() for p in self.leaves.values()}
+        each = [share.shares for share in shares if isinstance(share, Stored)]
+        if self._at_once(graph, len(each[0])):
+            passed = self._passed_on(each, batched=True)
+            return {p: Stored(g).squares() for p, g in passed.items()}
+        rows = [
+            {p: Stored(g[None]).squares() for p, g in self._passed_on(one).items()}
+            for one in zip(*each, strict=True)
+        ]
+        return {p: torch.cat([row[p] for row in rows]) for p in rows[0]}
+
+    def fast(self, graph: Graph) -> bool:
+        """Whether all examples are done at once."""
+        formulas = all(has_formula(node, slot) for node, slot in self.places)
+        n = 64  # the order of magnitude
+        return formulas and (not self.push or self._at_once(graph, n))
+
+    def _at_once(self, graph: Graph, n: int) -> bool:
+        return n * sum(map(graph.size_under, self._edges_of_places())) <= _AT_ONCE
+
+    def _edges_of_places(self) -> Iterable[GradientEdge]:
+        return (taken(node, slot) for node, slot in self.places)
+
+    def _passed_on(self, totals: Sequence[Tensor], batched: bool = False) -> dict[Tensor, Tensor]:
+        # the gradients of the parameters, from those of what was computed from them
+        parameters = list(self.leaves.values())
+        gradients = torch.autograd.grad(
+            self._edges(),
+            parameters,
+            totals,
+            retain_graph=True,
+            is_grads_batched=batched,
+            allow_unused=True,
+            materialize_grads=False,
+        )
+        return {p: g for p, g in zip(parameters, gradients, strict=True) if g is not None}
+
+
+def _parts(graph: Graph, rows: dict[Node, Rows], measure: bool) -> list[_Part]:
+    """Groups the operations in which parameters meet the batch by the parameters."""
+    parts: list[_Part] = []
+    for node in graph.order if graph.leaves else []:
+        if node in graph.calls or node not in rows:
+            continue
+        for slot, (child, _) in enumerate(node.next_functions):
+            if child in graph.plain and child not in rows:
+                part = _Part([(node, slot)], graph.parameters_under(child), False)
+                part.push = len(part.leaves) > 1 or not graph.reorders(child)
+                for other in [p for p in parts if p.leaves.keys() & part.leaves.keys()]:
+                    parts.remove(other)
+                    part = _Part(other.places + part.places, other.leaves | part.leaves, True)
+                parts.append(part)
+    return parts
+
+
+def _pass(
+    graph: Graph,
+    losses: Tensor,
+    weights: Tensor,
+    nodes: Sequence[Node],
+    arrive: Callable[[Node, Sequence[Tensor | None]], None],
+    ends: Sequence[Tensor | GradientEdge],
+    retain: bool,
+    held: bool,
+    all_: bool = False,
+) -> list[Tensor | None]:
+    """Runs a backward pass that tells `arrive` the gradients of the outputs of `nodes`.
+
+    Args:
+        graph: Of the losses.
+        losses: `[n]`.
+        weights: Of the losses, `[n]`.
+        nodes: A pass goes no further than to the last of them, so that no gradient of a weight
+            is formed, unless it lies on the way to `ends`.
+        arrive: Called before a node runs.
+        ends: What the gradient is wanted of.
+        retain: Whether the graph is kept.
+        held: Whether batch norms pass gradients on as if their statistics were constants.
+        all_: Whether all nodes lie on the way to `ends`.
+
+    Returns:
+        The gradients of `ends`.
+    """
+    last = [] if all_ else graph.ends(nodes)
+    stops = set(last)
+    hooks = [
+        node.register_prehook(lambda gradients, node=node: arrive(node, gradients))
+        for node in nodes
+        if node not in stops
+    ]
+    if held:
+        hooks += [node.register_hook(_held(node)) for node in graph.batch_norms()]
+    edges = [(node, k) for node in last for k in range(len(node._input_metadata))]
+    try:
+        with torch.no_grad():
+            gradients = torch.autograd.grad(
+                losses,
+                [*(GradientEdge(*edge) for edge in edges), *ends],  # type: ignore[arg-type]
+                weights,
+                retain_graph=retain,
+                allow_unused=True,
+            )
+            outputs: dict[Node, list[Tensor | None]] = defaultdict(list)
+            for (node, _), gradient in zip(edges, gradients, strict=False):
+                outputs[node].append(gradient)
+            for node, parts in outputs.items():
+                arrive(node, parts)
+    finally:
+        # a hook holds the node that it is on: let go, or neither is ever freed
+        for hook in hooks:
+            hook.remove()
+    return list(gradients[len(edges) :])
+
+
+def rows_of(losses: Tensor, ends: Sequence[Tensor | GradientEdge]) -> tuple[list[Rows], bool]:
+    """Finds which rows of tensors belong to which loss, by a probe with batch statistics held.
+
+    Args:
+        losses: `[n]`, attached to their graph, which is kept.
+        ends: What the losses depend on, such as the images.
+
+    Returns:
+        The rows, for each of `ends`, and whether there was something to see in all of them.
+
+    Raises:
+        InputError: If a row belongs to several losses.
+    """
+    n, weights = len(losses), probe_weights(losses)
+    if losses.is_meta:
+        return [Rows(0, n) for _ in ends], True
+    graph = Graph(losses.grad_fn, object(), {})
+    both = [
+        _pass(graph, losses, factor, [], lambda *_: None, ends, True, True, all_=True)
+        for factor in (torch.ones_like(weights), weights)
+    ]
+    found, sure = [], bool(losses.isfinite().all())
+    for plain, probe in zip(*both, strict=True):
+        rows: Rows | None = Rows(0, n)
+        if plain is None or not bool(plain.any()):
+            sure = False
+        else:
+            rows = Summary.of(plain, n).rows(Summary.of(probe, n), weights)
+        if rows is None:
+            raise InputError(
+                "what one loss says of the inputs or outputs cannot be told from what the others "
+                f"say: give losses in the order of the images, one for each, or {WAY_OUT}"
+            )
+        found.append(rows)
+    return found, sure
+
+
+def _held(node: Any) -> Callable[[Any, Any], Any]:
+    def held(gradients: tuple[Tensor | None, ...], outputs: tuple[Tensor, ...]) -> Any:
+        first, b = gradients[0], outputs[0]
+        if first is None:
+            return None
+        factor = batch_statistics(node)[1]
+        if node._saved_weight is not None:
+            factor = factor * node._saved_weight
+        scaled = b * factor.view(-1, *[1] * (b.dim() - 2))
+        return (scaled.to(first.dtype), *gradients[1:])
+
+    return held
+
+
+def _guess(graph: Graph, n: int) -> dict[int, Rows]:
+    takers = set(graph.takers())
+    nodes = enumerate(graph.order)
+    return {k: Rows(0, n) for k, node in nodes if node in graph.calls or node in takers}
+
+
+def _tolerance(losses: Tensor, found: _Shares) -> tuple[float, float]:
+    """Returns how far off two ways to the same may be, and the rounding of a single number."""
+    if torch.is_autocast_enabled(losses.device.type):
+        dtype = torch.get_autocast_dtype(losses.device.type)
+    else:
+        dtype = min((p.dtype for p in found.parameters()), key=lambda d: d.itemsize)
+    # TF32 rounds to 1e-3
+    tolerances = {torch.float64: 1e-7, torch.float32: 3e-3}
+    return tolerances.get(dtype, 0.1), torch.finfo(dtype).eps
+
+
+def _trainable(
+    model: nn.Module, skip: set[nn.Module]
+) -> tuple[dict[nn.Module, str], dict[Tensor, str]]:
+    """Returns the layers to watch and all trainable parameters, with their names."""
     layers: dict[nn.Module, str] = {}
     owners: dict[Tensor, str] = {}
+    shared: set[Tensor] = set()
     for name, module in model.named_modules():
         own = [(k, p) for k, p in module.named_parameters(recurse=False) if p.requires_grad]
-        if not own:
-            continue
-        if type(module) not in FORMULAS or not {k for k, _ in own} <= {"weight", "bias"}:
-            raise InputError(
-                f"there is no formula for {type(module).__name__} {name!r}; {_WAY_OUT}"
-            )
         for kind, parameter in own:
-            if parameter in owners:
+            if parameter._backward_hooks or parameter._post_accumulate_grad_hooks:
                 raise InputError(
-                    f"{owners[parameter]!r} and '{name}.{kind}' are one parameter; {_WAY_OUT}"
+                    f"{name}.{kind} has a hook on its gradient, which no gradient of an example "
+                    f"passes by; remove it, or {WAY_OUT}"
                 )
-            owners[parameter] = f"{name}.{kind}".lstrip(".")
-        layers[module] = name
+            shared |= {parameter} & owners.keys()
+            owners.setdefault(parameter, f"{name}.{kind}".lstrip("."))
+        if own and module not in skip and formula_of(module) is not None:
+            layers[module] = name
+    if shared:
+        layers = {
+            layer: name
+            for layer, name in layers.items()
+            if shared.isdisjoint(layer.parameters(recurse=False))
+        }
     return layers, owners
-
-
-def _graph(start: Node | None, calls: Mapping[Node, _Call]) -> Iterator[Node]:
-    """Yields `start` and all nodes that it leads to; from the output of a call on to its input."""
-    waiting, met = [start], {start}
-    while waiting:
-        node = waiting.pop()
-        if node is None:
-            continue
-        yield node
-        step = [calls[node].above] if node in calls else [n for n, _ in node.next_functions]
-        for below in step:
-            if below not in met:
-                met.add(below)
-                waiting.append(below)

@@ -1,0 +1,105 @@
+"""Which rows of a tensor belong to which example: found by probing, not assumed.
+
+For the gradient of a layer's output under the sum of the losses, and again under their sum with
+weights r_i, a row that belongs to example i alone comes out r_i times as large.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows of n examples along a dimension, k for each.
+
+    Attributes:
+        dim: The dimension.
+        n: How many examples.
+        blocks: Whether the k rows of an example are neighbours, as those of its windows are; else
+            they are n apart, as after `cat([x, x_adv])`.
+    """
+
+    dim: int
+    n: int
+    blocks: bool = True
+
+    def split(self, values: Tensor) -> Tensor:
+        """Returns the values as `[n, k, ...]`, the other dimensions in their order."""
+        values = values.movedim(self.dim, 0)
+        if self.blocks:
+            return values.reshape(self.n, -1, *values.shape[1:])
+        return values.reshape(-1, self.n, *values.shape[1:]).transpose(0, 1)
+
+    def owners(self, count: int, device: torch.device) -> Tensor:
+        """Returns the example that each of `count` rows belongs to, `[count]`."""
+        row = torch.arange(count, device=device)
+        return row // (count // self.n) if self.blocks else row % self.n
+
+
+def probe_weights(losses: Tensor) -> Tensor:
+    """Returns the r_i of a probe, `[n]`: powers of two, by which any float is scaled exactly."""
+    generator = torch.Generator().manual_seed(len(losses))
+    order = torch.randperm(len(losses), generator=generator) % 8
+    return torch.pow(2.0, order).to(losses.device, losses.dtype)
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What is kept of a gradient b: random sums over all dimensions but one.
+
+    There is one for each dimension that may hold the examples.
+
+    Attributes:
+        sums: For each such dimension a number a row, `[rows]`.
+        sizes: The length of each row.
+        dtype: Of b.
+    """
+
+    sums: dict[int, Tensor]
+    sizes: dict[int, Tensor]
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, b: Tensor, n: int) -> "Summary":
+        """Sums up `b` for a batch of n examples."""
+        sums, sizes = {}, {}
+        for dim in range(min(b.dim(), 3)):
+            if b.shape[dim] and b.shape[dim] % n == 0:
+                rows = b.movedim(dim, 0).reshape(b.shape[dim], -1)
+                rows = rows.to(torch.promote_types(b.dtype, torch.float32))
+                generator = torch.Generator().manual_seed(dim)
+                random = torch.randn(rows.shape[1], generator=generator, dtype=rows.dtype)
+                sums[dim], sizes[dim] = rows @ random.to(b.device), rows.norm(dim=1)
+        return cls(sums, sizes, b.dtype)
+
+    @property
+    def empty(self) -> bool:
+        """Whether b was zero, so that nothing is to be learnt from it."""
+        return not any(bool(size.any()) for size in self.sizes.values()) and bool(self.sizes)
+
+    def rows(self, probe: "Summary", weights: Tensor) -> Rows | None:
+        """Returns the rows of the examples, or `None` where a row belongs to none or to several.
+
+        Args:
+            probe: The summary of b under the losses with weights; this one is without.
+            weights: r_i, `[n]`.
+        """
+        precise = self.dtype in (torch.float32, torch.float64)
+        tolerance = 1e-4 if precise else 2e-2
+        for rows in self._candidates(len(weights)):
+            plain, size = self.sums[rows.dim], self.sizes[rows.dim]
+            factor = weights.to(plain.dtype)[rows.owners(len(plain), plain.device)]
+            off = (probe.sums[rows.dim] - factor * plain).abs()
+            # an example that is not finite tells nothing
+            if bool(((off <= tolerance * factor * size) | ~off.isfinite()).all()):
+                return rows
+        return None
+
+    def _candidates(self, n: int) -> Iterator[Rows]:
+        for dim, plain in self.sums.items():
+            yield Rows(dim, n)
+            if n < len(plain):
+                yield Rows(dim, n, blocks=False)
