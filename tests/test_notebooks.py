@@ -24,6 +24,7 @@ steps: int | None = None
 flag: bool = True
 title: str = "a # b"  # shown on top
 quoted: "int" = 3
+none: list[float] = []
 untyped = 0.5
 """
 
@@ -52,7 +53,7 @@ def test_parameters_are_read_as_python_reads_them(declared):
     assert found["steps"].type == "int | None"
     assert (found["title"].default, found["title"].help) == ("'a # b'", "shown on top")
     assert (found["quoted"].type, found["untyped"].type) == ("int", "float")
-    assert len(found) == 10
+    assert len(found) == 11
 
 
 @pytest.mark.parametrize(
@@ -64,7 +65,7 @@ def test_parameters_are_read_as_python_reads_them(declared):
         ("eps", " 4 / 255 ", 4 / 255),
         ("seeds", "[3, 4]", [3, 4]),
         ("seeds", "(3, 4)", [3, 4]),
-        ("seeds", "[]", []),
+        ("none", "[]", []),
         ("size", "[4, 5]", (4, 5)),
         ("mode", "slow", "slow"),
         ("mode", "'slow'", "slow"),
@@ -97,6 +98,8 @@ def test_texts_are_read_by_the_type(declared, name, text, value):
         ("lr", "__import__('os')"),
         ("seeds", "[0.5]"),
         ("seeds", "3"),
+        ("seeds", "[]"),
+        ("seeds", "[3, True]"),
         ("size", "(1, 2, 3)"),
         ("mode", "medium"),
         ("mode", "Slow"),
@@ -129,6 +132,7 @@ def test_python_values_keep_the_same_rules(declared):
         ("lr", True),
         ("lr", float("inf")),
         ("steps", 2.0),
+        ("seeds", []),
         ("flag", 1),
         ("mode", None),
         ("title", Path("x")),
