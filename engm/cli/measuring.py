@@ -7,7 +7,14 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from engm.cli.options import Command, PathType, data_root_option, device_option, settings_options
+from engm.cli.options import (
+    Command,
+    PathType,
+    data_root_option,
+    device_option,
+    say,
+    settings_options,
+)
 from engm.config import RunConfig
 
 _BENCH = (
@@ -86,6 +93,7 @@ def bench(
     shared: dict[str, Any] = dict(repeats=repeats, device=device)
     if methods is not None:
         shared["names"] = methods.split(",")
+    say(f"measuring in {repeats} rounds, after a warm-up; each method once a round")
     if what == "step":
         result = measurement.run(config, image_size=own["image_size"], **shared)
     else:
@@ -97,3 +105,4 @@ def bench(
     costs.write(result, out)
     click.echo(costs.table(result))
     click.echo(f"written to {click.format_filename(out)}")
+    say(f"next: engm bench --what {other} measures the other half")
