@@ -357,7 +357,7 @@ def test_the_executed_notebook_is_whole_and_the_author_s(executed, kind):
     notebook = nbformat.read(executed[kind].path, as_version=4)
 
     nbformat.validate(notebook)
-    assert all(cell.cell_type == "code" for cell in notebook.cells)  # no cells of papermill's own
+    assert all(cell.cell_type == "code" for cell in notebook.cells)
     tags = [cell.metadata.tags for cell in notebook.cells]
     assert tags[0] == ["parameters"]
     assert (["injected-parameters"] in tags) == (kind == "good")
@@ -379,8 +379,8 @@ def test_nothing_is_written_when_something_is_refused(declared, tmp_path):
         assert declared.read_bytes() == before
 
 
-def test_without_papermill_the_message_says_what_to_install(declared, tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "papermill", None)
+def test_without_nbclient_the_message_says_what_to_install(declared, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "nbclient", None)
 
     with pytest.raises(InputError, match=r'pip install "engm\[batch\]"'):
         notebooks.run(declared, output_dir=tmp_path / "out")

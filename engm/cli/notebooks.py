@@ -30,7 +30,7 @@ def run(
     from engm.lab import batch
 
     path = batch.find(notebook)
-    given = batch.parse(path, once(values, "each -p runs the notebook with one value"))
+    given = batch.parse(path, once(values, "leave one of them out"))
     shown = ", ".join(f"{name} = {value!r}" for name, value in given.items())
     say(f"running {path.stem} with {shown or 'its defaults'}, in {quoted(out.resolve())}")
     if "out" in batch.parameters(path) and given.get("out") is None:

@@ -92,16 +92,16 @@ def quoted(path: Path) -> str:
     return shlex.quote(click.format_filename(path))
 
 
-def once(pairs: Iterable[tuple[str, str]], instead: str) -> dict[str, str]:
+def once(pairs: Iterable[tuple[str, Any]], instead: str) -> dict[str, Any]:
     """Returns names and values as a dictionary.
 
     Raises:
         InputError: If a name is there twice; the message ends with what to do `instead`.
     """
-    values: dict[str, str] = {}
+    values: dict[str, Any] = {}
     for name, value in pairs:
         if name in values:
-            raise InputError(f"{name} is set twice, to {values[name]} and {value}; {instead}")
+            raise InputError(f"{name} is set twice; {instead}")
         values[name] = value
     return values
 

@@ -93,11 +93,9 @@ def sweep(
     _tell(outcomes, folder)
     if any(outcome.error is not None for outcome in outcomes):
         sys.exit(1)
-    say(
-        f"next: engm report {quoted(out)}"
-        if tasks[0].target == "train"
-        else "next: each folder has the executed notebook and its result"
-    )
+    trained = any(task.target == "train" for task in tasks)
+    notebooks = "each folder has the executed notebook and its result"
+    say(f"next: engm report {quoted(out)}" if trained else notebooks)
 
 
 def _tasks(
@@ -113,17 +111,12 @@ def _tasks(
     if planned:
         tasks, place = read_plan(Path(target))
         return tasks, out or place or Path("runs")
-    if target == TRAIN:  # options are written with dashes, settings with underscores
-        grid = tuple(name.replace("-", "_") + rest for name, rest in map(_split, grid))
-        settings = tuple((name.replace("-", "_"), value) for name, value in settings)
-    fixed = once(settings, "--grid NAME=A,B tries both")
-    axes = parse_grid(grid)
-    return plan(target, axes, settings=fixed, seeds=seeds), out or Path("runs")
-
-
-def _split(part: str) -> tuple[str, str]:
-    name, equals, values = part.partition("=")
-    return name, equals + values
+    # options are written with dashes, settings with underscores
+    dash = "-" if target == TRAIN else "_"
+    axes = ((name.replace(dash, "_"), values) for name, values in parse_grid(grid).items())
+    fixed = once(((n.replace(dash, "_"), v) for n, v in settings), "--grid NAME=A,B tries both")
+    tasks = plan(target, once(axes, "write it once"), settings=fixed, seeds=seeds)
+    return tasks, out or Path("runs")
 
 
 def _tell(outcomes: list["Outcome"], folder: Path) -> None:

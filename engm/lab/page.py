@@ -16,9 +16,10 @@ from typing import Any
 from urllib.parse import unquote
 
 from engm.errors import InputError
-from engm.lab.batch import RESULT_TYPE, NotebookRun, available, check, find, run
+from engm.lab.batch import RESULT_TYPE, NotebookRun, available, even, run
 from engm.lab.offline_html import code_style, exporter, offline, slug
 from engm.lab.parameters import read_notebook
+from engm.report import tables
 from engm.runs import write_text
 
 _WIDGET_TYPE = "application/vnd.jupyter.widget-view+json"
@@ -27,11 +28,7 @@ _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 
 
 def demo(
-    output_dir: Path,
-    names: Sequence[str] | None = None,
-    parameters: Mapping[str, Mapping[str, Any]] | None = None,
-    timeout: float | None = None,
-    progress: bool = True,
+    output_dir: Path, paths: Sequence[Path] | None = None, progress: bool = True
 ) -> list[NotebookRun]:
     """Runs notebooks one after another, whatever fails, and writes `output_dir/index.html`.
 
@@ -40,34 +37,21 @@ def demo(
 
     Args:
         output_dir: For the executed notebooks, their results and files, and the report.
-        names: As for `notebooks.find`; None for all the numbered ones.
-        parameters: For each notebook its values, `{"06_cifar": {"lr": 0.05}}`.
-        timeout: Seconds that each notebook may take.
+        paths: The notebooks; None for all the numbered ones.
         progress: Whether a bar counts the cells.
 
     Returns:
         What happened to each notebook; all went well if every one is `ok`.
 
     Raises:
-        InputError: If a notebook or a parameter is wrong. Nothing was run then.
+        InputError: If there is no notebook.
     """
-    paths = [find(name) for name in names] if names is not None else available()
-    stems = [path.stem for path in paths]
-    given = {Path(name).stem: values for name, values in (parameters or {}).items()}
+    paths = available() if paths is None else paths
     if not paths:
-        raise InputError("there are no notebooks to run; give names or run this in a checkout")
-    if len(set(stems)) < len(stems):
-        raise InputError(f"two of the notebooks {', '.join(stems)} have one name; leave one out")
-    if unknown := sorted(set(given) - set(stems)):
-        raise InputError(f"parameters for {unknown[0]!r}, which is not among {', '.join(stems)}")
-    for path in paths:
-        if path.stem in given:
-            check(path, given[path.stem])
-
+        raise InputError("there are no notebooks to run; run this in a checkout of the kit")
     runs = []
     for path in paths:
-        values = given.get(path.stem)
-        runs.append(run(path, values, output_dir=output_dir, timeout=timeout, progress=progress))
+        runs.append(run(path, output_dir=output_dir, progress=progress))
         verdict = "ok" if runs[-1].ok else f"FAILED at {runs[-1].error}"
         print(f"{path.stem:<34}{runs[-1].seconds:7.1f} s  {verdict}", flush=True)
     print(f"report: {build(runs, Path(output_dir) / 'index.html')}", flush=True)
@@ -248,15 +232,7 @@ def _shown(kind: str, data: str) -> Any:
 
 
 def _result(result: Mapping[str, Any]) -> str:
-    rows = result.get("summary") or []
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    head = "".join(f"<th>{escape(column)}</th>" for column in columns)
-    lines = ""
-    for row in rows:
-        cells = [row.get(column) for column in columns]
-        texts = [f"{c:.4g}" if isinstance(c, float) else "" if c is None else str(c) for c in cells]
-        lines += "<tr>" + "".join(f"<td>{escape(text)}</td>" for text in texts) + "</tr>"
-    table = f"<table><thead><tr>{head}</tr></thead><tbody>{lines}</tbody></table>" if rows else ""
+    table = tables.to_html(even(result.get("summary") or []))
     verdict = f'<p class="verdict">{escape(result["verdict"])}</p>' if result.get("verdict") else ""
     return f'<div class="html" tabindex="0">{verdict}{table}</div>'
 

@@ -1,7 +1,6 @@
 """What a notebook lets its reader set, and the strict check of what was given.
 
-papermill takes any name and any value: an unknown one is logged and lost, `lr="abc"` is accepted.
-Here nothing runs until every value has the type that the notebook declares.
+Nothing runs until every value has the type that the notebook declares.
 """
 
 import ast
@@ -63,9 +62,6 @@ def read_notebook(path: Path) -> Any:
 
 def parameters(path: Path) -> dict[str, Parameter]:
     """What can be set in a notebook, read from its cell tagged `parameters`.
-
-    The cell is read as Python, not by papermill's pattern, to which annotations such as
-    `int | None` and `Literal["a", "b"]` are invisible.
 
     Raises:
         InputError: If no cell has that tag, if a line is not `name: type = value`, or if a default
