@@ -215,7 +215,7 @@ def test_run_hands_on_its_values_and_fails_with_the_notebook(monkeypatch, tmp_pa
     from engm.lab import batch as notebooks
 
     seen = []
-    error = notebooks.NotebookError(3, "source", "ValueError", "no", "")
+    error = notebooks.NotebookError(3, "source", "ValueError", "no")
 
     def run(path, values, **how):
         seen.append((path.stem, values, how))
@@ -240,7 +240,7 @@ def test_demo_fails_where_a_notebook_does(broken, monkeypatch, tmp_path):
     from engm.lab import batch as notebooks
     from engm.lab import page as report
 
-    error = notebooks.NotebookError(3, "source", "ValueError", "no", "") if broken else None
+    error = notebooks.NotebookError(3, "source", "ValueError", "no") if broken else None
     runs = [notebooks.NotebookRun(n, tmp_path, 1.0, e) for n, e in (("a", error), ("b", None))]
     monkeypatch.setattr(report, "demo", lambda out: runs if out == tmp_path else None)
     call("demo", "--out", tmp_path, code=int(broken))

@@ -127,7 +127,7 @@ def page(tmp_path_factory) -> Reader:
         code("boom()", raised, count=2),
         code("never()", count=None),
     )
-    error = NotebookError(2, "boom()", "ValueError", "</p><script>alert(2)</script>", "")
+    error = NotebookError(2, "boom()", "ValueError", "</p><script>alert(2)</script>")
     runs = [
         NotebookRun("00_first", first, 12.3, result=result),
         NotebookRun("01_second", second, 4.0, error=error),

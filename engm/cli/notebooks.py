@@ -27,13 +27,13 @@ def run(
     \b
     engm run 06_cifar -p dataset cifar10 -p eps 8/255
     """
-    from engm.lab import batch
+    from engm.lab import batch, parameters
 
     path = batch.find(notebook)
-    given = batch.parse(path, once(values, "leave one of them out"))
+    given = parameters.parse(path, once(values, "leave one of them out"))
     shown = ", ".join(f"{name} = {value!r}" for name, value in given.items())
     say(f"running {path.stem} with {shown or 'its defaults'}, in {quoted(out.resolve())}")
-    if "out" in batch.parameters(path) and given.get("out") is None:
+    if "out" in parameters.parameters(path) and given.get("out") is None:
         say("its training runs are not kept: -p out runs keeps them, and goes on with them")
     done = batch.run(path, given, output_dir=out, timeout=timeout)
     click.echo(click.format_filename(done.path))

@@ -4,7 +4,6 @@ A notebook is executed by nbclient, as Jupyter's own commands do it.
 """
 
 import json
-import math
 import os
 import re
 import sys
@@ -17,23 +16,9 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from engm.errors import InputError
-from engm.lab.parameters import Parameter, check, parameters, parse, read_notebook
+from engm.lab.parameters import check, parameters, read_notebook
 from engm.report import tables
 from engm.runs import write_json, write_text
-
-__all__ = [
-    "RESULT_TYPE",
-    "NotebookError",
-    "NotebookRun",
-    "Parameter",
-    "available",
-    "check",
-    "find",
-    "parameters",
-    "parse",
-    "publish",
-    "run",
-]
 
 RESULT_TYPE = "application/vnd.engm.result+json"
 
@@ -47,14 +32,12 @@ class NotebookError:
         source: The first line of that cell.
         name: The exception's name.
         value: What the exception says.
-        traceback: The end of the traceback, without colour codes.
     """
 
     cell: int | None
     source: str
     name: str
     value: str
-    traceback: str
 
     def __str__(self) -> str:
         """Where and why, in one line."""
@@ -168,7 +151,7 @@ def run(
         timeout_func=lambda cell: timeout and max(began + timeout - time.monotonic(), 0.01),
     )
     index: int | None = None
-    error: tuple[int | None, str, str, list[str]] | None = None
+    error: NotebookError | None = None
     try:
         with client.setup_kernel():
             cells = tqdm(notebook.cells, desc=source.stem, unit="cell", disable=not progress)
@@ -180,7 +163,7 @@ def run(
     except (CellControlSignal, RuntimeError) as stopped:  # too late, or the kernel died
         late = timeout is not None and isinstance(stopped, TimeoutError)
         reason = f"not finished within {timeout:g} s" if late else str(stopped)
-        error = (index, type(stopped).__name__, reason, [])
+        error = _error(notebook, index, type(stopped).__name__, reason)
     seconds = time.monotonic() - began
     client.set_widgets_metadata()
     write_text(path, nbformat.writes(notebook))
@@ -188,8 +171,7 @@ def run(
     result = None if error else _published(notebook)
     if result is not None:
         write_json(result_path, {**result, "run": _origin(source, values, seconds)})
-    record = _record(notebook, *error) if error else None
-    return NotebookRun(source.stem, path, seconds, record, result)
+    return NotebookRun(source.stem, path, seconds, error, result)
 
 
 def _origin(source: Path, values: Mapping[str, Any], seconds: float) -> dict[str, Any]:
@@ -213,12 +195,17 @@ def publish(result: dict[str, Any]) -> None:
     else JSON can hold may stand beside them.
 
     Raises:
-        InputError: If `result` has another form, or holds what JSON cannot (nan and inf among it);
-            the message names the place.
+        InputError: If `result` has another form, or holds what JSON cannot, nan and inf among it.
     """
     from IPython.display import display
 
-    _check_json(result, "result")
+    try:
+        json.dumps(result, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise InputError(
+            f"a result is of numbers that are finite, text, lists and dicts: {error}; use float(x) "
+            "for a number of another library, and None where there is none"
+        ) from None
     rows: Any = result.get("summary")
     verdict = result.get("verdict", "")
     flat = isinstance(rows, list) and all(
@@ -243,25 +230,6 @@ def even(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Returns the rows of a result with the same columns in each, as tables want them."""
     blank = dict.fromkeys((key for row in rows for key in row), "")
     return [blank | {k: v for k, v in row.items() if v is not None} for row in rows]
-
-
-def _check_json(value: Any, place: str) -> None:
-    match value:
-        case dict():
-            for key, item in value.items():
-                if not isinstance(key, str):
-                    raise InputError(f"{place} has the key {key!r}; JSON keys are text")
-                _check_json(item, f"{place}[{key!r}]")
-        case list() | tuple():
-            for index, item in enumerate(value):
-                _check_json(item, f"{place}[{index}]")
-        case float() if not math.isfinite(value):
-            raise InputError(f"{place} is {value}, no JSON number; use None or leave it out")
-        case None | bool() | int() | float() | str():
-            pass
-        case _:
-            kind = type(value).__name__
-            raise InputError(f"{place} is of type {kind}; make it an int, float, str, list or dict")
 
 
 def _checkout() -> Path:
@@ -307,28 +275,24 @@ def _kernel_manager() -> type:
     return ThisInterpreter
 
 
-def _unfinished(notebook: Any) -> tuple[int, str, str, list[str]] | None:
+def _unfinished(notebook: Any) -> NotebookError | None:
     for index, cell in enumerate(notebook.cells):
         if cell.cell_type == "code" and cell.source.strip():
             for output in cell.outputs:
                 if output.output_type == "error":
-                    return index, output.ename, output.evalue, output.traceback
+                    return _error(notebook, index, output.ename, output.evalue)
             if cell.execution_count is None:
-                return index, "NotExecuted", "this cell was not run", []
+                return _error(notebook, index, "NotExecuted", "this cell was not run")
     return None
 
 
-def _record(
-    notebook: Any, index: int | None, name: str, value: str, traceback: list[str]
-) -> NotebookError:
-    # without the colours that a terminal would show
-    lines, value = (re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", t) for t in ("\n".join(traceback), value))
-    tail = "\n".join(lines.splitlines()[-20:])
+def _error(notebook: Any, index: int | None, name: str, value: str) -> NotebookError:
+    value = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", value)  # colours, for a terminal
     if index is None:
-        return NotebookError(None, "", name, value, tail)
+        return NotebookError(None, "", name, value)
     above = [c for c in notebook.cells[: index + 1] if c.cell_type == "code" and c.source.strip()]
     first = notebook.cells[index].source.strip().partition("\n")[0]
-    return NotebookError(len(above), first, name, value, tail)
+    return NotebookError(len(above), first, name, value)
 
 
 def _published(notebook: Any) -> dict[str, Any] | None:

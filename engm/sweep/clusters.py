@@ -64,12 +64,9 @@ class Needs:
 def local(workers: int, *, own_gpus: bool = True) -> Iterator[Any]:
     """Starts workers on this machine, each a process with one task at a time.
 
-    They share the cores, unless OMP_NUM_THREADS says how many threads each has. A worker that dies
-    is replaced. If the block raises, all of them are killed, with what they started.
-
-    Args:
-        workers: How many.
-        own_gpus: Let each worker see one GPU only, where there are some.
+    They share the cores, unless OMP_NUM_THREADS says how many threads each has, and with `own_gpus`
+    each sees one GPU only. A worker that dies is replaced. If the block raises, all of them are
+    killed, with what they started.
 
     Yields:
         A dask client.
@@ -117,16 +114,12 @@ def remote(address: str, needs: Needs, patience: float) -> Iterator[Any]:
     If the block is interrupted, workers that do nothing else are started anew, since a task that
     runs in one cannot be stopped in another way.
 
-    Args:
-        address: Its address, such as "tcp://10.0.0.1:8786".
-        needs: What each of its workers must have.
-        patience: Seconds to wait for it.
-
     Yields:
         A dask client.
 
     Raises:
-        InputError: If there is no scheduler, a worker is not fit, or dask is not installed.
+        InputError: If there is no scheduler within `patience` seconds, a worker is not fit, or dask
+            is not installed.
     """
     _need_dask()
     from distributed import Client
@@ -184,14 +177,8 @@ def task(needs: Needs, function: Callable[..., None] | None = None, *arguments: 
 def retire(client: Any, worker: str, reason: str, *, alone: bool) -> None:
     """Ends a worker that is not fit, so that its tasks go to others.
 
-    Args:
-        client: A client of its scheduler.
-        worker: Its address.
-        reason: What it lacks.
-        alone: Do so even if there is no other worker at the moment.
-
     Raises:
-        InputError: If there is none, and would be none.
+        InputError: If there is no other at the moment, unless `alone`; it gives the reason.
     """
     workers = set(client.nthreads())
     if not alone and workers <= {worker}:
@@ -201,14 +188,10 @@ def retire(client: Any, worker: str, reason: str, *, alone: bool) -> None:
 
 
 def wait_for_connection(client: Any, patience: float) -> None:
-    """Waits for a scheduler that is away.
-
-    Args:
-        client: Its client, which tries to reach it.
-        patience: For how many seconds.
+    """Waits for a scheduler that is away, which the client tries to reach.
 
     Raises:
-        InputError: If it stays away.
+        InputError: If it stays away for `patience` seconds.
     """
     until = time.monotonic() + patience
     while client.status == "connecting" and time.monotonic() < until:

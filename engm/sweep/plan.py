@@ -167,9 +167,9 @@ def _add_seeds(target: str, axes: dict[str, Any], fixed: dict[str, Any], seeds: 
         raise InputError(f"seeds must be 1 or more, got {seeds}")
     name = "seed"
     if target != TRAIN:
-        from engm.lab import batch
+        from engm.lab import batch, parameters
 
-        takes = batch.parameters(batch.find(target))
+        takes = parameters.parameters(batch.find(target))
         if "seeds" in takes and "seed" not in takes:
             name = "seeds"
     if name in axes or name in fixed:
@@ -185,13 +185,13 @@ def _task(target: str, given: Mapping[str, Any]) -> Task:
         config = RunConfig.from_dict({k: _setting(k, v) for k, v in given.items()}).resolved()
         return Task(config.name, TRAIN, asdict(config))
 
-    from engm.lab import batch
+    from engm.lab import batch, parameters
 
     path = batch.find(target)
     texts = {name: value for name, value in given.items() if isinstance(value, str)}
-    values = batch.check(path, {k: v for k, v in given.items() if k not in texts})
-    values |= batch.parse(path, texts)
-    cells = [c.source for c in batch.read_notebook(path).cells if c.cell_type == "code"]
+    values = parameters.check(path, {k: v for k, v in given.items() if k not in texts})
+    values |= parameters.parse(path, texts)
+    cells = [c.source for c in parameters.read_notebook(path).cells if c.cell_type == "code"]
     content = json.dumps([cells, sorted(values.items())])
     digest = hashlib.sha256(content.encode()).hexdigest()[:8]
     return Task(f"{path.stem}-{digest}", str(path.resolve()), values)

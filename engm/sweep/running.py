@@ -302,11 +302,11 @@ def _train(task: Task, folder: Path, options: Options) -> None:
 
 
 def _notebook(task: Task, where: Path, options: Options) -> None:
-    from engm.lab import batch
+    from engm.lab import batch, parameters
 
     values = dict(task.settings)
     # the notebook's own runs are kept, so that a second attempt goes on from them
-    if "out" in batch.parameters(Path(task.target)) and values.get("out") is None:
+    if "out" in parameters.parameters(Path(task.target)) and values.get("out") is None:
         values["out"] = str(where / "runs")
     done = batch.run(task.target, values, output_dir=where, timeout=options.timeout, progress=False)
     if done.error is not None:
