@@ -50,7 +50,8 @@ def test_the_same_run_is_one_task_whatever_way_it_is_written():
         ({"lr": []}, {}, "the grid has no value for lr"),
         ({"lr": ["0.1"]}, {"settings": {"lr": 0.2}}, "in the grid and fixed as well"),
         ({"seed": ["1"]}, {"seeds": 3}, "seed is given twice"),
-        ({}, {"seeds": 0}, "seeds must be 1 or more"),
+        ({}, {"seeds": True}, "seeds must be a whole number"),
+        ({}, {"seeds": 0}, "seeds must be a whole number, 1 or more"),
         ({"method": ["pgd_at", "trades"]}, {"settings": {"beta": 6}}, "pgd_at has none"),
     ],
 )

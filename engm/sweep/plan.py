@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from engm.config import TYPES, RunConfig
-from engm.errors import InputError
+from engm.errors import InputError, check_count
 from engm.values import read
 
 TRAIN = "train"
@@ -163,8 +163,7 @@ def parse_grid(texts: Sequence[str]) -> dict[str, list[str]]:
 
 
 def _add_seeds(target: str, axes: dict[str, Any], fixed: dict[str, Any], seeds: int) -> None:
-    if seeds < 1:
-        raise InputError(f"seeds must be 1 or more, got {seeds}")
+    check_count("seeds", seeds)
     name = "seed"
     if target != TRAIN:
         from engm.lab import batch, parameters

@@ -26,7 +26,7 @@ from filelock import FileLock
 from tqdm.auto import tqdm
 
 from engm.config import RunConfig
-from engm.errors import InputError
+from engm.errors import InputError, check_count
 from engm.runs import RESULT, read_json, write_json
 from engm.sweep import clusters
 from engm.sweep.plan import TRAIN, Task, code_version
@@ -65,8 +65,7 @@ class Options:
 
     def __post_init__(self) -> None:
         """Refuses numbers that are out of range, and makes a path one that workers understand."""
-        if self.workers < 1:
-            raise InputError(f"workers must be 1 or more, got {self.workers}")
+        check_count("workers", self.workers)
         if self.timeout is not None and not self.timeout > 0:
             raise InputError(f"timeout must be a number of seconds above 0, got {self.timeout}")
         if self.data_root is not None:
