@@ -97,7 +97,7 @@ class RunConfig:
     scale: float | Literal["mean"] = _option(
         "mean", "ENGM: the pull c of an example, a number or 'mean'", above=0
     )
-    floor: float = _option(0.05, "ENGM: 0+ normalises, 1 clips", above=0, at_most=1)
+    floor: float = _option(0.05, "ENGM: near 0 normalises, 1 clips", above=0, at_most=1)
     max_norm: float = _option(1.0, "msgd-clip: the longest batch gradient", above=0)
     schedule: ScheduleName = _option("piecewise", "learning rate over time")
     epochs: int = _option(30, "passes over the training data", at_least=1)

@@ -41,7 +41,7 @@ def test_train_prints_its_config_and_its_result(runs):
     assert len(folders) == 2
     for folder, output in zip(folders, sorted(outputs, key=lambda o: "seed1" in o), strict=True):
         assert str(folder) in output
-        assert "lr             0.1" in output
+        assert "lr                0.1" in output and "beta              default" in output
         assert f"training, then attacking the test images, in {folder}" in output
         assert f"next: engm evaluate {folder} attacks it in more ways" in output
         assert "| Digits | pgd_at | msgd |" in output

@@ -47,7 +47,8 @@ def train(
 
     first = os.environ.get("RANK", "0") == "0"  # of the processes that torchrun starts
     if first:
-        click.echo("\n".join(f"{name:14} {value}" for name, value in config.to_dict().items()))
+        for name, value in config.to_dict().items():
+            click.echo(f"{name:17} {'default' if value is None else value}")
         done = (out / config.name / RESULT).exists()
         does = "showing the finished run" if done else "training, then attacking the test images,"
         say(f"\n{does} in {quoted((out / config.name).resolve())}")
