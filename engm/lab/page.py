@@ -3,14 +3,13 @@
 Formulas are MathML, figures are embedded, there are no scripts: nothing is loaded from anywhere.
 """
 
-import importlib.metadata
-import importlib.resources
 import itertools
 import platform
 import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from html import escape
+from importlib import metadata, resources
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
@@ -24,7 +23,6 @@ from engm.runs import write_text
 
 _WIDGET_TYPE = "application/vnd.jupyter.widget-view+json"
 _UNDESCRIBED = "No description has been provided for this image"  # what nbconvert puts too
-_POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 
 
 def demo(
@@ -70,40 +68,25 @@ def build(
         UserWarning: For a formula that has no MathML; its TeX is shown instead.
     """
     with_mathml = exporter()
+    from jinja2 import Environment
+
     pages = {each.name: _Page(each, with_mathml) for each in runs}
-    failed = sum(not each.ok for each in runs)
-    versions = [f"Python {platform.python_version()}", *map(_version, ("engm", "torch"))]
-    facts = [time.strftime("%Y-%m-%d %H:%M"), *versions, platform.machine()]
-    alert = f'<p class="alert">{failed} of {len(runs)} notebooks failed.</p>' if failed else ""
-    style = importlib.resources.files("engm.lab").joinpath("page.css").read_text(encoding="utf-8")
-    write_text(
-        Path(path),
-        f"""<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="{_POLICY}">
-<title>{escape(title)}</title>
-<style>
-{style}
-{code_style()}
-</style>
-</head>
-<body>
-<nav aria-label="Contents"><details open><summary>Contents</summary>
-<ul><li><a href="#top">Summary</a></li>{"".join(page.contents() for page in pages.values())}</ul>
-</details></nav>
-<main>
-<header id="top"><h1>{escape(title)}</h1><p class="facts">{escape(" · ".join(facts))}</p>{alert}
-<table class="summary"><thead><tr><th>Notebook</th><th>Status</th><th>Time</th></tr></thead>
-{"".join(page.summary() for page in pages.values())}</table></header>
-{"".join(page.article(pages) for page in pages.values())}
-</main>
-</body>
-</html>
-""",
+    for page in pages.values():
+        page.settle_links(pages)
+    versions = [f"{name} {metadata.version(name)}" for name in ("engm", "torch")]
+    python = f"Python {platform.python_version()}"
+    files = resources.files("engm.lab")
+    template = Environment(autoescape=True).from_string(
+        files.joinpath("page.html").read_text("utf-8")
     )
+    html = template.render(
+        title=title,
+        style=files.joinpath("page.css").read_text("utf-8") + code_style(),
+        facts=[time.strftime("%Y-%m-%d %H:%M"), python, *versions, platform.machine()],
+        failed=sum(not each.ok for each in runs),
+        pages=list(pages.values()),
+    )
+    write_text(Path(path), html + "\n")
     return Path(path)
 
 
@@ -148,28 +131,20 @@ class _Page:
     def title(self) -> str:
         return self.headings[0][2] if self.headings else self.run.name
 
-    def contents(self) -> str:
-        sections = [(id_, text) for level, id_, text in self.headings[1:] if level == 3]
-        inner = "".join(f'<li><a href="#{id_}">{escape(text)}</a></li>' for id_, text in sections)
-        mark = "" if self.run.ok else ' <span class="bad">failed</span>'
-        link = f'<a href="#{self.run.name}">{escape(self.title)}</a>{mark}'
-        return f"<li>{link}{f'<ul>{inner}</ul>' if inner else ''}</li>"
+    @property
+    def sections(self) -> list[tuple[str, str]]:
+        return [(place, text) for level, place, text in self.headings[1:] if level == 3]
 
-    def summary(self) -> str:
-        run = self.run
-        status = '<span class="good">ok</span>' if run.ok else '<span class="bad">failed</span>'
-        more = _result(run.result) if run.result else ""
-        if run.error:
-            where = f"#{run.name}--error" if f"{run.name}--error" in self.ids else f"#{run.name}"
-            more = f'<p class="bad"><a href="{where}">{escape(str(run.error))}</a></p>'
-        return (
-            f'<tbody><tr><th scope="row"><a href="#{run.name}">{escape(self.title)}</a></th>'
-            f"<td>{status}</td><td>{run.seconds:.0f} s</td></tr>"
-            + (f'<tr><td colspan="3">{more}</td></tr>' if more else "")
-            + "</tbody>"
-        )
+    @property
+    def error(self) -> str:
+        place = f"{self.run.name}--error"
+        return place if place in self.ids else self.run.name
 
-    def article(self, pages: Mapping[str, "_Page"]) -> str:
+    @property
+    def result(self) -> str:
+        return _result(self.run.result or {})
+
+    def settle_links(self, pages: Mapping[str, "_Page"]) -> None:
         for link in self.body.find_all("a", href=True):
             file, _, fragment = unquote(link["href"]).partition("#")
             if re.match("https?:|mailto:", file):
@@ -180,7 +155,6 @@ class _Page:
                 link["href"] = f"#{place if place in pages[name].ids else name}"
             else:  # nothing else lies beside the report
                 del link["href"]
-        return f'<article id="{self.run.name}">{self.body}</article>\n'
 
 
 def _prepared(run: NotebookRun) -> Any:
@@ -235,10 +209,3 @@ def _result(result: Mapping[str, Any]) -> str:
     table = tables.to_html(even(result.get("summary") or []))
     verdict = f'<p class="verdict">{escape(result["verdict"])}</p>' if result.get("verdict") else ""
     return f'<div class="html" tabindex="0">{verdict}{table}</div>'
-
-
-def _version(package: str) -> str:
-    try:
-        return f"{package} {importlib.metadata.version(package)}"
-    except importlib.metadata.PackageNotFoundError:  # run from a folder on PYTHONPATH
-        return package

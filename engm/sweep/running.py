@@ -232,9 +232,10 @@ def _failed(
             if worker := getattr(error, "unfit_worker", None):
                 left[submit(task)] = task
                 if worker not in sent_away:
-                    clusters.retire(client, worker, str(error), alone=some_fit)
-                    sent_away.add(worker)
-                    warnings.warn(f"{error}. The sweep goes on without it", stacklevel=3)
+                    with suppress(OSError):  # where the scheduler is away, it is met again
+                        clusters.retire(client, worker, str(error), alone=some_fit)
+                        sent_away.add(worker)
+                        warnings.warn(f"{error}. The sweep goes on without it", stacklevel=3)
                 continue
             some_fit = options.scheduler is not None
             bar.update()
