@@ -24,6 +24,9 @@ def read(text: str, kind: Any) -> Any:
     Raises:
         ValueError: If the text is no value of that type.
     """
+    for each in (kind, *get_args(kind)):
+        if get_origin(each) is Literal and text in get_args(each):
+            return text  # "none" where that is a word
     if kind is not str:
         with suppress(*UNREADABLE):
             plain = text.strip()
