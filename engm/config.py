@@ -2,14 +2,13 @@
 
 import hashlib
 import json
-import sys
-import types
 from dataclasses import asdict, dataclass, field, fields
 from difflib import get_close_matches
-from fractions import Fraction
+from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from engm.errors import InputError
+from engm.values import fit, read
 
 DatasetName = Literal["digits", "fashion-mnist", "cifar10", "cifar100", "tiny-imagenet"]
 ModelName = Literal["small_cnn", "preact_resnet18", "wide_resnet34_10"]
@@ -100,7 +99,7 @@ class RunConfig:
     scale: float | Literal["mean"] = _option(
         "mean", "ENGM: the pull c of an example, a number or 'mean'", above=0
     )
-    floor: float = _option(0.05, "ENGM: 0+ normalises, 1 clips", above=0, at_most=1)
+    floor: float = _option(0.05, "ENGM: near 0 normalises, 1 clips", above=0, at_most=1)
     max_norm: float = _option(1.0, "msgd-clip: the longest batch gradient", above=0)
     schedule: ScheduleName = _option("piecewise", "learning rate over time")
     epochs: int = _option(30, "passes over the training data", at_least=1)
@@ -115,10 +114,8 @@ class RunConfig:
     def __post_init__(self) -> None:
         """Checks every field, so that a config that exists is a config that can run."""
         for item in fields(self):
-            kind, value = TYPES[item.name], getattr(self, item.name)
-            _check(item.name, value, kind, item.metadata["bounds"])
-            if type(value) is int and float in alternatives(kind):
-                object.__setattr__(self, item.name, float(value))  # 1 and 1.0 are one config
+            value = _checked(item.name, getattr(self, item.name), item.metadata["bounds"])
+            object.__setattr__(self, item.name, value)  # 1 and 1.0 are one config
         if self.norm == "linf" and self.eps is not None and self.eps > 1:
             raise InputError(
                 f"eps must be at most 1 (pixels are in [0, 1]), got {self.eps}; write 8/255"
@@ -194,7 +191,7 @@ TYPES: dict[str, Any] = get_type_hints(RunConfig)
 
 def alternatives(kind: Any) -> tuple[Any, ...]:
     """Returns the members of a union type, or the type itself as a tuple of one."""
-    return get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,)
+    return get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
 
 
 def choices(kind: Any) -> list[str]:
@@ -209,36 +206,26 @@ def parse_number(text: str) -> float:
         InputError: If the text is neither.
     """
     try:
-        return float(Fraction(text)) if "/" in text else float(text)
-    except (ValueError, ArithmeticError):
+        return float(read(text, float))
+    except ValueError:
         raise InputError(f"{text!r} is not a number; write 0.03 or 8/255") from None
 
 
-def _check(name: str, value: Any, kind: Any, bounds: dict[str, float]) -> None:
-    kinds, names = alternatives(kind), choices(kind)
-    if isinstance(value, str) and value in names:
-        return
-    if value is None and type(None) in kinds:
-        return
-    if bool in kinds and isinstance(value, bool):
-        return
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if number and float in kinds and abs(value) <= sys.float_info.max:  # so neither inf nor nan
-        return _check_bounds(name, value, bounds)
-    if number and int in kinds and isinstance(value, int) and abs(value) <= sys.maxsize:
-        return _check_bounds(name, value, bounds)
-    wanted = [f"one of {', '.join(names)}"] if names else []
-    wanted += [
-        {
-            float: "a finite number",
-            int: "a whole number",
-            bool: "true or false",
-            type(None): "nothing",
-        }[k]
-        for k in kinds
-        if get_origin(k) is not Literal
-    ]
-    raise InputError(f"{name} must be {' or '.join(wanted)}, got {value!r}")
+_IN_WORDS = {float: "a finite number", int: "a whole number", bool: "true or false"}
+
+
+def _checked(name: str, value: Any, bounds: dict[str, float]) -> Any:
+    kind = TYPES[name]
+    try:
+        value = fit(value, kind)
+    except ValueError:
+        names = choices(kind)
+        wanted = [f"one of {', '.join(names)}"] if names else []
+        wanted += [_IN_WORDS.get(k, "nothing") for k in alternatives(kind) if get_origin(k) is None]
+        raise InputError(f"{name} must be {' or '.join(wanted)}, got {value!r}") from None
+    if isinstance(value, float | int):
+        _check_bounds(name, value, bounds)
+    return value
 
 
 def _check_bounds(name: str, value: float, bounds: dict[str, float]) -> None:

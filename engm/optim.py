@@ -30,7 +30,7 @@ from engm.norms.measures import (
 # After so many steps on a GPU the host waits to hear whether one of them failed.
 _ASK_EVERY = 100
 # The running mean of the example norms forgets over about 1 / (1 - 0.99) = 100 steps.
-_SCALE_DECAY = 0.99
+SCALE_DECAY = 0.99
 
 # How the norms of the examples are found.
 Norms = Literal["exact", "input", "output", "both", "loop"]
@@ -513,7 +513,7 @@ class ENGM(_ExampleSGD):
         norms = torch.cat(self._norms)
         mean = distributed.mean(norms, norms.isfinite())
         before = torch.zeros_like(mean) if self._mean_norm is None else self._mean_norm
-        decay = _SCALE_DECAY * (before > 0).double()
+        decay = SCALE_DECAY * (before > 0).double()
         after = decay * before + (1 - decay) * mean
         skip = self._guard.skip
         self._mean_norm = after if skip is None else torch.where(skip[0] > 0, before, after)

@@ -41,7 +41,9 @@ def test_train_prints_its_config_and_its_result(runs):
     assert len(folders) == 2
     for folder, output in zip(folders, sorted(outputs, key=lambda o: "seed1" in o), strict=True):
         assert str(folder) in output
-        assert "lr             0.1" in output
+        assert "lr                0.1" in output and "beta              default" in output
+        assert f"training, then attacking the test images, in {folder}" in output
+        assert f"next: engm evaluate {folder} attacks it in more ways" in output
         assert "| Digits | pgd_at | msgd |" in output
         assert (folder / "result.json").exists()
 
@@ -63,6 +65,8 @@ def test_evaluate_attacks_both_checkpoints_and_leaves_what_training_recorded(run
         assert (folder / f"evaluation-{which}" / attack["file"]).exists()
         assert (folder / f"robustness-{which}.png").exists()
         assert f"{which} checkpoint: 797 examples, linf eps 0.15, seed 0" in output
+    assert f"attacking the best and the last checkpoint of {folder} on 797 test images" in output
+    assert f"next: engm report {tmp_path} shows it beside the other runs" in output
     assert {name: (folder / name).read_bytes() for name in before} == before
     assert "| **worst case** |" in output and "**large eps**" in output
 
@@ -120,6 +124,18 @@ def test_report_compares_writes_and_draws(runs, tmp_path):
     assert "extension is none of" in call("report", "x", "--out", tmp_path / "a.pdf", code=1)
 
 
+def test_report_takes_of_a_run_that_two_versions_made_the_last(runs, tmp_path):
+    source = sorted(runs[0].iterdir())[0]
+    for version in ("0.1.0", "0.0.9"):
+        shutil.copytree(source, tmp_path / f"engm-{version}" / source.name)
+    os.utime(tmp_path / "engm-0.0.9" / source.name / "result.json", (0, 0))
+    output = call("report", tmp_path)
+    old = tmp_path / "engm-0.0.9" / source.name
+    assert output.splitlines()[2].endswith("| 1 |")
+    assert f"left out, made again by another version: {old}\n" in output
+    assert "next: --out report.html makes a page of it" in output
+
+
 def test_report_mixes_what_was_not_evaluated_alike_only_when_told(runs, tmp_path):
     folder = tmp_path / "other"
     shutil.copytree(sorted(runs[0].iterdir())[0], folder)
@@ -157,7 +173,8 @@ def test_every_setting_of_a_run_is_an_option(runs):
         (["train", "--dataset", "cifar10", "--data-root", "nowhere"], "prepare.py cifar10"),
         (["evaluate", "RUN", "--device", "gpu"], "cannot use device 'gpu'"),
         (["evaluate", "nowhere"], "nowhere is not a run directory"),
-        (["report", "nowhere"], "there is no run in nowhere"),
+        (["report", "nowhere"], "there is no run in /"),
+        (["evaluate", "ROOT"], "is not a run directory, but holds some; give one of digits-pgd_at"),
         (["trian"], "the commands are bench, colab, demo, evaluate, report, run, sweep, train"),
     ],
 )
@@ -165,8 +182,9 @@ def test_mistakes_get_one_line_that_names_what_is_valid(
     arguments, message, runs, tmp_path, monkeypatch
 ):
     monkeypatch.chdir(tmp_path)
-    arguments = [next(runs[0].iterdir()) if a == "RUN" else a for a in arguments]
-    code = 1 if "must be" in message or "nowhere" in arguments or "gpu" in arguments else 2
+    places = {"RUN": next(runs[0].iterdir()), "ROOT": runs[0]}
+    code = 1 if {"nowhere", "gpu", "ROOT", "-1"} & {*arguments} else 2
+    arguments = [places.get(a, a) for a in arguments]
     assert message in " ".join(call(*arguments, code=code).split())
 
 
@@ -197,7 +215,7 @@ def test_run_hands_on_its_values_and_fails_with_the_notebook(monkeypatch, tmp_pa
     from engm.lab import batch as notebooks
 
     seen = []
-    error = notebooks.NotebookError(3, "source", "ValueError", "no", "")
+    error = notebooks.NotebookError(3, "source", "ValueError", "no")
 
     def run(path, values, **how):
         seen.append((path.stem, values, how))
@@ -207,11 +225,14 @@ def test_run_hands_on_its_values_and_fails_with_the_notebook(monkeypatch, tmp_pa
 
     monkeypatch.setattr(notebooks, "run", run)
     name = notebooks.available()[0].stem
-    output = call("run", name, "--out", tmp_path, "--timeout", 7)
-    assert output.strip() == str(tmp_path / "n.ipynb")
+    output = call("run", name, "--out", tmp_path, "--timeout", 7).splitlines()
+    assert output[0] == f"running {name} with its defaults, in {tmp_path}"
+    assert output[-2:] == [str(tmp_path / "n.ipynb"), f"next: jupyter lab {tmp_path / 'n.ipynb'}"]
     assert seen == [(name, {}, {"output_dir": tmp_path, "timeout": 7.0})]
     assert f"{name} failed in cell [3] source: ValueError: no" in call("run", name, code=1)
     assert "there is no parameter 'nonsense'" in call("run", name, "-p", "nonsense", 1, code=1)
+    twice = call("run", name, "-p", "lr", "0.1", "-p", "lr", "0.2", code=1)
+    assert "lr is set twice; leave one of them out" in twice
 
 
 @pytest.mark.parametrize("broken", [False, True])
@@ -219,7 +240,7 @@ def test_demo_fails_where_a_notebook_does(broken, monkeypatch, tmp_path):
     from engm.lab import batch as notebooks
     from engm.lab import page as report
 
-    error = notebooks.NotebookError(3, "source", "ValueError", "no", "") if broken else None
+    error = notebooks.NotebookError(3, "source", "ValueError", "no") if broken else None
     runs = [notebooks.NotebookRun(n, tmp_path, 1.0, e) for n, e in (("a", error), ("b", None))]
     monkeypatch.setattr(report, "demo", lambda out: runs if out == tmp_path else None)
     call("demo", "--out", tmp_path, code=int(broken))

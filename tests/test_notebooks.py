@@ -12,6 +12,7 @@ import pytest
 import engm
 from engm.errors import InputError
 from engm.lab import batch as notebooks
+from engm.lab import parameters
 
 PARAMETERS = """from typing import Literal
 
@@ -24,6 +25,7 @@ steps: int | None = None
 flag: bool = True
 title: str = "a # b"  # shown on top
 quoted: "int" = 3
+none: list[float] = []
 untyped = 0.5
 """
 
@@ -44,7 +46,7 @@ def declared(tmp_path: Path) -> Path:
 
 
 def test_parameters_are_read_as_python_reads_them(declared):
-    found = notebooks.parameters(declared)
+    found = parameters.parameters(declared)
 
     assert str(found["lr"]) == "lr: float = 0.05  # learning rate"
     assert (found["eps"].default, found["eps"].help) == ("8 / 255", "")
@@ -52,7 +54,7 @@ def test_parameters_are_read_as_python_reads_them(declared):
     assert found["steps"].type == "int | None"
     assert (found["title"].default, found["title"].help) == ("'a # b'", "shown on top")
     assert (found["quoted"].type, found["untyped"].type) == ("int", "float")
-    assert len(found) == 10
+    assert len(found) == 11
 
 
 @pytest.mark.parametrize(
@@ -64,7 +66,7 @@ def test_parameters_are_read_as_python_reads_them(declared):
         ("eps", " 4 / 255 ", 4 / 255),
         ("seeds", "[3, 4]", [3, 4]),
         ("seeds", "(3, 4)", [3, 4]),
-        ("seeds", "[]", []),
+        ("none", "[]", []),
         ("size", "[4, 5]", (4, 5)),
         ("mode", "slow", "slow"),
         ("mode", "'slow'", "slow"),
@@ -79,7 +81,7 @@ def test_parameters_are_read_as_python_reads_them(declared):
     ],
 )
 def test_texts_are_read_by_the_type(declared, name, text, value):
-    read = notebooks.parse(declared, {name: text})[name]
+    read = parameters.parse(declared, {name: text})[name]
 
     assert read == value
     assert type(read) is type(value)
@@ -97,6 +99,8 @@ def test_texts_are_read_by_the_type(declared, name, text, value):
         ("lr", "__import__('os')"),
         ("seeds", "[0.5]"),
         ("seeds", "3"),
+        ("seeds", "[]"),
+        ("seeds", "[3, True]"),
         ("size", "(1, 2, 3)"),
         ("mode", "medium"),
         ("mode", "Slow"),
@@ -109,7 +113,7 @@ def test_texts_are_read_by_the_type(declared, name, text, value):
 )
 def test_other_texts_are_refused_with_what_there_is(declared, name, text):
     with pytest.raises(InputError, match=name) as refusal:
-        notebooks.parse(declared, {name: text})
+        parameters.parse(declared, {name: text})
 
     assert "lr: float = 0.05  # learning rate" in str(refusal.value)
     assert "mode: Literal['fast', 'slow'] = 'fast'" in str(refusal.value)
@@ -118,7 +122,7 @@ def test_other_texts_are_refused_with_what_there_is(declared, name, text):
 def test_python_values_keep_the_same_rules(declared):
     values = {"lr": 1, "eps": np.float32(0.5), "seeds": (1, np.int64(2)), "steps": None}
 
-    assert notebooks.check(declared, values) == {
+    assert parameters.check(declared, values) == {
         "lr": 1.0,
         "eps": 0.5,
         "seeds": [1, 2],
@@ -129,21 +133,22 @@ def test_python_values_keep_the_same_rules(declared):
         ("lr", True),
         ("lr", float("inf")),
         ("steps", 2.0),
+        ("seeds", []),
         ("flag", 1),
         ("mode", None),
         ("title", Path("x")),
     ]:
         with pytest.raises(InputError, match=f"^{name} = "):
-            notebooks.check(declared, {name: value})
+            parameters.check(declared, {name: value})
 
 
 def test_what_is_put_into_a_notebook_can_be_read_back(tmp_path):
     loose = write_notebook(tmp_path, "01_loose", "values: list = []")
 
     with pytest.raises(InputError, match="values = "):
-        notebooks.check(loose, {"values": [object()]})
+        parameters.check(loose, {"values": [object()]})
     with pytest.raises(InputError, match="values = "):
-        notebooks.check(loose, {"values": [float("nan")]})
+        parameters.check(loose, {"values": [float("nan")]})
 
 
 @pytest.mark.parametrize(
@@ -159,14 +164,14 @@ def test_what_is_put_into_a_notebook_can_be_read_back(tmp_path):
 )
 def test_a_cell_that_does_not_declare_plainly_is_refused(tmp_path, source, message):
     with pytest.raises(InputError, match=message):
-        notebooks.parameters(write_notebook(tmp_path, "01_odd", source))
+        parameters.parameters(write_notebook(tmp_path, "01_odd", source))
 
 
 def test_a_notebook_without_the_tag_is_refused(tmp_path):
     untagged = write_notebook(tmp_path, "01_untagged", "lr: float = 0.1", tagged=False)
 
     with pytest.raises(InputError, match="no cell tagged 'parameters'"):
-        notebooks.parameters(untagged)
+        parameters.parameters(untagged)
 
 
 def test_find_takes_names_and_paths(tmp_path, monkeypatch):
@@ -189,20 +194,18 @@ def test_find_takes_names_and_paths(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("result", "place"),
+    ("result", "reason"),
     [
-        ({"summary": [{"value": float("nan")}]}, r"result\['summary'\]\[0\]\['value'\] is nan"),
-        ({"summary": [], "raw": {"lr": [1.0, float("inf")]}}, r"\['raw'\]\['lr'\]\[1\] is inf"),
-        ({"summary": [{"value": np.float32(1)}]}, r"\['value'\] is of type float32"),
-        ({"summary": [{1: 2}]}, "key 1"),
+        ({"summary": [{"value": float("nan")}]}, "numbers that are finite"),
+        ({"summary": [{"value": np.float32(1)}]}, r"float32 .*use float\(x\)"),
         ({"verdict": "holds"}, "summary"),
         ({"summary": {"value": 1}}, "summary"),
         ({"summary": [{"value": [1]}]}, "flat"),
         ({"summary": [], "verdict": 3}, "verdict"),
     ],
 )
-def test_publish_names_what_it_cannot_take(result, place):
-    with pytest.raises(InputError, match=place):
+def test_publish_says_what_it_cannot_take(result, reason):
+    with pytest.raises(InputError, match=reason):
         notebooks.publish(result)
 
 
@@ -291,7 +294,7 @@ def test_the_last_result_is_handed_out_and_written(executed):
     assert origin["notebook"] == "00_good"
     assert origin["parameters"]["lr"] == "1.0"  # given; those that follow are defaults
     defaults = {k: v for k, v in origin["parameters"].items() if k != "lr"}
-    assert len(defaults) == len(notebooks.parameters(run.path)) - 1 > 0
+    assert len(defaults) == len(parameters.parameters(run.path)) - 1 > 0
     assert origin["environment"]["packages"]["torch"].startswith(metadata.version("torch"))
     assert list(written["summary"][0].items()) == [("value", 1.0), ("quantity", "lr")]
     assert written["verdict"] == "holds"
@@ -303,8 +306,6 @@ def test_a_failure_names_the_cell_and_the_reason(executed):
     # the empty cell has no number in Jupyter either
     assert (error.cell, error.source) == (3, "# why")
     assert (error.name, error.value) == ("ValueError", "red <b>")
-    assert "raise ValueError" in error.traceback
-    assert "\x1b" not in error.traceback
     assert str(error) == "cell [3] # why: ValueError: red <b>"
 
 
@@ -353,7 +354,7 @@ def test_the_executed_notebook_is_whole_and_the_author_s(executed, kind):
     notebook = nbformat.read(executed[kind].path, as_version=4)
 
     nbformat.validate(notebook)
-    assert all(cell.cell_type == "code" for cell in notebook.cells)  # no cells of papermill's own
+    assert all(cell.cell_type == "code" for cell in notebook.cells)
     tags = [cell.metadata.tags for cell in notebook.cells]
     assert tags[0] == ["parameters"]
     assert (["injected-parameters"] in tags) == (kind == "good")
@@ -375,8 +376,8 @@ def test_nothing_is_written_when_something_is_refused(declared, tmp_path):
         assert declared.read_bytes() == before
 
 
-def test_without_papermill_the_message_says_what_to_install(declared, tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "papermill", None)
+def test_without_nbclient_the_message_says_what_to_install(declared, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "nbclient", None)
 
     with pytest.raises(InputError, match=r'pip install "engm\[batch\]"'):
         notebooks.run(declared, output_dir=tmp_path / "out")

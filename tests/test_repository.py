@@ -16,6 +16,7 @@ import yaml
 
 from engm.bench import tables
 from engm.lab import batch as notebooks
+from engm.lab.parameters import check
 from engm.report.records import collect
 from engm.runs import read_json, read_metrics
 from engm.sweep.plan import read_plan
@@ -147,7 +148,7 @@ def test_links_within_the_repository_lead_somewhere():
 def test_notebooks_state_their_parameters_and_were_run(path):
     import nbformat
 
-    assert notebooks.check(path, {}) == {}
+    assert check(path, {}) == {}
     cells = nbformat.read(path, as_version=4).cells
     code = [cell for cell in cells if cell.cell_type == "code"]
     assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))

@@ -2,22 +2,26 @@
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
+import warnings
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from importlib import metadata
 from pathlib import Path
+from types import SimpleNamespace
 
 import dask
 import psutil
 import pytest
 import torch
 from click.testing import CliRunner
-from distributed.client import Client  # noqa: F401  (fills dask.config with its defaults)
+from distributed import LocalCluster  # also fills dask.config with its defaults
 from filelock import FileLock
 
 from engm import sweep
@@ -182,6 +186,17 @@ def notebook(folder, *cells):
     return path
 
 
+def waiting(folder):
+    """A notebook that says that it has begun, and waits for a file `go`; its folder is three up."""
+    return notebook(
+        folder,
+        "seed: int = 0",
+        "import time\nfrom pathlib import Path\nroot = Path('../../..')",
+        "(root / f'begun-{seed}').touch()",
+        "while not (root / 'go').exists():\n    time.sleep(0.1)",
+    )
+
+
 def test_a_hanging_notebook_is_ended_and_a_failing_one_tried_twice(start, tmp_path):
     path = notebook(
         tmp_path,
@@ -209,14 +224,7 @@ def test_a_hanging_notebook_is_ended_and_a_failing_one_tried_twice(start, tmp_pa
 
 
 def test_ctrl_c_leaves_no_process_and_a_second_start_goes_on(start, tmp_path):
-    path = notebook(
-        tmp_path,
-        "seed: int = 0",
-        "import time\nfrom pathlib import Path\nroot = Path('../../..')",
-        "(root / f'begun-{seed}').touch()",
-        "while not (root / 'go').exists():\n    time.sleep(0.1)",
-    )
-    what = [path, "--seeds", 3, "--workers", 2, "--out", tmp_path / "out"]
+    what = [waiting(tmp_path), "--seeds", 3, "--workers", 2, "--out", tmp_path / "out"]
     running = start(*what)
     until(lambda: len(list(tmp_path.glob("begun-*"))) == 2)
     family = running.family()
@@ -239,25 +247,45 @@ def test_ctrl_c_leaves_no_process_and_a_second_start_goes_on(start, tmp_path):
 
 
 @contextmanager
-def cluster(port, workers=2):
-    """What the README starts by hand: a scheduler and its workers."""
-    dask_command = [sys.executable, "-m", "dask"]
-    head = [*dask_command, "scheduler", "--host", "127.0.0.1", "--port", port, "--no-dashboard"]
-    worker = [*dask_command, "worker", f"tcp://127.0.0.1:{port}", "--nthreads", 1]
-    worker += ["--no-dashboard", "--host", "127.0.0.1"]
-    silent = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=ENVIRONMENT)
-    started = [
-        subprocess.Popen(list(map(str, command)), **silent)
-        for command in [head, *[worker] * workers]
-    ]
+def processes():
+    """Starts dask's processes, as the README does by hand, and ends them with all they started."""
+    started = []
+
+    def begin(*arguments, **environment):
+        started.append(
+            subprocess.Popen(
+                [sys.executable, "-m", "dask", *map(str, arguments), "--no-dashboard"],
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                env=ENVIRONMENT | environment,
+                cwd="/",  # whose engm comes before that of PYTHONPATH
+            )
+        )
+        return started[-1]
+
     try:
-        yield started[0]
+        yield begin
     finally:
         for process in started:
-            for child in [p for p in psutil.process_iter() if p.ppid() == process.pid]:
-                child.kill()
-            process.kill()
+            family = []
+            if process.poll() is None:
+                family = psutil.Process(process.pid).children(recursive=True)
+            for each in [*family, process]:
+                each.kill()
             process.wait()
+
+
+@contextmanager
+def cluster(port, workers=2):
+    with processes() as begin:
+        scheduler = begin("scheduler", "--host", "127.0.0.1", "--port", port)
+        for _ in range(workers):
+            begin(*worker(port))
+        yield scheduler
+
+
+def worker(port, threads=1):
+    return ["worker", f"tcp://127.0.0.1:{port}", "--nthreads", threads, "--host", "127.0.0.1"]
 
 
 def free_port():
@@ -270,51 +298,52 @@ def call(*arguments):
     return CliRunner().invoke(main, ["sweep", *map(str, arguments)])
 
 
-def test_a_scheduler_elsewhere_may_be_killed_and_started_again(tmp_path, monkeypatch):
-    monkeypatch.setattr(running, "_PATIENCE", 3)
+def test_a_scheduler_elsewhere_may_be_away_or_be_gone(tmp_path, monkeypatch):
     port = free_port()
-    what = [TRAIN, *SETTINGS, "--set", "epochs", 60, "--seeds", 4, "--out", tmp_path]
-    what += ["--device", "cpu", "--scheduler", f"tcp://127.0.0.1:{port}"]
+    what = [TRAIN, *SETTINGS, "--set", "epochs", 20, "--out", tmp_path, "--device", "cpu"]
+    what += ["--scheduler", f"tcp://127.0.0.1:{port}"]
+    monkeypatch.setattr(running, "_PATIENCE", 1)
     found = call(*what)
     assert found.exit_code == 1
     assert f"there is no scheduler at 'tcp://127.0.0.1:{port}'" in found.output
 
-    def kill(scheduler):
-        until(lambda: results(tmp_path) and at_work(tmp_path))
-        scheduler.kill()
+    monkeypatch.setattr(running, "_PATIENCE", 60)
+    met = []
+    with ExitStack() as stack:
 
-    monkeypatch.setattr(running, "_PATIENCE", 30)
-    with cluster(port) as scheduler:
-        killer = threading.Thread(target=kill, args=[scheduler])
-        killer.start()
-        monkeypatch.setattr(clusters, "_wait_for_connection", impatient)
-        found = call(*what)
-        killer.join()
+        def disturb(scheduler):
+            for patience in (60, 1):
+                until(lambda: set(results(tmp_path)) > set(met) and at_work(tmp_path))
+                met.extend(results(tmp_path))
+                monkeypatch.setattr(running, "_PATIENCE", patience)
+                scheduler.kill()
+                if patience == 60:
+                    scheduler = stack.enter_context(cluster(port))
+
+        first = stack.enter_context(cluster(port))
+        other = threading.Thread(target=disturb, args=[first])
+        other.start()
+        found = call(*what, "--seeds", 6)
+        other.join()
     assert found.exit_code == 1, found.output
     assert "the scheduler is gone; start it and its workers again" in found.output
     before = results(tmp_path)
-    assert 1 <= len(before) < 4
+    assert 2 <= len(before) < 6
+    monkeypatch.setattr(running, "_PATIENCE", 60)
     with cluster(port):
-        found = call(*what)
+        found = call(*what, "--seeds", 6)
     assert found.exit_code == 0, found.output
-    assert f"4 runs, {len(before)} done already" in found.output
+    assert f"6 runs, {len(before)} done already" in found.output
     after = results(tmp_path)
-    assert len(after) == 4
+    assert len(after) == 6
     assert {path: after[path] for path in before} == before
-
-
-wait_for_connection = clusters._wait_for_connection
-
-
-def impatient(client, patience):
-    wait_for_connection(client, 1)
 
 
 def test_a_worker_has_its_threads_and_its_gpu_and_is_replaced_when_it_dies(monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
     monkeypatch.setattr("dask.system.CPU_COUNT", 6)
-    monkeypatch.setattr(clusters, "_gpus", lambda: ["3", "5"])
-    before, seen = dict(os.environ), []
+    before = dict(os.environ)
 
     def about():
         import psutil
@@ -327,25 +356,18 @@ def test_a_worker_has_its_threads_and_its_gpu_and_is_replaced_when_it_dies(monke
         clusters.local(2) as client,
     ):
         assert sorted(client.run(about).values()) == [("3", "3"), ("3", "5")]
-        deadly = clusters.submit(client, os._exit, 1, key="deadly")
-        harmless = clusters.submit(client, time.sleep, 0.01, key="harmless")
-        show = lambda running, workers: seen.append((running, workers))  # noqa: E731
-        ended = {f.key: f for f in clusters.finished(client, [deadly, harmless], 1, show)}
-        assert ended["harmless"].status == "finished"
-        assert "died again and again" in running._reason(ended["deadly"])
+        deadly = client.submit(os._exit, 1)
+        assert "died again and again" in running._reason(deadly.exception())
         client.wait_for_workers(2, timeout=PATIENCE)
+        assert client.submit(abs, -1).result() == 1
     assert dict(os.environ) == before
-    assert all(running <= workers <= 2 for running, workers in seen)
 
 
-def test_a_task_that_is_at_work_already_is_waited_for(tmp_path, monkeypatch):
+def test_a_run_that_is_at_work_already_is_waited_for_and_taken(tmp_path):
     [task] = plan(TRAIN, {}, settings=FIXED)
     folder = tmp_path / task.name
     folder.mkdir()
-    monkeypatch.setattr(clusters, "check_worker", lambda version: None)
-    monkeypatch.setattr(running, "_train", lambda *_: pytest.fail("was run"))
-    arguments = (task, tmp_path, sweep.Options(), code_version())
-    other = threading.Thread(target=running._work, args=arguments)
+    other = threading.Thread(target=running._work, args=(task, tmp_path, sweep.Options()))
     with FileLock(folder / ".sweep.lock"):
         other.start()
         other.join(0.3)
@@ -356,33 +378,83 @@ def test_a_task_that_is_at_work_already_is_waited_for(tmp_path, monkeypatch):
     assert [path.name for path in folder.iterdir()] == ["result.json"]
 
 
-@pytest.mark.parametrize(
-    ("theirs", "threads", "reason"),
-    [("engm-0", 1, "and the sweep is of engm-0; update the code"), (None, 2, "--nthreads 1")],
-)
-def test_a_worker_that_is_not_fit_is_refused(theirs, threads, reason, monkeypatch):
-    from types import SimpleNamespace
-
-    worker = SimpleNamespace(address="tcp://w", state=SimpleNamespace(nthreads=threads))
-    monkeypatch.setattr("distributed.get_worker", lambda: worker)
-    with pytest.raises(InputError, match=reason):
-        clusters.check_worker(theirs or code_version())
-    found = SimpleNamespace(
-        nthreads=lambda: {"tcp://w": threads}, run=lambda *_, **__: {"tcp://w": theirs}
-    )
-    with pytest.raises(InputError, match="the worker tcp://w runs"):
-        clusters._check_workers(found)
+def test_runs_of_other_code_are_warned_of_and_kept(tmp_path):
+    [task] = plan(TRAIN, {}, settings=FIXED | {"epochs": 1})
+    folder = sweep.folder_of(tmp_path)
+    assert folder.name == f"engm-{metadata.version('engm')}"
+    write_json(folder / "code.json", {"code": ["engm-0.1.0-older"]})
+    with pytest.warns(UserWarning, match="has runs of other code .engm-0.1.0-older; this is"):
+        sweep.run([task], tmp_path)
+    used = json.loads((folder / "code.json").read_text())["code"]
+    assert used == ["engm-0.1.0-older", code_version()]
+    assert code_version().startswith(folder.name + "-")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        sweep.run([task], tmp_path)  # nothing is left to run
+    assert collect(tmp_path)[0]
 
 
-def test_a_worker_without_the_kit_is_named(tmp_path, monkeypatch):
-    from types import SimpleNamespace
+def test_workers_that_join_late_and_are_not_fit_are_sent_away(start, tmp_path):
+    port, out, other = free_port(), tmp_path / "runs", tmp_path / "other" / "engm"
+    for name, text in (("none", "raise ImportError('not here')"), ("other", None)):
+        place = tmp_path / name / "engm"
+        if text is None:
+            shutil.copytree(Path(sweep.__file__).parents[1], place)
+            text = (place / "__init__.py").read_text() + "# another version"
+        place.mkdir(parents=True, exist_ok=True)
+        (place / "__init__.py").write_text(text)
+    with processes() as begin:
+        begin("scheduler", "--host", "127.0.0.1", "--port", port)
+        begin(*worker(port))
+        what = [waiting(tmp_path), "--seeds", 6, "--out", out]
+        sweeping = start(*what, "--scheduler", f"tcp://127.0.0.1:{port}")
+        until(lambda: list(tmp_path.glob("begun-*")))
+        late = [
+            begin(*worker(port, threads=2)),
+            begin(*worker(port), PYTHONPATH=str(tmp_path / "none")),
+            begin(*worker(port), PYTHONPATH=str(other.parent)),
+        ]
+        for process in late:
+            process.wait(PATIENCE)  # sent away, with its nanny
+        (tmp_path / "go").touch()
+        _, err = sweeping.ended()
+    assert len(list(out.glob("*/*/done.json"))) == 6 and not list(out.rglob("error.json"))
+    for reason in ("runs 2 tasks at once", "has no engm of this version", "and the sweep is of"):
+        assert err.count(reason) == 1, err
+    assert err.count("The sweep goes on without it") == 3
 
-    missing = ModuleNotFoundError("No module named 'engm'")
-    found = SimpleNamespace(nthreads=dict, run=lambda *_, **__: {"tcp://w": missing})
-    with pytest.raises(InputError, match="the worker tcp://w has no engm"):
-        clusters._check_workers(found)
-    future = SimpleNamespace(exception=lambda: missing)
-    assert "its worker has no engm (No module named 'engm')" in running._reason(future)
+
+def test_a_worker_that_is_not_fit_from_the_start_is_refused_and_stays(tmp_path):
+    tasks = plan(TRAIN, {}, settings=FIXED | {"dataset": "cifar10"})
+    with LocalCluster(1, threads_per_worker=1, processes=False, dashboard_address=None) as found:
+        for settings, reason in (
+            ({"data_root": tmp_path}, f"finds no cifar10 in {tmp_path}; prepare it there"),
+            ({"data_root": tmp_path, "device": "gpu"}, "cannot use device 'gpu'"),
+        ):
+            options = sweep.Options(scheduler=found.scheduler_address, **settings)
+            with pytest.raises(InputError, match=f"the worker .* {reason}"):
+                sweep.run(tasks, tmp_path / "runs", options)
+            (tmp_path / "cifar10.json").touch()
+        assert len(found.scheduler.workers) == 1
+    assert not (tmp_path / "runs").exists()
+
+
+def test_the_only_worker_that_ever_came_is_not_sent_away():
+    client = SimpleNamespace(nthreads=lambda: {"tcp://a": 2}, retire_workers=pytest.fail)
+    with pytest.raises(InputError, match="has no engm"):
+        clusters.retire(client, "tcp://a", "the worker tcp://a has no engm", alone=False)
+
+
+def test_of_runs_that_two_versions_made_the_last_counts(tmp_path):
+    folders = []
+    for version, name, age in (("0.1.0", "a", 20), ("0.2.0", "a", 10), ("0.2.0", "b", 30)):
+        folders.append(tmp_path / f"engm-{version}" / name)
+        write_json(folders[-1] / "result.json", {})
+        os.utime(folders[-1] / "result.json", (10_000 - age,) * 2)
+    assert sweep.superseded(folders) == {folders[0]}
+    assert sweep.superseded(folders[1:]) == set()
+    (tmp_path / "engm-0.2.0").rename(tmp_path / "mine")
+    assert sweep.superseded([folders[0], tmp_path / "mine" / "a"]) == set()
 
 
 @pytest.mark.parametrize(
@@ -392,7 +464,9 @@ def test_a_worker_without_the_kit_is_named(tmp_path, monkeypatch):
         (["train", "--workers", 2, "--scheduler", "tcp://a:1"], "either --workers or --scheduler"),
         (["train", "--workers", 0], "0 is not in the range"),
         (["train", "--grid", "lr"], "'lr' is no part of a grid"),
-        (["train", "--set", "lr", 1, "--set", "lr", 2], "lr is set twice; --grid lr=A,B"),
+        (["train", "--set", "lr", 1, "--set", "lr", 2], "lr is set twice; --grid NAME=A,B"),
+        (["train", "--set", "batch-size", 1, "--set", "batch_size", 2], "batch_size is set twice"),
+        (["train", "--grid", "batch-size=1", "--grid", "batch_size=2"], "batch_size is set twice"),
         (["train", "--set", "lrr", 1], "did you mean lr"),
         (["train", "--timeout", 5], "timeout is for notebooks"),
         (["00_tour", "--device", "cpu"], "save_adversarial are for training"),
@@ -423,7 +497,7 @@ def test_a_plan_and_its_options_arrive(tmp_path, monkeypatch):
         *("plan.yaml", "--out", "runs", "--workers", 3, "--device", "cpu", "--data-root", "d"),
         "--no-save-adversarial",
     )
-    assert "runs of other versions of the code stay beside it: engm-0.0.1-old" in found.output
+    assert "runs of other versions stay beside it: engm-0.0.1-old" in found.output
     call("train", "--set", "batch-size", 7)
     tasks = plan(TRAIN, {}, settings={"epochs": 4}, seeds=2)
     here = sweep.Options(workers=3, device="cpu", data_root=tmp_path / "d", save_adversarial=False)

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from engm.config import RunConfig
 from engm.errors import InputError
-from engm.sweep.plan import TRAIN, code_version, parse_grid, plan, read_plan
+from engm.sweep.plan import TRAIN, parse_grid, plan, read_plan
 
 
 def notebook(folder, parameters):
@@ -38,6 +38,9 @@ def test_a_grid_makes_one_task_for_each_combination_and_seed():
 def test_the_same_run_is_one_task_whatever_way_it_is_written():
     assert len(plan(TRAIN, {"lr": ["0.1", "1e-1", 0.1]})) == 1
     assert len(plan(TRAIN, {"subset": ["none", 5]})) == 2
+    words = {"model_norm": "none", "augment": "none", "subset": "none", "scale": "mean"}
+    [task] = plan(TRAIN, {}, settings={"model": "preact_resnet18"} | words)
+    assert {name: task.settings[name] for name in words} == words | {"subset": None}
 
 
 @pytest.mark.parametrize(
@@ -50,7 +53,8 @@ def test_the_same_run_is_one_task_whatever_way_it_is_written():
         ({"lr": []}, {}, "the grid has no value for lr"),
         ({"lr": ["0.1"]}, {"settings": {"lr": 0.2}}, "in the grid and fixed as well"),
         ({"seed": ["1"]}, {"seeds": 3}, "seed is given twice"),
-        ({}, {"seeds": 0}, "seeds must be 1 or more"),
+        ({}, {"seeds": True}, "seeds must be a whole number"),
+        ({}, {"seeds": 0}, "seeds must be a whole number, 1 or more"),
         ({"method": ["pgd_at", "trades"]}, {"settings": {"beta": 6}}, "pgd_at has none"),
     ],
 )
@@ -140,7 +144,10 @@ def test_a_plan_may_have_several_grids(tmp_path):
         ("- 1", "must say `run: train`"),
         ("run: 3", "must say `run: train`"),
         ("run: train\nseed: 3", "a plan has run, out, seeds, settings, grid"),
-        ("run: train\nseeds: many", "seeds in .* must be a number, got 'many'"),
+        ("run: train\nseeds: many", "seeds in .* must be a whole number, got 'many'"),
+        ("run: train\nseeds: yes", "seeds in .* must be a whole number, got True"),
+        ("run: train\nseeds: 1\nseeds: 2", "has 'seeds' twice; leave one of them out"),
+        ("run: train\ngrid: {lr: 0.1, eps: 0.1, lr: 0.2}", "has 'lr' twice"),
         ("run: train\ngrid: [{lr: 0.1}, 1]", "grid in .* must be names and values"),
         ("run: train\nout: [1]", "out in .* must be text"),
         ("run: [", "is not YAML"),
@@ -169,20 +176,3 @@ def test_any_file_is_read_or_refused(content):
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(InputError, match="there is no file .*plan.yaml"):
         read_plan(tmp_path / "plan.yaml")
-
-
-def test_the_code_has_a_name_that_follows_its_source(tmp_path, monkeypatch):
-    from engm.sweep import plan as sweep_plan
-
-    package = tmp_path / "engm"
-    package.mkdir()
-    (package / "sweep_plan.py").write_text("a = 1")
-    monkeypatch.setattr(sweep_plan, "__file__", str(package / "sweep_plan.py"))
-    names = []
-    for content in ("a = 1", "a = 2", "a = 1"):
-        (package / "sweep_plan.py").write_text(content)
-        code_version.cache_clear()
-        names.append(code_version())
-    code_version.cache_clear()
-    assert names[0] == names[2] != names[1]
-    assert names[0].startswith("engm-0.")

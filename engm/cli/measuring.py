@@ -7,7 +7,14 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from engm.cli.options import Command, PathType, data_root_option, device_option, settings_options
+from engm.cli.options import (
+    Command,
+    PathType,
+    data_root_option,
+    device_option,
+    say,
+    settings_options,
+)
 from engm.config import RunConfig
 
 _BENCH = (
@@ -82,6 +89,7 @@ def bench(
     config = RunConfig(**{"dataset": "cifar10"} | rest)
     from engm.bench import tables
 
+    say(f"measuring in {repeats} rounds, after a warm-up; each method once a round")
     if what == "step":
         from engm.bench import outer_step
 
@@ -105,3 +113,4 @@ def bench(
     tables.write(result, out)
     click.echo(tables.table(result))
     click.echo(f"written to {click.format_filename(out)}")
+    say(f"next: engm bench --what {other} measures the other half")

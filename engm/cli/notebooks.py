@@ -5,7 +5,7 @@ from pathlib import Path
 
 import click
 
-from engm.cli.options import Command, PathType
+from engm.cli.options import Command, PathType, once, quoted, say
 from engm.errors import InputError
 
 
@@ -27,13 +27,19 @@ def run(
     \b
     engm run 06_cifar -p dataset cifar10 -p eps 8/255
     """
-    from engm.lab import batch
+    from engm.lab import batch, parameters
 
     path = batch.find(notebook)
-    done = batch.run(path, batch.parse(path, dict(values)), output_dir=out, timeout=timeout)
+    given = parameters.parse(path, once(values, "leave one of them out"))
+    shown = ", ".join(f"{name} = {value!r}" for name, value in given.items())
+    say(f"running {path.stem} with {shown or 'its defaults'}, in {quoted(out.resolve())}")
+    if "out" in parameters.parameters(path) and given.get("out") is None:
+        say("its training runs are not kept: -p out runs keeps them, and goes on with them")
+    done = batch.run(path, given, output_dir=out, timeout=timeout)
     click.echo(click.format_filename(done.path))
     if done.error is not None:
         raise click.ClickException(f"{notebook} failed in {done.error}")
+    say(f"next: jupyter lab {quoted(done.path)}")
 
 
 @click.command(cls=Command)
@@ -46,8 +52,10 @@ def demo(out: Path) -> None:
     """
     from engm.lab import page as html
 
+    say(f"running the notebooks with their defaults, in {quoted(out.resolve())}")
     if not all(done.ok for done in html.demo(out)):
         sys.exit(1)
+    say(f"next: open {quoted(out / 'index.html')} in a browser")
 
 
 @click.command(cls=Command)
@@ -77,3 +85,5 @@ def colab(repo: str | None, branch: str, remove: bool, folder: Path) -> None:
     for path in changed:
         click.echo(click.format_filename(path))
     click.echo(f"{len(changed)} of {len(paths)} notebooks changed")
+    if changed and repo is not None:
+        say(f"next: commit and push them to {repo}; then each badge opens its notebook")

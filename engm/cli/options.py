@@ -1,14 +1,16 @@
 """What the commands share: options from the fields of `RunConfig`, paths, messages."""
 
-from collections.abc import Callable, Collection
+import shlex
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import click
 
-from engm.config import TYPES, RunConfig, alternatives, choices, parse_number
+from engm.config import TYPES, RunConfig, alternatives, choices
 from engm.errors import InputError, NonFiniteLossError
+from engm.values import read
 
 
 class Command(click.Command):
@@ -62,26 +64,46 @@ class Setting(click.ParamType):
     """A field of `RunConfig`: one of its literal values, or a number."""
 
     def __init__(self, name: str) -> None:
-        self.kinds, self.names = alternatives(TYPES[name]), choices(TYPES[name])
-        numbers = [kind.__name__ for kind in (int, float) if kind in self.kinds]
-        self.name = "|".join(self.names + numbers)
+        self.kind, self.names = TYPES[name], choices(TYPES[name])
+        self.numbers = [kind for kind in (int, float) if kind in alternatives(self.kind)]
+        self.name = "|".join([*self.names, *(kind.__name__ for kind in self.numbers)])
 
     def convert(self, value: Any, param: Any, ctx: Any) -> Any:
-        if not isinstance(value, str) or value in self.names:
+        if not isinstance(value, str):
             return value
         try:
-            if int in self.kinds:
-                return int(value)
-            if float in self.kinds:
-                return parse_number(value)
+            return read(value, self.kind)
         except ValueError:
-            pass
-        wanted = [*self.names] + ["a whole number"] * (int in self.kinds)
-        wanted += ["a number such as 0.03 or 8/255"] * (float in self.kinds)
-        self.fail(f"{value!r} is not {' or '.join(wanted)}", param, ctx)
+            words = {int: "a whole number", float: "a number such as 0.03 or 8/255"}
+            wanted = [*self.names, *(words[kind] for kind in self.numbers)]
+            self.fail(f"{value!r} is not {' or '.join(wanted)}", param, ctx)
 
     def get_metavar(self, param: click.Parameter, ctx: Any = None) -> str:
         return f"[{self.name}]" if len(self.names) > 0 else self.name.upper()
+
+
+def say(text: str) -> None:
+    """Says what a command is about to do, or what can come next, beside its result."""
+    click.echo(text, err=True)
+
+
+def quoted(path: Path) -> str:
+    """Returns a path as a shell takes it."""
+    return shlex.quote(click.format_filename(path))
+
+
+def once(pairs: Iterable[tuple[str, Any]], instead: str) -> dict[str, Any]:
+    """Returns names and values as a dictionary.
+
+    Raises:
+        InputError: If a name is there twice; the message ends with what to do `instead`.
+    """
+    values: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in values:
+            raise InputError(f"{name} is set twice; {instead}")
+        values[name] = value
+    return values
 
 
 def settings_options(

@@ -13,9 +13,12 @@ from engm.cli.options import (
     Setting,
     data_root_option,
     device_option,
+    quoted,
+    say,
     settings_options,
 )
 from engm.config import RunConfig
+from engm.errors import InputError
 
 
 @click.command(cls=Command)
@@ -39,11 +42,16 @@ def train(
     """
     config = RunConfig(**settings).resolved()
     from engm.report.records import Record, summarise, to_markdown
+    from engm.runs import RESULT
     from engm.training import fit
 
     first = os.environ.get("RANK", "0") == "0"  # of the processes that torchrun starts
     if first:
-        click.echo("\n".join(f"{name:14} {value}" for name, value in config.to_dict().items()))
+        for name, value in config.to_dict().items():
+            click.echo(f"{name:17} {'default' if value is None else value}")
+        done = (out / config.name / RESULT).exists()
+        does = "showing the finished run" if done else "training, then attacking the test images,"
+        say(f"\n{does} in {quoted((out / config.name).resolve())}")
     where: dict[str, Any] = dict(device=device, data_root=data_root)
     try:
         run = fit(config, out, **where, save_adversarial=save_adversarial)
@@ -53,6 +61,10 @@ def train(
     if first:
         click.echo(f"\n{click.format_filename(run.folder)}\n")
         click.echo(to_markdown(summarise([Record(run.folder, run.config, run.result)])))
+        say(
+            f"next: engm evaluate {quoted(run.folder)} attacks it in more ways, "
+            f"engm report {quoted(out)} puts it beside others"
+        )
 
 
 @click.command(cls=Command)
@@ -87,16 +99,36 @@ def evaluate(
     from engm.evaluation.suite import evaluate_checkpoint
     from engm.runs import read_config
 
-    config = read_config(run)
+    config = read_config(_run_directory(run))
     dataset = data.load(config.dataset, root=data_root, test=config.test_images)
     dataset = dataset.to(pick_device(device))
     options: dict[str, Any] = dict(num_steps=num_steps, eps=eps, images=images)
-    for which in [checkpoint] if checkpoint else ["best", "last"]:
+    checkpoints = [checkpoint] if checkpoint else ["best", "last"]
+    say(
+        f"attacking the {' and the '.join(checkpoints)} checkpoint of {quoted(run.resolve())} on "
+        f"{images or len(dataset.test):,} test images of {dataset.title}"
+        + ", then with AutoAttack"
+        * autoattack
+    )
+    for which in checkpoints:
         report = evaluate_checkpoint(
             run, which, dataset, **options, autoattack=autoattack, progress=True
         )
         click.echo(f"{which} checkpoint: {report}\n")
     click.echo(f"written to {click.format_filename(run)}")
+    say(f"next: engm report {quoted(run.resolve().parent)} shows it beside the other runs")
+
+
+def _run_directory(folder: Path) -> Path:
+    from engm.runs import CONFIG
+
+    inside = [path.parent.relative_to(folder) for path in sorted(folder.glob("**/*/" + CONFIG))]
+    if inside and not (folder / CONFIG).exists():
+        names = "\n".join(f"  {click.format_filename(name)}" for name in inside)
+        raise InputError(
+            f"{folder.resolve()} is not a run directory, but holds some; give one of\n{names}"
+        )
+    return folder.resolve()
 
 
 @click.command(cls=Command)
@@ -141,16 +173,21 @@ def report(
     from engm.report import run_report
     from engm.report.records import collect
     from engm.report.run_report import copy_logs
+    from engm.sweep import superseded
 
     if out is not None and out.suffix and not out.is_dir():
         run_report.format_of(out, kind)  # before anything is read
     found = [collect(root) for root in runs]
     names = [name.strip().replace("-", "_") for name in choose.split(",") if name.strip()]
-    records = [record for records, _ in found for record in records]
+    every = [record for records, _ in found for record in records]
+    old = superseded([record.folder for record in every])
+    records = [record for record in every if record.folder not in old]
     done = run_report.build(records, compare=compare, choose=names, mixed=mixed, costs=costs)
     click.echo(done.text("markdown" if out is not None or kind is None else kind))
     unfinished = [folder for _, folders in found for folder in folders]
     remarks = [f"left out, not finished: {', '.join(map(str, unfinished))}"] * bool(unfinished)
+    if old:
+        remarks.append(f"left out, made again by another version: {', '.join(map(str, old))}")
     for remark in [*remarks, *done.remarks]:
         click.echo(remark, err=True)
     files = [] if out is None else done.write(out, kind)
@@ -159,3 +196,5 @@ def report(
     files += [] if logs is None else copy_logs(records, logs)
     for path in files:
         click.echo(f"written to {click.format_filename(path)}", err=True)
+    if not files and kind is None:
+        say("next: --out report.html makes a page of it, --compare msgd pairs it seed by seed")

@@ -1,13 +1,21 @@
 """The command `engm sweep`."""
 
 import sys
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from engm.cli.options import Command, PathType, data_root_option, device_option
-from engm.errors import InputError
+from engm.cli.options import (
+    Command,
+    PathType,
+    data_root_option,
+    device_option,
+    once,
+    quoted,
+    say,
+)
 
 if TYPE_CHECKING:
     from engm.sweep import Outcome
@@ -67,16 +75,27 @@ def sweep(
     folder = sweeps.folder_of(out)
     done = sum(sweeps.is_done(task, folder) for task in tasks)
     click.echo(f"{_count(len(tasks))}, {done} done already, in {click.format_filename(folder)}")
-    if others := [p.name for p in folder.parent.glob("engm-*-*") if p != folder]:
-        click.echo(f"runs of other versions of the code stay beside it: {', '.join(others)}")
+    if others := [p.name for p in folder.parent.glob("engm-*") if p != folder]:
+        click.echo(f"runs of other versions stay beside it: {', '.join(others)}")
+    if done < len(tasks):
+        here = "1 process" if how.workers == 1 else f"{how.workers} processes"
+        place = f"the workers of {scheduler}" if scheduler else f"{here} of this machine"
+        say(f"running {len(tasks) - done} on {place}; the bar says how long it takes")
     try:
-        outcomes = sweeps.run(tasks, out, how)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("always", category=UserWarning)
+            warnings.filterwarnings("ignore", category=UserWarning, module="distributed")
+            warnings.showwarning = lambda message, *_, **__: say(f"\nwarning: {message}")
+            outcomes = sweeps.run(tasks, out, how)
     except KeyboardInterrupt:
         click.echo("\nstopped; the same command goes on where this one was", err=True)
         sys.exit(130)  # what shells report of Ctrl-C
     _tell(outcomes, folder)
     if any(outcome.error is not None for outcome in outcomes):
         sys.exit(1)
+    trained = any(task.target == "train" for task in tasks)
+    notebooks = "each folder has the executed notebook and its result"
+    say(f"next: engm report {quoted(out)}" if trained else notebooks)
 
 
 def _tasks(
@@ -87,22 +106,17 @@ def _tasks(
     seeds: int | None,
     out: Path | None,
 ) -> tuple[list["Task"], Path]:
-    from engm.sweep.plan import parse_grid, plan, read_plan
+    from engm.sweep.plan import TRAIN, parse_grid, plan, read_plan
 
     if planned:
         tasks, place = read_plan(Path(target))
         return tasks, out or place or Path("runs")
-    names = [name for name, _ in settings]
-    if twice := [name for name in names if names.count(name) > 1]:
-        raise InputError(f"{twice[0]} is set twice; --grid {twice[0]}=A,B tries both")
     # options are written with dashes, settings with underscores
-    axes = {_name(target, name): values for name, values in parse_grid(grid).items()}
-    fixed = {_name(target, name): value for name, value in settings}
-    return plan(target, axes, settings=fixed, seeds=seeds), out or Path("runs")
-
-
-def _name(target: str, name: str) -> str:
-    return name.replace("-", "_") if target == "train" else name
+    dash = "-" if target == TRAIN else "_"
+    axes = ((name.replace(dash, "_"), values) for name, values in parse_grid(grid).items())
+    fixed = once(((n.replace(dash, "_"), v) for n, v in settings), "--grid NAME=A,B tries both")
+    tasks = plan(target, once(axes, "write it once"), settings=fixed, seeds=seeds)
+    return tasks, out or Path("runs")
 
 
 def _tell(outcomes: list["Outcome"], folder: Path) -> None:

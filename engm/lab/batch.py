@@ -1,10 +1,9 @@
 """Runs of the notebooks: checked parameters in, the executed notebook and its result out.
 
-papermill, which executes them, is not thread-safe: several notebooks at once need processes.
+A notebook is executed by nbclient, as Jupyter's own commands do it.
 """
 
 import json
-import math
 import os
 import re
 import sys
@@ -14,24 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from engm.errors import InputError
-from engm.lab.parameters import Parameter, check, parameters, parse, read_notebook
-from engm.report.tables import to_markdown
-from engm.runs import write_json, write_text
+from tqdm.auto import tqdm
 
-__all__ = [
-    "RESULT_TYPE",
-    "NotebookError",
-    "NotebookRun",
-    "Parameter",
-    "available",
-    "check",
-    "find",
-    "parameters",
-    "parse",
-    "publish",
-    "run",
-]
+from engm.errors import InputError
+from engm.lab.parameters import check, parameters, read_notebook
+from engm.report import tables
+from engm.runs import write_json, write_text
 
 RESULT_TYPE = "application/vnd.engm.result+json"
 
@@ -45,14 +32,12 @@ class NotebookError:
         source: The first line of that cell.
         name: The exception's name.
         value: What the exception says.
-        traceback: The end of the traceback, without colour codes.
     """
 
     cell: int | None
     source: str
     name: str
     value: str
-    traceback: str
 
     def __str__(self) -> str:
         """Where and why, in one line."""
@@ -134,15 +119,15 @@ def run(
         progress: Whether a bar counts the cells.
 
     Raises:
-        InputError: If the notebook, a parameter, the timeout or the folder is wrong, or papermill
+        InputError: If the notebook, a parameter, the timeout or the folder is wrong, or nbclient
             is not installed. Nothing was run then.
     """
     try:
         import nbformat
-        import papermill
-        from nbclient.exceptions import CellControlSignal
+        from nbclient import NotebookClient
+        from nbclient.exceptions import CellControlSignal, CellExecutionError
     except ImportError:
-        raise InputError('papermill is not installed: pip install "engm[batch]"') from None
+        raise InputError('nbclient is not installed: pip install "engm[batch]"') from None
     source = find(name)
     values = check(source, parameters) if parameters else {}
     if timeout is not None and not timeout > 0:
@@ -153,47 +138,40 @@ def run(
         raise InputError(f"output_dir = {folder} holds the notebook itself; take another folder")
 
     result_path.unlink(missing_ok=True)
-    write_text(path, nbformat.writes(_with_values(read_notebook(source), values)))
-    template = str(path).replace("{", "{{").replace("}", "}}")  # papermill formats its paths
-    started: list[int] = []
+    notebook = _fresh(read_notebook(source), values)
+    write_text(path, nbformat.writes(notebook))
     began = time.monotonic()
-    error: tuple[int | None, str, str, list[str]] | None = None
-    result = None
+    client = NotebookClient(
+        notebook,
+        kernel_manager_class=_kernel_manager(),
+        resources={"metadata": {"path": str(folder)}},
+        startup_timeout=120,
+        iopub_timeout=60,
+        raise_on_iopub_timeout=True,
+        timeout_func=lambda cell: timeout and max(began + timeout - time.monotonic(), 0.01),
+    )
+    index: int | None = None
+    error: NotebookError | None = None
     try:
-        notebook = papermill.execute_notebook(
-            template,
-            template,
-            engine_name="nbclient",
-            kernel_name="python3",
-            language="python",
-            progress_bar={"desc": source.stem} if progress else False,
-            start_timeout=120,
-            iopub_timeout=60,
-            kernel_manager_class=_kernel_manager(),
-            resources={"metadata": {"path": str(folder)}},
-            on_cell_execute=lambda cell, cell_index: started.append(cell_index),
-            timeout_func=lambda cell: timeout and max(began + timeout - time.monotonic(), 0.01),
-        )
-        error = _unfinished(notebook)
-        result = None if error else _published(notebook)
-    except papermill.PapermillExecutionError as stopped:
-        error = (stopped.cell_index, stopped.ename, stopped.evalue, stopped.traceback)
+        with client.setup_kernel():
+            cells = tqdm(notebook.cells, desc=source.stem, unit="cell", disable=not progress)
+            for index, cell in enumerate(cells):
+                client.execute_cell(cell, index)
+                write_text(path, nbformat.writes(notebook))
+    except CellExecutionError:
+        pass  # the cell has it
     except (CellControlSignal, RuntimeError) as stopped:  # too late, or the kernel died
         late = timeout is not None and isinstance(stopped, TimeoutError)
         reason = f"not finished within {timeout:g} s" if late else str(stopped)
-        error = (started[-1] if started else None, type(stopped).__name__, reason, [])
+        error = _error(notebook, index, type(stopped).__name__, reason)
     seconds = time.monotonic() - began
-
-    executed = read_notebook(path)
-    # papermill adds cells that say that there was an error; the report says it better
-    added = "papermill-error-cell-tag"
-    executed.cells = [cell for cell in executed.cells if added not in cell.metadata.tags]
-    executed.metadata.pop("papermill", None)
-    write_text(path, nbformat.writes(executed))
+    client.set_widgets_metadata()
+    write_text(path, nbformat.writes(notebook))
+    error = error or _unfinished(notebook)
+    result = None if error else _published(notebook)
     if result is not None:
         write_json(result_path, {**result, "run": _origin(source, values, seconds)})
-    record = _record(executed, *error) if error else None
-    return NotebookRun(source.stem, path, seconds, record, result)
+    return NotebookRun(source.stem, path, seconds, error, result)
 
 
 def _origin(source: Path, values: Mapping[str, Any], seconds: float) -> dict[str, Any]:
@@ -217,12 +195,17 @@ def publish(result: dict[str, Any]) -> None:
     else JSON can hold may stand beside them.
 
     Raises:
-        InputError: If `result` has another form, or holds what JSON cannot (nan and inf among it);
-            the message names the place.
+        InputError: If `result` has another form, or holds what JSON cannot, nan and inf among it.
     """
     from IPython.display import display
 
-    _check_json(result, "result")
+    try:
+        json.dumps(result, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise InputError(
+            f"a result is of numbers that are finite, text, lists and dicts: {error}; use float(x) "
+            "for a number of another library, and None where there is none"
+        ) from None
     rows: Any = result.get("summary")
     verdict = result.get("verdict", "")
     flat = isinstance(rows, list) and all(
@@ -234,44 +217,32 @@ def publish(result: dict[str, Any]) -> None:
             'a result needs "summary", a list of flat dicts such as {"quantity": "lr", "value": '
             '0.1}, and a "verdict", if it has one, that is text'
         )
-    lines = [", ".join(f"{key}: {value}" for key, value in row.items()) for row in rows]
-    columns = dict.fromkeys(key for row in rows for key in row)
-    table = to_markdown([{name: str(row.get(name, "")) for name in columns} for row in rows])
+    table = tables.to_markdown(even(rows))
     shown = {
         RESULT_TYPE: result,
-        "text/markdown": (f"**{verdict}**\n\n" if verdict else "") + (table if columns else ""),
-        "text/plain": "\n".join([*lines, verdict]),
+        "text/markdown": f"**{verdict}**\n\n{table}" if verdict else table,
+        "text/plain": "\n".join([*(str(row) for row in rows), verdict]),
     }
     display(shown, raw=True)
 
 
-def _check_json(value: Any, place: str) -> None:
-    match value:
-        case dict():
-            for key, item in value.items():
-                if not isinstance(key, str):
-                    raise InputError(f"{place} has the key {key!r}; JSON keys are text")
-                _check_json(item, f"{place}[{key!r}]")
-        case list() | tuple():
-            for index, item in enumerate(value):
-                _check_json(item, f"{place}[{index}]")
-        case float() if not math.isfinite(value):
-            raise InputError(f"{place} is {value}, no JSON number; use None or leave it out")
-        case None | bool() | int() | float() | str():
-            pass
-        case _:
-            kind = type(value).__name__
-            raise InputError(f"{place} is of type {kind}; make it an int, float, str, list or dict")
+def even(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Returns the rows of a result with the same columns in each, as tables want them."""
+    blank = dict.fromkeys((key for row in rows for key in row), "")
+    return [blank | {k: v for k, v in row.items() if v is not None} for row in rows]
 
 
 def _checkout() -> Path:
     return Path(__file__).resolve().parents[2]
 
 
-def _with_values(notebook: Any, values: Mapping[str, Any]) -> Any:
+def _fresh(notebook: Any, values: Mapping[str, Any]) -> Any:
     import nbformat
 
     notebook.cells = [c for c in notebook.cells if "injected-parameters" not in c.metadata.tags]
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            cell.outputs, cell.execution_count = [], None
     if values:
         lines = ["# set for this run", *(f"{name} = {value!r}" for name, value in values.items())]
         cell = nbformat.v4.new_code_cell("\n".join(lines))
@@ -304,28 +275,24 @@ def _kernel_manager() -> type:
     return ThisInterpreter
 
 
-def _unfinished(notebook: Any) -> tuple[int, str, str, list[str]] | None:
+def _unfinished(notebook: Any) -> NotebookError | None:
     for index, cell in enumerate(notebook.cells):
         if cell.cell_type == "code" and cell.source.strip():
             for output in cell.outputs:
-                if output.output_type == "error":  # papermill lets sys.exit(0) pass
-                    return index, output.ename, f"{output.evalue} (ended early)", output.traceback
+                if output.output_type == "error":
+                    return _error(notebook, index, output.ename, output.evalue)
             if cell.execution_count is None:
-                return index, "NotExecuted", "this cell was not run", []
+                return _error(notebook, index, "NotExecuted", "this cell was not run")
     return None
 
 
-def _record(
-    notebook: Any, index: int | None, name: str, value: str, traceback: list[str]
-) -> NotebookError:
-    # without the colours that a terminal would show
-    lines, value = (re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", t) for t in ("\n".join(traceback), value))
-    tail = "\n".join(lines.splitlines()[-20:])
+def _error(notebook: Any, index: int | None, name: str, value: str) -> NotebookError:
+    value = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", value)  # colours, for a terminal
     if index is None:
-        return NotebookError(None, "", name, value, tail)
+        return NotebookError(None, "", name, value)
     above = [c for c in notebook.cells[: index + 1] if c.cell_type == "code" and c.source.strip()]
     first = notebook.cells[index].source.strip().partition("\n")[0]
-    return NotebookError(len(above), first, name, value, tail)
+    return NotebookError(len(above), first, name, value)
 
 
 def _published(notebook: Any) -> dict[str, Any] | None:

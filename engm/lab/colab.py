@@ -111,16 +111,13 @@ def _cells(**values: str) -> list[Any]:
     tags = {"tags": [_TAG]}
     badge = new_markdown_cell(_BADGE.format(**values), id="colab-badge", metadata=tags)
     cell = new_code_cell(_CELL.format(**values), id="colab-cell", metadata=tags)
-    cell.execution_count = 0  # it counts as executed wherever the others were
     return [badge, cell]
 
 
 def _count(notebook: Any) -> None:
+    """Counts the cells anew where all were executed, as if the new one had been as well."""
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     if any(cell.execution_count is None for cell in code if _TAG not in cell.metadata.tags):
-        for cell in code:
-            if _TAG in cell.metadata.tags:
-                cell.execution_count = None
         return
     for number, cell in enumerate(code, start=1):
         cell.execution_count = number

@@ -12,9 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engm.errors import InputError
-from engm.optim import _SCALE_DECAY as SCALE_DECAY
-from engm.optim import example_weights
+from engm.errors import InputError, check_choice, check_count
+from engm.optim import SCALE_DECAY, example_weights
 
 _CHUNK = 64  # steps whose noise is drawn at once
 
@@ -78,13 +77,10 @@ class Noise:
 
     def __post_init__(self) -> None:
         """Checks the values."""
-        if self.kind not in ("gaussian", "student", "lengths"):
-            raise InputError(f"kind must be gaussian, student or lengths, got {self.kind!r}")
-        if self.batch_size < 1 or not self.degrees_of_freedom > 0:
-            raise InputError(
-                "batch_size must be at least 1 and degrees_of_freedom above 0; "
-                f"got {self.batch_size} and {self.degrees_of_freedom}"
-            )
+        check_choice("kind", self.kind, ("gaussian", "student", "lengths"))
+        check_count("batch_size", self.batch_size)
+        if not self.degrees_of_freedom > 0:
+            raise InputError(f"degrees_of_freedom must be above 0, got {self.degrees_of_freedom}")
 
     def draw(self, generator: np.random.Generator, steps: int, dimension: int) -> np.ndarray:
         """Draws what `gradients` needs for so many steps, `[steps, n, d + 1]`."""
@@ -129,8 +125,7 @@ class Rule:
 
     def __post_init__(self) -> None:
         """Checks the name."""
-        if self.optimizer not in ("msgd", "msgd-clip", "engm"):
-            raise InputError(f"optimizer must be msgd, msgd-clip or engm, got {self.optimizer!r}")
+        check_choice("optimizer", self.optimizer, ("msgd", "msgd-clip", "engm"))
 
     def combine(self, gradients: Tensor, mean_norm: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Returns u, which the momentum takes in, `[..., d]`, and the new running mean.

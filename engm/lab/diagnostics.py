@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from engm.attacks import eval_mode
-from engm.errors import InputError, NonFiniteLossError
+from engm.errors import InputError, NonFiniteLossError, check_choice
 from engm.methods import Method
 from engm.norms.measures import Closure, run_closure
 from engm.norms.watch import Watch
@@ -111,8 +111,7 @@ def gradient_statistics(
             or the losses are not one an example.
         NonFiniteLossError: If a loss or a gradient is inf or nan.
     """
-    if norms not in ("exact", "loop"):
-        raise InputError(f"norms must be 'exact' or 'loop', got {norms!r}")
+    check_choice("norms", norms, ("exact", "loop"))
     named = model.named_parameters()
     names: dict[Tensor, str] = {p: name for name, p in named if p.requires_grad}
     if not names:

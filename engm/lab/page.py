@@ -3,35 +3,30 @@
 Formulas are MathML, figures are embedded, there are no scripts: nothing is loaded from anywhere.
 """
 
-import importlib.metadata
-import importlib.resources
 import itertools
 import platform
 import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from html import escape
+from importlib import metadata, resources
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
 from engm.errors import InputError
-from engm.lab.batch import RESULT_TYPE, NotebookRun, available, check, find, run
+from engm.lab.batch import RESULT_TYPE, NotebookRun, available, even, run
 from engm.lab.offline_html import code_style, exporter, offline, slug
 from engm.lab.parameters import read_notebook
+from engm.report import tables
 from engm.runs import write_text
 
 _WIDGET_TYPE = "application/vnd.jupyter.widget-view+json"
 _UNDESCRIBED = "No description has been provided for this image"  # what nbconvert puts too
-_POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 
 
 def demo(
-    output_dir: Path,
-    names: Sequence[str] | None = None,
-    parameters: Mapping[str, Mapping[str, Any]] | None = None,
-    timeout: float | None = None,
-    progress: bool = True,
+    output_dir: Path, paths: Sequence[Path] | None = None, progress: bool = True
 ) -> list[NotebookRun]:
     """Runs notebooks one after another, whatever fails, and writes `output_dir/index.html`.
 
@@ -40,34 +35,21 @@ def demo(
 
     Args:
         output_dir: For the executed notebooks, their results and files, and the report.
-        names: As for `notebooks.find`; None for all the numbered ones.
-        parameters: For each notebook its values, `{"06_cifar": {"lr": 0.05}}`.
-        timeout: Seconds that each notebook may take.
+        paths: The notebooks; None for all the numbered ones.
         progress: Whether a bar counts the cells.
 
     Returns:
         What happened to each notebook; all went well if every one is `ok`.
 
     Raises:
-        InputError: If a notebook or a parameter is wrong. Nothing was run then.
+        InputError: If there is no notebook.
     """
-    paths = [find(name) for name in names] if names is not None else available()
-    stems = [path.stem for path in paths]
-    given = {Path(name).stem: values for name, values in (parameters or {}).items()}
+    paths = available() if paths is None else paths
     if not paths:
-        raise InputError("there are no notebooks to run; give names or run this in a checkout")
-    if len(set(stems)) < len(stems):
-        raise InputError(f"two of the notebooks {', '.join(stems)} have one name; leave one out")
-    if unknown := sorted(set(given) - set(stems)):
-        raise InputError(f"parameters for {unknown[0]!r}, which is not among {', '.join(stems)}")
-    for path in paths:
-        if path.stem in given:
-            check(path, given[path.stem])
-
+        raise InputError("there are no notebooks to run; run this in a checkout of the kit")
     runs = []
     for path in paths:
-        values = given.get(path.stem)
-        runs.append(run(path, values, output_dir=output_dir, timeout=timeout, progress=progress))
+        runs.append(run(path, output_dir=output_dir, progress=progress))
         verdict = "ok" if runs[-1].ok else f"FAILED at {runs[-1].error}"
         print(f"{path.stem:<34}{runs[-1].seconds:7.1f} s  {verdict}", flush=True)
     print(f"report: {build(runs, Path(output_dir) / 'index.html')}", flush=True)
@@ -86,40 +68,25 @@ def build(
         UserWarning: For a formula that has no MathML; its TeX is shown instead.
     """
     with_mathml = exporter()
+    from jinja2 import Environment
+
     pages = {each.name: _Page(each, with_mathml) for each in runs}
-    failed = sum(not each.ok for each in runs)
-    versions = [f"Python {platform.python_version()}", *map(_version, ("engm", "torch"))]
-    facts = [time.strftime("%Y-%m-%d %H:%M"), *versions, platform.machine()]
-    alert = f'<p class="alert">{failed} of {len(runs)} notebooks failed.</p>' if failed else ""
-    style = importlib.resources.files("engm.lab").joinpath("page.css").read_text(encoding="utf-8")
-    write_text(
-        Path(path),
-        f"""<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="{_POLICY}">
-<title>{escape(title)}</title>
-<style>
-{style}
-{code_style()}
-</style>
-</head>
-<body>
-<nav aria-label="Contents"><details open><summary>Contents</summary>
-<ul><li><a href="#top">Summary</a></li>{"".join(page.contents() for page in pages.values())}</ul>
-</details></nav>
-<main>
-<header id="top"><h1>{escape(title)}</h1><p class="facts">{escape(" · ".join(facts))}</p>{alert}
-<table class="summary"><thead><tr><th>Notebook</th><th>Status</th><th>Time</th></tr></thead>
-{"".join(page.summary() for page in pages.values())}</table></header>
-{"".join(page.article(pages) for page in pages.values())}
-</main>
-</body>
-</html>
-""",
+    for page in pages.values():
+        page.settle_links(pages)
+    versions = [f"{name} {metadata.version(name)}" for name in ("engm", "torch")]
+    python = f"Python {platform.python_version()}"
+    files = resources.files("engm.lab")
+    template = Environment(autoescape=True).from_string(
+        files.joinpath("page.html").read_text("utf-8")
     )
+    html = template.render(
+        title=title,
+        style=files.joinpath("page.css").read_text("utf-8") + code_style(),
+        facts=[time.strftime("%Y-%m-%d %H:%M"), python, *versions, platform.machine()],
+        failed=sum(not each.ok for each in runs),
+        pages=list(pages.values()),
+    )
+    write_text(Path(path), html + "\n")
     return Path(path)
 
 
@@ -164,28 +131,20 @@ class _Page:
     def title(self) -> str:
         return self.headings[0][2] if self.headings else self.run.name
 
-    def contents(self) -> str:
-        sections = [(id_, text) for level, id_, text in self.headings[1:] if level == 3]
-        inner = "".join(f'<li><a href="#{id_}">{escape(text)}</a></li>' for id_, text in sections)
-        mark = "" if self.run.ok else ' <span class="bad">failed</span>'
-        link = f'<a href="#{self.run.name}">{escape(self.title)}</a>{mark}'
-        return f"<li>{link}{f'<ul>{inner}</ul>' if inner else ''}</li>"
+    @property
+    def sections(self) -> list[tuple[str, str]]:
+        return [(place, text) for level, place, text in self.headings[1:] if level == 3]
 
-    def summary(self) -> str:
-        run = self.run
-        status = '<span class="good">ok</span>' if run.ok else '<span class="bad">failed</span>'
-        more = _result(run.result) if run.result else ""
-        if run.error:
-            where = f"#{run.name}--error" if f"{run.name}--error" in self.ids else f"#{run.name}"
-            more = f'<p class="bad"><a href="{where}">{escape(str(run.error))}</a></p>'
-        return (
-            f'<tbody><tr><th scope="row"><a href="#{run.name}">{escape(self.title)}</a></th>'
-            f"<td>{status}</td><td>{run.seconds:.0f} s</td></tr>"
-            + (f'<tr><td colspan="3">{more}</td></tr>' if more else "")
-            + "</tbody>"
-        )
+    @property
+    def error(self) -> str:
+        place = f"{self.run.name}--error"
+        return place if place in self.ids else self.run.name
 
-    def article(self, pages: Mapping[str, "_Page"]) -> str:
+    @property
+    def result(self) -> str:
+        return _result(self.run.result or {})
+
+    def settle_links(self, pages: Mapping[str, "_Page"]) -> None:
         for link in self.body.find_all("a", href=True):
             file, _, fragment = unquote(link["href"]).partition("#")
             if re.match("https?:|mailto:", file):
@@ -196,7 +155,6 @@ class _Page:
                 link["href"] = f"#{place if place in pages[name].ids else name}"
             else:  # nothing else lies beside the report
                 del link["href"]
-        return f'<article id="{self.run.name}">{self.body}</article>\n'
 
 
 def _prepared(run: NotebookRun) -> Any:
@@ -248,21 +206,6 @@ def _shown(kind: str, data: str) -> Any:
 
 
 def _result(result: Mapping[str, Any]) -> str:
-    rows = result.get("summary") or []
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    head = "".join(f"<th>{escape(column)}</th>" for column in columns)
-    lines = ""
-    for row in rows:
-        cells = [row.get(column) for column in columns]
-        texts = [f"{c:.4g}" if isinstance(c, float) else "" if c is None else str(c) for c in cells]
-        lines += "<tr>" + "".join(f"<td>{escape(text)}</td>" for text in texts) + "</tr>"
-    table = f"<table><thead><tr>{head}</tr></thead><tbody>{lines}</tbody></table>" if rows else ""
+    table = tables.to_html(even(result.get("summary") or []))
     verdict = f'<p class="verdict">{escape(result["verdict"])}</p>' if result.get("verdict") else ""
     return f'<div class="html" tabindex="0">{verdict}{table}</div>'
-
-
-def _version(package: str) -> str:
-    try:
-        return f"{package} {importlib.metadata.version(package)}"
-    except importlib.metadata.PackageNotFoundError:  # run from a folder on PYTHONPATH
-        return package

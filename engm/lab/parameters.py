@@ -1,33 +1,40 @@
 """What a notebook lets its reader set, and the strict check of what was given.
 
-papermill takes any name and any value: an unknown one is logged and lost, `lr="abc"` is accepted.
-Here nothing runs until every value has the type that the notebook declares.
+Nothing runs until every value has the type that the notebook declares.
 """
 
 import ast
 import io
-import numbers
 import tokenize
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from engm.errors import InputError
+from engm.values import UNREADABLE, fit, literal, read
 
 _KNOWN_TYPES = "int, float, bool, str, list, tuple, list[int], tuple[int, int], Literal, T | None"
-_NOT_A_VALUE = (ValueError, TypeError, ArithmeticError, SyntaxError, RecursionError)
+_NAMES = {"int": int, "float": float, "bool": bool, "str": str, "list": list, "tuple": tuple}
 
 
 @dataclass(frozen=True)
 class Parameter:
-    """One line `name: type = default  # help` of the cell that is tagged `parameters`."""
+    """One line `name: type = default  # help` of the cell that is tagged `parameters`.
+
+    Attributes:
+        name: What is set.
+        type: Its type, as it is written there.
+        default: Its value, as it is written there.
+        help: The comment.
+        kind: The type itself.
+    """
 
     name: str
     type: str
     default: str
     help: str
+    kind: Any
 
     def __str__(self) -> str:
         """The line itself, as messages show it."""
@@ -56,9 +63,6 @@ def read_notebook(path: Path) -> Any:
 def parameters(path: Path) -> dict[str, Parameter]:
     """What can be set in a notebook, read from its cell tagged `parameters`.
 
-    The cell is read as Python, not by papermill's pattern, to which annotations such as
-    `int | None` and `Literal["a", "b"]` are invisible.
-
     Raises:
         InputError: If no cell has that tag, if a line is not `name: type = value`, or if a default
             is not of its own type.
@@ -76,11 +80,11 @@ def parameters(path: Path) -> dict[str, Parameter]:
 
     found = {}
     for statement in statements:
-        kind: ast.expr | None = None
+        annotation: ast.expr | None = None
         match statement:
             case ast.Import() | ast.ImportFrom():  # Literal comes from typing
                 continue
-            case ast.AnnAssign(ast.Name(name), kind, ast.expr() as value):
+            case ast.AnnAssign(ast.Name(name), annotation, ast.expr() as value):
                 pass
             case ast.Assign([ast.Name(name)], value):
                 pass
@@ -90,18 +94,17 @@ def parameters(path: Path) -> dict[str, Parameter]:
                     "write each parameter as `name: type = value  # help`"
                 )
         try:
-            default = _literal(value)
-            if isinstance(kind, ast.Constant) and isinstance(kind.value, str):  # x: "int" = 1
-                kind = ast.parse(kind.value, mode="eval").body
-            kind = kind or ast.Name(id=type(default).__name__)
-            _fit(default, kind)
-        except _NOT_A_VALUE:
+            default = literal(value)
+            kind = type(default) if annotation is None else _kind(annotation)
+            fit(default, kind)
+        except UNREADABLE:
             raise InputError(
                 f"in the parameters cell of {path}, {ast.unparse(statement)!r} is not a plain "
                 f"value of a known type ({_KNOWN_TYPES})"
             ) from None
         help_text = comments.get(statement.end_lineno or 0, "")
-        found[name] = Parameter(name, ast.unparse(kind), ast.unparse(value), help_text)
+        written = kind.__name__ if annotation is None else ast.unparse(annotation).strip("'")
+        found[name] = Parameter(name, written, ast.unparse(value), help_text, kind)
     return found
 
 
@@ -113,23 +116,22 @@ def check(path: Path, values: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         InputError: On an unknown name or a value of another type; the message lists what there is.
     """
-    return _accept(path, values, lambda value, _: iter([value]))
+    return _accept(path, values, fit)
 
 
 def parse(path: Path, texts: Mapping[str, str]) -> dict[str, Any]:
     """Values from the command line: `{"lr": "0.05", "eps": "8/255", "seeds": "[0, 1]"}`.
 
-    Each text is read by the parameter's type: Python literals, `true`, `false` and `none` in any
-    case, and fractions.
+    Each text is read by the parameter's type, as `engm.values.read` does.
 
     Raises:
         InputError: As for `check`.
     """
-    return _accept(path, texts, _readings)
+    return _accept(path, texts, read)
 
 
 def _accept(
-    path: Path, given: Mapping[str, Any], readings: Callable[[Any, ast.expr], Iterator[Any]]
+    path: Path, given: Mapping[str, Any], taken: Callable[[Any, Any], Any]
 ) -> dict[str, Any]:
     known = parameters(path)
     listing = f"{Path(path).stem} takes:\n" + "\n".join(f"  {each}" for each in known.values())
@@ -137,70 +139,34 @@ def _accept(
     for name, value in given.items():
         if name not in known:
             raise InputError(f"there is no parameter {name!r}; {listing}")
-        kind = ast.parse(known[name].type, mode="eval").body
-        for reading in readings(value, kind):
-            try:
-                accepted[name] = _fit(reading, kind)
-                ast.literal_eval(repr(accepted[name]))  # nan and objects cannot be read back
-                break
-            except _NOT_A_VALUE:
-                continue
-        else:
-            raise InputError(f"{name} = {value!r} is not of type {known[name].type}; {listing}")
+        try:
+            accepted[name] = taken(value, known[name].kind)
+            ast.literal_eval(repr(accepted[name]))  # what an untyped list holds can be read back
+        except UNREADABLE:
+            raise InputError(
+                f"{name} = {value!r} is not of type {known[name].type}; {listing}"
+            ) from None
+        if accepted[name] in ([], ()) and known[name].default not in ("[]", "()"):
+            raise InputError(f"{name} = {value!r} is empty; give at least one value; {listing}")
     return accepted
 
 
-def _readings(text: str, kind: ast.expr) -> Iterator[Any]:
-    if not (isinstance(kind, ast.Name) and kind.id == "str"):
-        words = {"true": True, "false": False, "none": None}
-        with suppress(*_NOT_A_VALUE):
-            plain = text.strip()
-            known = plain.lower() in words
-            yield words[plain.lower()] if known else _literal(ast.parse(plain, mode="eval").body)
-    yield text
-
-
-def _literal(node: ast.expr) -> Any:
+def _kind(node: ast.expr) -> Any:
     match node:
-        case ast.BinOp(left=left, op=ast.Div(), right=right):
-            return _literal(left) / _literal(right)
-        case ast.List(elts=items):
-            return [_literal(item) for item in items]
-        case ast.Tuple(elts=items):
-            return tuple(_literal(item) for item in items)
-    return ast.literal_eval(node)
-
-
-def _fit(value: Any, kind: ast.expr) -> Any:
-    is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    is_sequence = isinstance(value, list | tuple)
-    match kind:
-        case ast.Constant(value=None) | ast.Name(id="NoneType") if value is None:
-            return None
-        case ast.Name(id="bool") if isinstance(value, bool):
-            return value
-        case ast.Name(id="str") if isinstance(value, str):
-            return value
-        case ast.Name(id="int") if is_number and isinstance(value, numbers.Integral):
-            return int(value)
-        case ast.Name(id="float") if is_number:
-            return float(value)
-        case ast.Name(id="list" | "tuple" as name) if is_sequence:
-            return list(value) if name == "list" else tuple(value)
+        case ast.Name(id=name) if name in _NAMES:
+            return _NAMES[name]
+        case ast.Constant(value=None):
+            return type(None)
+        case ast.Constant(value=str() as quoted):
+            return _kind(ast.parse(quoted, mode="eval").body)
         case ast.BinOp(left=left, op=ast.BitOr(), right=right):
-            try:
-                return _fit(value, left)
-            except ValueError:
-                return _fit(value, right)
+            return _kind(left) | _kind(right)
         case ast.Subscript(value=ast.Name(id="Literal"), slice=options):
-            for option in options.elts if isinstance(options, ast.Tuple) else [options]:
-                allowed = ast.literal_eval(option)
-                if type(allowed) is type(value) and allowed == value:
-                    return value
-        case ast.Subscript(value=ast.Name(id="list" | "tuple" as name), slice=inner) if is_sequence:
+            values = options.elts if isinstance(options, ast.Tuple) else [options]
+            return Literal[tuple(ast.literal_eval(value) for value in values)]
+        case ast.Subscript(value=ast.Name(id="list" | "tuple" as name), slice=inner):
             kinds = inner.elts if isinstance(inner, ast.Tuple) else [inner]
-            if name == "list" or ast.unparse(kinds[-1]) == "...":
-                kinds = kinds[:1] * len(value)
-            items = [_fit(item, each) for item, each in zip(value, kinds, strict=True)]
-            return items if name == "list" else tuple(items)
-    raise ValueError(f"{value!r} is not of type {ast.unparse(kind)}")
+            dots = ast.unparse(kinds[-1]) == "..."
+            items = [_kind(each) for each in (kinds[:-1] if dots else kinds)]
+            return _NAMES[name].__class_getitem__(tuple(items + [...] * dots))  # type: ignore
+    raise ValueError(f"{ast.unparse(node)} is no type of a parameter")

@@ -13,7 +13,23 @@ from engm.errors import InputError
 from engm.optim import example_weights
 
 
-class EpsExplorer(ipywidgets.VBox):
+class _Explorer(ipywidgets.VBox):
+    """Sliders above a picture that is drawn anew when one is moved."""
+
+    def __init__(self, *sliders: Any, below: Sequence[Any] = ()) -> None:
+        # a VBox would stretch it to the width of the page, and blur it
+        self.picture = ipywidgets.Image(format="png", layout={"align_self": "flex-start"})
+        super().__init__([*sliders, self.picture, *below])
+        for slider in sliders:
+            slider.continuous_update = False
+            slider.observe(self._draw, names="value")
+        self._draw()
+
+    def _draw(self, change: Any = None) -> None:
+        raise NotImplementedError
+
+
+class EpsExplorer(_Explorer):
     """A slider over eps: an image under attack, and what the model thinks of it.
 
     Args:
@@ -52,23 +68,11 @@ class EpsExplorer(ipywidgets.VBox):
         self._model, self._x, self._y = model, x, y
         self._class_names, self._attack_of = class_names, attack_of
         self.eps = ipywidgets.FloatSlider(
-            value=0.0,
-            max=largest_eps,
-            step=largest_eps / 20,
-            description="eps",
-            readout_format=".3f",
-            continuous_update=False,
+            max=largest_eps, step=largest_eps / 20, description="eps", readout_format=".3f"
         )
-        self.image = ipywidgets.IntSlider(
-            max=len(x) - 1, description="image", continuous_update=False
-        )
-        # a VBox would stretch it to the width of the page, and blur it
-        self.picture = ipywidgets.Image(format="png", layout={"align_self": "flex-start"})
+        self.image = ipywidgets.IntSlider(max=len(x) - 1, description="image")
         self.predicted = -1
-        super().__init__([self.eps, self.image, self.picture])
-        for slider in (self.eps, self.image):
-            slider.observe(self._draw, names="value")
-        self._draw()
+        super().__init__(self.eps, self.image)
 
     def _draw(self, change: Any = None) -> None:
         chosen, eps = slice(self.image.value, self.image.value + 1), self.eps.value
@@ -85,7 +89,7 @@ class EpsExplorer(ipywidgets.VBox):
         self.picture.value = plots.to_png(figure)
 
 
-class WeightExplorer(ipywidgets.VBox):
+class WeightExplorer(_Explorer):
     """Sliders over scale and floor: how hard each example of a batch pulls under ENGM.
 
     Args:
@@ -121,23 +125,12 @@ class WeightExplorer(ipywidgets.VBox):
             description="scale / mean",
             style={"description_width": "initial"},
             readout_format=".2f",
-            continuous_update=False,
         )
         self.floor = ipywidgets.FloatSlider(
-            value=0.05,
-            min=0.01,
-            max=1.0,
-            step=0.01,
-            description="floor",
-            readout_format=".2f",
-            continuous_update=False,
+            value=0.05, min=0.01, max=1.0, step=0.01, description="floor", readout_format=".2f"
         )
-        self.picture = ipywidgets.Image(format="png", layout={"align_self": "flex-start"})
         self.readout = ipywidgets.Label()
-        super().__init__([self.scale, self.floor, self.picture, self.readout])
-        for slider in (self.scale, self.floor):
-            slider.observe(self._draw, names="value")
-        self._draw()
+        super().__init__(self.scale, self.floor, below=[self.readout])
 
     def _draw(self, change: Any = None) -> None:
         scale, floor = self.scale.value, self.floor.value

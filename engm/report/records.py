@@ -78,7 +78,8 @@ def collect(root: Path) -> tuple[list[Record], list[Path]]:
     """
     folders = sorted(path.parent for path in Path(root).rglob(CONFIG))
     if not folders:
-        raise InputError(f"there is no run in {root}; `engm train --out {root}` makes one")
+        place = Path(root).resolve()
+        raise InputError(f"there is no run in {place}; `engm train --out {root}` makes one")
     done = [folder for folder in folders if (folder / RESULT).exists()]
     records = [Record(f, read_config(f), read_result(f)) for f in done]
     return records, [folder for folder in folders if folder not in done]

@@ -4,8 +4,10 @@ import logging
 import os
 import pickle
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from engm.errors import InputError
@@ -14,16 +16,57 @@ from engm.sweep.plan import code_version
 _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 
+@dataclass(frozen=True)
+class Needs:
+    """What a worker must have for the tasks of a sweep.
+
+    Attributes:
+        code: What `code_version` gives where the sweep was started.
+        datasets: Those that its tasks train on; where there are some, `device` is needed, too.
+        data_root: Where they are looked for, see `engm.data.data_root`.
+        device: As for `fit`.
+    """
+
+    code: str
+    datasets: tuple[str, ...] = ()
+    data_root: Path | None = None
+    device: str = "auto"
+
+    def lacking(self, worker: Any) -> str:
+        """Says on a worker what it lacks, as the end of a sentence; empty if nothing."""
+        threads = worker.state.nthreads
+        if threads > 1:
+            return (
+                f"runs {threads} tasks at once in one process, where they share random numbers; "
+                "start it with `dask worker --nthreads 1`, and more workers instead"
+            )
+        if code_version() != self.code:
+            return (
+                f"runs {code_version()}, and the sweep is of {self.code}; update the code there "
+                "and start the worker again, or the sweep where the code has changed since it began"
+            )
+        if self.datasets:
+            from engm.data import data_root
+            from engm.device import pick_device
+
+            folder = data_root(self.data_root)
+            for name in self.datasets:
+                if name != "digits" and not (folder / f"{name}.json").is_file():
+                    return f"finds no {name} in {folder}; prepare it there"
+            try:
+                pick_device(self.device)
+            except InputError as error:
+                return f"is not fit for the sweep: {error}"
+        return ""
+
+
 @contextmanager
 def local(workers: int, *, own_gpus: bool = True) -> Iterator[Any]:
     """Starts workers on this machine, each a process with one task at a time.
 
-    They share the cores, unless OMP_NUM_THREADS says how many threads each has. A worker that dies
-    is replaced. If the block raises, all of them are killed, with what they started.
-
-    Args:
-        workers: How many.
-        own_gpus: Let each worker see one GPU only, where there are some.
+    They share the cores, unless OMP_NUM_THREADS says how many threads each has, and with `own_gpus`
+    each sees one GPU only. A worker that dies is replaced. If the block raises, all of them are
+    killed, with what they started.
 
     Yields:
         A dask client.
@@ -37,24 +80,24 @@ def local(workers: int, *, own_gpus: bool = True) -> Iterator[Any]:
     from distributed import Client, Nanny, Scheduler, SpecCluster
 
     gpus = _gpus() if own_gpus else []
+    here = {"host": "127.0.0.1"}
+    # a limit of memory would kill runs that do well
+    usual = here | {"nthreads": 1, "memory_limit": 0, "silence_logs": logging.CRITICAL}
     specs = {}
     for index in range(workers):
         env = {"CUDA_VISIBLE_DEVICES": gpus[index % len(gpus)]} if gpus else {}
-        # a limit of memory would kill runs that do well
-        own: dict[str, Any] = dict(nthreads=1, memory_limit=0, env=env, host="127.0.0.1")
-        specs[index] = {"cls": Nanny, "options": own | {"silence_logs": logging.CRITICAL}}
-    head = dict(host="127.0.0.1", dashboard_address=None, dashboard=False)
+        specs[index] = {"cls": Nanny, "options": usual | {"env": env}}
+    head = {"cls": Scheduler, "options": here | {"dashboard_address": None, "dashboard": False}}
     threads = os.environ.get(_THREADS[0]) or str(max(1, CPU_COUNT // workers))
     settings = {
         "distributed.scheduler.worker-saturation": 1.0,  # tasks wait in the scheduler
         # libraries read these when they are loaded, so they must be there before
         "distributed.nanny.pre-spawn-environ": dict.fromkeys(_THREADS, threads),
     }
-    scheduler = {"cls": Scheduler, "options": head}
     with (
         _same_environment(),
         dask.config.set(settings),
-        SpecCluster(specs, scheduler, silence_logs=logging.CRITICAL) as cluster,
+        SpecCluster(specs, head, silence_logs=logging.CRITICAL) as cluster,
         Client(cluster) as client,
     ):
         try:
@@ -65,21 +108,18 @@ def local(workers: int, *, own_gpus: bool = True) -> Iterator[Any]:
 
 
 @contextmanager
-def remote(address: str, patience: float) -> Iterator[Any]:
+def remote(address: str, needs: Needs, patience: float) -> Iterator[Any]:
     """Connects to a scheduler and its workers.
 
     If the block is interrupted, workers that do nothing else are started anew, since a task that
     runs in one cannot be stopped in another way.
 
-    Args:
-        address: Its address, such as "tcp://10.0.0.1:8786".
-        patience: Seconds to wait for it.
-
     Yields:
         A dask client.
 
     Raises:
-        InputError: If there is no scheduler, a worker is not fit, or dask is not installed.
+        InputError: If there is no scheduler within `patience` seconds, a worker is not fit, or dask
+            is not installed.
     """
     _need_dask()
     from distributed import Client
@@ -93,7 +133,9 @@ def remote(address: str, patience: float) -> Iterator[Any]:
             "prints its address"
         ) from None
     with client:
-        _check_workers(client)
+        for refusal in client.run(task(needs), on_error="return").values():
+            if refusal is not None:
+                raise InputError(str(refusal))
         try:
             yield client
         except KeyboardInterrupt:
@@ -102,113 +144,55 @@ def remote(address: str, patience: float) -> Iterator[Any]:
             raise
 
 
-def submit(client: Any, function: Callable[..., None], *arguments: Any, key: str) -> Any:
-    """Has a worker call `function`, and returns the future.
+def task(needs: Needs, function: Callable[..., None] | None = None, *arguments: Any) -> Any:
+    """Makes what a worker runs: first it looks at itself, then it calls `function`.
 
     Neither the scheduler nor a worker needs the kit to take the task, so a worker without it can
-    say so.
+    say so. The error of a worker that is not fit has its address as `unfit_worker`.
     """
-    content = pickle.dumps((function, arguments))
+    content = pickle.dumps((needs, function, arguments))
 
     # a function within a function is sent as code, not by its name
-    def work(content: bytes) -> None:
+    def work(dask_worker: Any = None) -> None:
         import pickle
 
-        function, arguments = pickle.loads(content)
-        function(*arguments)
+        from distributed import get_worker
 
-    return client.submit(work, content, key=key)
-
-
-def finished(
-    client: Any,
-    futures: Sequence[Any],
-    patience: float,
-    show: Callable[[int, int], None],
-) -> Iterator[Any]:
-    """Hands out futures as they end, well or not.
-
-    Ends early where the connection to the scheduler was lost and is there again: the scheduler has
-    forgotten the futures that were not handed out.
-
-    Args:
-        client: The client that has the futures.
-        futures: What to wait for.
-        patience: Seconds that the scheduler may be away.
-        show: Called about once a second with the number of tasks that run, and of workers.
-
-    Raises:
-        InputError: If the scheduler is gone.
-    """
-    from distributed import CancelledError, wait
-
-    left = list(futures)
-    while left:
-        with suppress(TimeoutError, CancelledError):
-            wait(left, timeout=1, return_when="FIRST_COMPLETED")
-        for future in [future for future in left if future.status in ("finished", "error")]:
-            left.remove(future)
-            yield future
+        worker = dask_worker or get_worker()
         try:
-            at_work = client.processing() if client.status == "running" else {}
-        except OSError:
-            at_work = {}
-        if client.status != "running" or any(future.cancelled() for future in left):
-            _wait_for_connection(client, patience)
-            return
-        keys = {future.key for future in left}
-        # a worker does one task at a time; what else it has waits
-        show(sum(not keys.isdisjoint(tasks) for tasks in at_work.values()), len(at_work))
+            needs, function, arguments = pickle.loads(content)
+            lacking = needs.lacking(worker)
+        except (ImportError, AttributeError) as missing:
+            lacking = f"has no engm of this version ({missing}); install it there"
+        if lacking:
+            error = RuntimeError(f"the worker {worker.address} {lacking}")
+            error.unfit_worker = worker.address  # type: ignore[attr-defined]
+            raise error
+        if function is not None:
+            function(*arguments)
+
+    return work
 
 
-def check_worker(version: str) -> None:
-    """Refuses, on a worker, to run other code than the sweep's, or several tasks at once.
-
-    Args:
-        version: What `code_version` gives where the sweep was started.
+def retire(client: Any, worker: str, reason: str, *, alone: bool) -> None:
+    """Ends a worker that is not fit, so that its tasks go to others.
 
     Raises:
-        InputError: If the worker is not fit.
+        InputError: If there is no other at the moment, unless `alone`; it gives the reason.
     """
-    from distributed import get_worker
-
-    worker = get_worker()
-    _check_threads(worker.address, worker.state.nthreads)
-    _check_version(worker.address, code_version(), version)
-
-
-def _check_workers(client: Any) -> None:
-    for worker, threads in client.nthreads().items():
-        _check_threads(worker, threads)
-
-    def version() -> str:  # sent as code, see `submit`
-        from engm.sweep.plan import code_version
-
-        return code_version()
-
-    for worker, found in client.run(version, on_error="return").items():
-        if isinstance(found, BaseException):
-            raise InputError(f"the worker {worker} has no engm ({found}); install it there")
-        _check_version(worker, found, code_version())
+    workers = set(client.nthreads())
+    if not alone and workers <= {worker}:
+        raise InputError(reason)
+    if worker in workers:
+        client.retire_workers([worker])
 
 
-def _check_threads(worker: str, threads: int) -> None:
-    if threads > 1:
-        raise InputError(
-            f"the worker {worker} runs {threads} tasks at once in one process, where they share "
-            "random numbers; start it with `dask worker --nthreads 1`, and more workers instead"
-        )
+def wait_for_connection(client: Any, patience: float) -> None:
+    """Waits for a scheduler that is away, which the client tries to reach.
 
-
-def _check_version(worker: str, theirs: str, ours: str) -> None:
-    if theirs != ours:
-        raise InputError(
-            f"the worker {worker} runs {theirs}, and the sweep is of {ours}; update the code there "
-            "and start the worker again, or the sweep where the code has changed since it began"
-        )
-
-
-def _wait_for_connection(client: Any, patience: float) -> None:
+    Raises:
+        InputError: If it stays away for `patience` seconds.
+    """
     until = time.monotonic() + patience
     while client.status == "connecting" and time.monotonic() < until:
         time.sleep(0.1)

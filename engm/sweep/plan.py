@@ -6,6 +6,7 @@ plan("train", {"optimizer": ["msgd", "engm"], "lr": ["0.1", "0.2"]}, seeds=3)
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import cache
 from importlib import metadata
@@ -13,8 +14,9 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from engm.config import TYPES, RunConfig, alternatives, choices, parse_number
-from engm.errors import InputError
+from engm.config import TYPES, RunConfig
+from engm.errors import InputError, check_count
+from engm.values import read
 
 TRAIN = "train"
 
@@ -36,10 +38,7 @@ class Task:
 
 @cache
 def code_version() -> str:
-    """Returns the version of the package and a digest of its source.
-
-    Runs of other code are other runs: a sweep keeps them in a folder of this name.
-    """
+    """Returns the version of the package and a digest of its source."""
     package = Path(__file__).parents[1]
     digest = hashlib.sha256()
     for path in sorted(package.rglob("*.py")):
@@ -101,22 +100,33 @@ def read_plan(path: Path) -> tuple[list[Task], Path | None]:
     """
     import yaml
 
+    class Loader(yaml.SafeLoader):
+        """Of a name that is given twice YAML's own takes the last."""
+
+        def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+            names = [key.value for key, _ in node.value]
+            if twice := [name for name in names if names.count(name) > 1]:
+                raise InputError(f"{path} has {twice[0]!r} twice; leave one of them out")
+            return super().construct_mapping(node, deep)
+
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = yaml.load(path.read_text(encoding="utf-8"), Loader)
+    except InputError:
+        raise
     except FileNotFoundError:
         raise InputError(f"there is no file {path}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise InputError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
     known = {"run": str, "out": str, "seeds": int, "settings": dict, "grid": dict}
+    in_words = {str: "text", int: "a whole number", dict: "names and values"}
     if not isinstance(values, dict) or not isinstance(values.get("run"), str):
         raise InputError(f"{path} must say `run: train` or `run: NOTEBOOK`")
     for name, value in values.items():
         if name not in known:
             raise InputError(f"{path} has {name!r}; a plan has {', '.join(known)}")
         parts = value if name == "grid" and isinstance(value, list) else [value]
-        if not all(isinstance(part, known[name]) for part in parts):
-            kind = {str: "text", int: "a number", dict: "names and values"}[known[name]]
-            raise InputError(f"{name} in {path} must be {kind}, got {value!r}")
+        if not all(type(part) is known[name] for part in parts):  # a bool is an int to isinstance
+            raise InputError(f"{name} in {path} must be {in_words[known[name]]}, got {value!r}")
     what = dict(settings=values.get("settings"), seeds=values.get("seeds"))
     grids = values.get("grid", {})
     tasks: dict[str, Task] = {}
@@ -153,13 +163,12 @@ def parse_grid(texts: Sequence[str]) -> dict[str, list[str]]:
 
 
 def _add_seeds(target: str, axes: dict[str, Any], fixed: dict[str, Any], seeds: int) -> None:
-    if seeds < 1:
-        raise InputError(f"seeds must be 1 or more, got {seeds}")
+    check_count("seeds", seeds)
     name = "seed"
     if target != TRAIN:
-        from engm.lab import batch
+        from engm.lab import batch, parameters
 
-        takes = batch.parameters(batch.find(target))
+        takes = parameters.parameters(batch.find(target))
         if "seeds" in takes and "seed" not in takes:
             name = "seeds"
     if name in axes or name in fixed:
@@ -175,30 +184,20 @@ def _task(target: str, given: Mapping[str, Any]) -> Task:
         config = RunConfig.from_dict({k: _setting(k, v) for k, v in given.items()}).resolved()
         return Task(config.name, TRAIN, asdict(config))
 
-    from engm.lab import batch
+    from engm.lab import batch, parameters
 
     path = batch.find(target)
     texts = {name: value for name, value in given.items() if isinstance(value, str)}
-    values = batch.check(path, {k: v for k, v in given.items() if k not in texts})
-    values |= batch.parse(path, texts)
-    cells = [c.source for c in batch.read_notebook(path).cells if c.cell_type == "code"]
+    values = parameters.check(path, {k: v for k, v in given.items() if k not in texts})
+    values |= parameters.parse(path, texts)
+    cells = [c.source for c in parameters.read_notebook(path).cells if c.cell_type == "code"]
     content = json.dumps([cells, sorted(values.items())])
     digest = hashlib.sha256(content.encode()).hexdigest()[:8]
     return Task(f"{path.stem}-{digest}", str(path.resolve()), values)
 
 
 def _setting(name: str, value: Any) -> Any:
-    # text from a command line or a plan, where 1e-2 and 8/255 are text as well
-    if name not in TYPES or not isinstance(value, str) or value in choices(TYPES[name]):
-        return value
-    kinds = alternatives(TYPES[name])
-    if bool in kinds and value.lower() in ("true", "false"):
-        return value.lower() == "true"
-    if type(None) in kinds and value.lower() == "none":
-        return None
-    if int in kinds and value.lstrip("-").isdecimal():
-        return int(value)
-    try:
-        return parse_number(value) if float in kinds else value
-    except InputError:
-        return value  # RunConfig says what it takes instead
+    if name in TYPES and isinstance(value, str):
+        with suppress(ValueError):
+            return read(value, TYPES[name])
+    return value  # RunConfig says what it takes instead

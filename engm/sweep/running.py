@@ -4,17 +4,21 @@ The engine is dask.distributed. A task is a folder named by its settings, so wha
 run again, and what was cut off goes on from its checkpoint: after a kill of a worker, of the
 scheduler or of the sweep itself, the same command again is all it takes.
 
-    out/engm-0.1.0-1f2e3d4c/digits-pgd_at-engm-seed0-5a6b7c8d/    a run, as `fit` writes it
-    out/engm-0.1.0-1f2e3d4c/06_cifar-9e8f7a6b/                    a notebook, and its result
-    .../error.json                                                why a task failed, if it did
+    out/engm-0.1.0/digits-pgd_at-engm-seed0-5a6b7c8d/    a run, as `fit` writes it
+    out/engm-0.1.0/06_cifar-9e8f7a6b/                    a notebook, and its result
+    .../error.json                                       why a task failed, if it did
+    out/engm-0.1.0/code.json                             the code that the runs were made with
 """
 
 import secrets
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import suppress
+import warnings
+from collections import defaultdict
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +26,12 @@ from filelock import FileLock
 from tqdm.auto import tqdm
 
 from engm.config import RunConfig
-from engm.errors import InputError
-from engm.runs import write_json
+from engm.errors import InputError, check_count
+from engm.runs import RESULT, read_json, write_json
 from engm.sweep import clusters
 from engm.sweep.plan import TRAIN, Task, code_version
 
-ERROR, DONE, LOCK = "error.json", "done.json", ".sweep.lock"
-_ATTEMPTS = 2
+ERROR, DONE, LOCK, CODE = "error.json", "done.json", ".sweep.lock", "code.json"
 _PAUSE = 2  # seconds before the second attempt: the kernel of a killed worker may still write
 _PATIENCE = 30  # seconds that a scheduler may be away
 
@@ -62,8 +65,7 @@ class Options:
 
     def __post_init__(self) -> None:
         """Refuses numbers that are out of range, and makes a path one that workers understand."""
-        if self.workers < 1:
-            raise InputError(f"workers must be 1 or more, got {self.workers}")
+        check_count("workers", self.workers)
         if self.timeout is not None and not self.timeout > 0:
             raise InputError(f"timeout must be a number of seconds above 0, got {self.timeout}")
         if self.data_root is not None:
@@ -80,15 +82,27 @@ class Outcome:
 
 
 def folder_of(out: Path) -> Path:
-    """Returns the folder within `out` that holds the runs of this version of the code."""
-    return Path(out).resolve() / code_version()
+    """Returns the folder within `out` that holds the runs of this version of the package."""
+    return Path(out).resolve() / f"engm-{metadata.version('engm')}"
 
 
 def is_done(task: Task, folder: Path) -> bool:
     """Returns whether the task is complete in `folder`, the one that `folder_of` gives."""
-    from engm.runs import RESULT  # loads torch, which a scheduler does without
-
     return (folder / task.name / (RESULT if task.target == TRAIN else DONE)).exists()
+
+
+def superseded(folders: Collection[Path]) -> set[Path]:
+    """Returns those finished runs of a sweep that another version of the package made once more.
+
+    Each version has a folder of its own in a sweep's; of the same run in several, the last counts.
+    """
+    copies: dict[tuple[Path, str], list[Path]] = defaultdict(list)
+    for folder in folders:
+        place = folder.resolve()
+        if place.parent.name.startswith("engm-"):
+            copies[place.parents[1], place.name].append(folder)
+    last = [max(runs, key=lambda run: (run / RESULT).stat().st_mtime) for runs in copies.values()]
+    return {run for runs in copies.values() for run in runs}.difference(last)
 
 
 def run(tasks: Sequence[Task], out: Path, options: Options | None = None) -> list[Outcome]:
@@ -96,7 +110,8 @@ def run(tasks: Sequence[Task], out: Path, options: Options | None = None) -> lis
 
     A task that raises is run once more; if it fails again, its error is kept in its folder, and the
     others go on. A second call runs the failed ones again. Ctrl-C ends what runs and raises
-    `KeyboardInterrupt`.
+    `KeyboardInterrupt`. A worker that joins while the sweep runs and is not fit for it is sent
+    away, and its tasks go to others.
 
     Args:
         tasks: As `plan` makes them.
@@ -109,147 +124,191 @@ def run(tasks: Sequence[Task], out: Path, options: Options | None = None) -> lis
     Raises:
         InputError: If an option has no meaning for the tasks, the scheduler cannot be reached or is
             lost, its workers are not fit for the sweep, or dask is not installed.
+
+    Warns:
+        UserWarning: If the folder has runs of other code, or a worker is sent away.
     """
     options = options or Options()
     _check(tasks, options)
     folder = folder_of(out)
-    left = {task.name: task for task in tasks if not is_done(task, folder)}
+    left = [task for task in tasks if not is_done(task, folder)]
     errors: dict[str, str] = {}
     if left:
-        folder.mkdir(parents=True, exist_ok=True)
-        bar = _Bar(len(tasks), len(tasks) - len(left), options.progress)
-        with bar.bar, _client(len(left), options) as client:
-            while left:  # more than once where the scheduler was away for a moment
-                for name, error in _ended(list(left.values()), folder, options, client, bar):
-                    del left[name]
-                    if error is not None:
-                        errors[name] = error
+        needs = _needs(left, options)
+        with _client(len(left), needs, options) as client:
+            _note_code(folder)
+            with _bar(len(tasks), len(tasks) - len(left), options.progress) as bar:
+                for task, error in _failed(left, folder, options, needs, client, bar):
+                    errors[task.name] = error
+                    note = {"error": error, "settings": task.settings}
+                    with suppress(OSError):  # a full disk is the reason, and takes no note
+                        write_json(folder / task.name / ERROR, note)
     return [Outcome(task, folder / task.name, errors.get(task.name)) for task in tasks]
 
 
 def _check(tasks: Sequence[Task], options: Options) -> None:
-    for task in tasks:
-        if task.target == TRAIN and options.timeout is not None:
-            raise InputError("timeout is for notebooks; training is limited by its epochs")
-        own = (options.device, options.data_root, options.save_adversarial) != ("auto", None, True)
-        if task.target != TRAIN and own:
-            raise InputError(
-                "device, data_root and save_adversarial are for training; a notebook takes a GPU "
-                "where it finds one, and its data from the folder that ENGM_DATA names"
-            )
+    training = [task.target == TRAIN for task in tasks]
+    if any(training) and options.timeout is not None:
+        raise InputError("timeout is for notebooks; training is limited by its epochs")
+    own = (options.device, options.data_root, options.save_adversarial) != ("auto", None, True)
+    if not all(training) and own:
+        raise InputError(
+            "device, data_root and save_adversarial are for training; a notebook takes a GPU "
+            "where it finds one, and its data from the folder that ENGM_DATA names"
+        )
 
 
-def _client(tasks: int, options: Options) -> Any:
+def _note_code(folder: Path) -> None:
+    ours, path = code_version(), folder / CODE
+    used = read_json(path)["code"] if path.exists() else []
+    if others := [version for version in used if version != ours]:
+        warnings.warn(
+            f"{folder} has runs of other code ({', '.join(others)}; this is {ours}). Where the "
+            "difference decides results, give a new --out",
+            stacklevel=3,
+        )
+    if ours not in used:
+        write_json(path, {"code": [*used, ours]})
+
+
+def _needs(tasks: Sequence[Task], options: Options) -> clusters.Needs:
+    if options.scheduler is None:  # of one machine, where a run says by itself what is missing
+        return clusters.Needs(code_version())
+    datasets = {task.settings["dataset"] for task in tasks if task.target == TRAIN}
+    return clusters.Needs(
+        code_version(), tuple(sorted(datasets)), options.data_root, options.device
+    )
+
+
+def _client(tasks: int, needs: clusters.Needs, options: Options) -> AbstractContextManager[Any]:
     if options.scheduler is not None:
-        return clusters.remote(options.scheduler, _PATIENCE)
+        return clusters.remote(options.scheduler, needs, _PATIENCE)
     own_gpus = options.device in ("auto", "cuda")
     return clusters.local(min(options.workers, tasks), own_gpus=own_gpus)
 
 
-def _ended(
-    tasks: Sequence[Task], folder: Path, options: Options, client: Any, bar: "_Bar"
-) -> Iterator[tuple[str, str | None]]:
-    # A key of its own for each submission: what an earlier sweep on this scheduler, or one with
-    # another folder, had under the same name is not taken for it.
-    call = secrets.token_hex(4)
-    futures = {
-        clusters.submit(
-            client, _work, t, folder, options, code_version(), key=f"{t.name}-{call}"
-        ): t
-        for t in tasks
-    }
-    for future in clusters.finished(client, list(futures), _PATIENCE, bar.show):
-        task = futures[future]
-        error = _reason(future) if future.status == "error" else None
-        if error is not None:
-            with suppress(OSError):  # a full disk is the reason, and takes no note
-                write_json(folder / task.name / ERROR, {"error": error, "settings": task.settings})
-        bar.ended(error)
-        yield task.name, error
+def _bar(total: int, done: int, progress: bool) -> "tqdm[Any]":
+    pause = 0.1 if sys.stderr.isatty() else 60  # seldom where nobody watches it move
+    return tqdm(
+        total=total,
+        initial=done,
+        desc="sweep",
+        unit="run",
+        disable=not progress,
+        mininterval=pause,
+        maxinterval=max(10, pause),
+    )
 
 
-def _reason(future: Any) -> str:
-    error = future.exception()
+def _failed(
+    tasks: Sequence[Task],
+    folder: Path,
+    options: Options,
+    needs: clusters.Needs,
+    client: Any,
+    bar: "tqdm[Any]",
+) -> Iterator[tuple[Task, str]]:
+    """Hands out the tasks that failed and why, until all have ended."""
+    from distributed import CancelledError, wait
+
+    def submit(task: Task) -> Any:
+        # A key of its own for each submission: what an earlier sweep on this scheduler, or one with
+        # another folder, had under the same name is not taken for it.
+        key = f"{task.name}-{secrets.token_hex(4)}"
+        work = clusters.task(needs, _work, task, folder, options)
+        return client.submit(work, key=key, retries=1)
+
+    left = {submit(task): task for task in tasks}
+    sent_away: set[str] = set()
+    # a worker that is not fit is the last word only where none has been seen that is
+    some_fit = options.scheduler is not None and bool(client.nthreads())
+    failed = 0
+    while left:
+        with suppress(TimeoutError, CancelledError):
+            wait(list(left), timeout=1, return_when="FIRST_COMPLETED")
+        for future in [future for future in left if future.status in ("finished", "error")]:
+            task = left.pop(future)
+            error = future.exception() if future.status == "error" else None
+            if worker := getattr(error, "unfit_worker", None):
+                left[submit(task)] = task
+                if worker not in sent_away:
+                    with suppress(OSError):  # where the scheduler is away, it is met again
+                        clusters.retire(client, worker, str(error), alone=some_fit)
+                        sent_away.add(worker)
+                        warnings.warn(f"{error}. The sweep goes on without it", stacklevel=3)
+                continue
+            some_fit = options.scheduler is not None
+            bar.update()
+            if error is not None:
+                failed += 1
+                yield task, _reason(error)
+        at_work: dict[str, Any] = {}
+        with suppress(OSError):
+            at_work = client.processing() if client.status == "running" else {}
+        if client.status != "running" or any(future.cancelled() for future in left):
+            clusters.wait_for_connection(client, _PATIENCE)
+            # the scheduler that is there now knows nothing of them
+            left = {submit(task): task for task in left.values()}
+        # a worker does one task at a time; what else it has waits
+        keys = {future.key for future in left}
+        running = sum(not keys.isdisjoint(theirs) for theirs in at_work.values())
+        text = f"{running} running, {failed} failed" if at_work else "no worker yet"
+        bar.set_postfix_str(text, refresh=sys.stderr.isatty())
+
+
+def _reason(error: BaseException) -> str:
     text = " ".join(str(error).split())
-    if isinstance(error, (_Failed, InputError)):
+    if isinstance(error, _Failed):
         return text
     if type(error).__name__ == "KilledWorker":
         return "its worker died again and again; is there enough memory?"
-    if isinstance(error, ModuleNotFoundError):
-        return f"its worker has no engm ({text}); install it there"
     return f"{type(error).__name__}: {text}"
 
 
 class _Failed(Exception):
-    """Carries the reason from a worker to the sweep."""
+    """Carries the reason from a worker to the sweep, whatever the error was."""
 
 
-def _work(task: Task, folder: Path, options: Options, version: str) -> None:
+def _work(task: Task, folder: Path, options: Options) -> None:
     # runs on a worker
-    clusters.check_worker(version)
     where = folder / task.name
     where.mkdir(parents=True, exist_ok=True)
     # a task may be at work still for a sweep that was killed: wait for it, and take what it made
     with FileLock(where / LOCK):
         if not is_done(task, folder):
-            with suppress(OSError):
-                (where / ERROR).unlink()
-            _attempt(task, folder, options)
+            (where / ERROR).unlink(missing_ok=True)
+            try:
+                if task.target == TRAIN:
+                    _train(task, folder, options)
+                else:
+                    _notebook(task, where, options)
+            except Exception as error:
+                time.sleep(_PAUSE)
+                raise _Failed(f"{type(error).__name__}: {error}") from None
         (where / LOCK).unlink(missing_ok=True)
-
-
-def _attempt(task: Task, folder: Path, options: Options) -> None:
-    for attempt in range(_ATTEMPTS):
-        if attempt > 0:
-            time.sleep(_PAUSE)
-        try:
-            if task.target == TRAIN:
-                _train(task, folder, options)
-            else:
-                _notebook(task, folder / task.name, options)
-            return
-        except Exception as error:
-            reason = f"{type(error).__name__}: {error}"
-    raise _Failed(reason)
 
 
 def _train(task: Task, folder: Path, options: Options) -> None:
     from engm.training import fit
 
-    how: dict[str, Any] = dict(device=options.device, data_root=options.data_root)
-    how |= dict(save_adversarial=options.save_adversarial, progress=False)
-    fit(RunConfig.from_dict(task.settings), folder, **how)
+    fit(
+        RunConfig.from_dict(task.settings),
+        folder,
+        device=options.device,
+        data_root=options.data_root,
+        save_adversarial=options.save_adversarial,
+        progress=False,
+    )
 
 
 def _notebook(task: Task, where: Path, options: Options) -> None:
-    from engm.lab import batch
+    from engm.lab import batch, parameters
 
     values = dict(task.settings)
     # the notebook's own runs are kept, so that a second attempt goes on from them
-    if "out" in batch.parameters(Path(task.target)) and values.get("out") is None:
+    if "out" in parameters.parameters(Path(task.target)) and values.get("out") is None:
         values["out"] = str(where / "runs")
-    how: dict[str, Any] = dict(timeout=options.timeout, progress=False)
-    done = batch.run(task.target, values, output_dir=where, **how)
+    done = batch.run(task.target, values, output_dir=where, timeout=options.timeout, progress=False)
     if done.error is not None:
         raise RuntimeError(str(done.error))
     write_json(where / DONE, {"settings": task.settings, "seconds": done.seconds})
-
-
-class _Bar:
-    """Done, running, failed and time left; seldom where nobody watches it move."""
-
-    def __init__(self, total: int, done: int, progress: bool) -> None:
-        self.watched = sys.stderr.isatty()
-        pause = 0.1 if self.watched else 60
-        how: dict[str, Any] = dict(mininterval=pause, maxinterval=max(10, pause), unit="run")
-        self.bar = tqdm(total=total, initial=done, desc="sweep", disable=not progress, **how)
-        self.failed = 0
-
-    def show(self, running: int, workers: int) -> None:
-        text = f"{running} running" if workers else "no worker yet"
-        text += f", {self.failed} failed" * bool(self.failed)
-        self.bar.set_postfix_str(text, refresh=self.watched)
-
-    def ended(self, error: str | None) -> None:
-        self.failed += error is not None
-        self.bar.update()
