@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from engm.attacks import FGSM, PGD, eval_mode
+from engm.attacks import FGSM, PGD, Model, eval_mode
 from engm.config import RunConfig
 from engm.data import Dataset, Split, to_float
 from engm.errors import InputError, check_count
@@ -42,7 +42,7 @@ class Attack(Protocol):
         """Norm of the ball, "linf" or "l2"."""
 
     def __call__(
-        self, model: nn.Module, x: Tensor, y: Tensor, *, generator: torch.Generator | None = None
+        self, model: Model, x: Tensor, y: Tensor, *, generator: torch.Generator | None = None
     ) -> Tensor:
         """Returns x_adv for a batch."""
 

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from engm.attacks import (
+    Model,
     check_pixels,
     checked_logits,
     eval_mode,
@@ -116,7 +117,7 @@ class AutoAttack:
             check_choice("attack", name, _ATTACKS)
 
     def __call__(
-        self, model: nn.Module, x: Tensor, y: Tensor, *, generator: torch.Generator | None = None
+        self, model: Model, x: Tensor, y: Tensor, *, generator: torch.Generator | None = None
     ) -> Tensor:
         """Returns `x_adv` of a `run` in one chunk.
 
@@ -127,7 +128,7 @@ class AutoAttack:
     @torch.inference_mode(False)
     def run(
         self,
-        model: nn.Module,
+        model: Model,
         x: Tensor,
         y: Tensor,
         *,

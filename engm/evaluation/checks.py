@@ -467,32 +467,23 @@ def repeatable(model: nn.Module, x: Tensor) -> Check:
     # what kernels for other batch sizes round differently
     allowed = max(1e-3, 16 * torch.finfo(once.dtype).eps) * spread
     moves = [(once - other).float().abs().max().item() for other in (again, apart)]
+    seen = f"Logits move by up to {max(moves):.3g} (their spread is {spread:.3g}) between two "
+    seen += "passes of the same images"
     if moved or unpacked:
         what = f"changes {moved[0]}" if moved else "takes gradients"
-        return Check(
-            "test-time training",
-            False,
-            f"The model {what} while it answers, so attacks do not see what they will meet: take "
-            "that out, or attack through all of it, with more steps.",
-        )
-    if max(moves) <= allowed:
+        name, seen = "test-time training", f"The model {what} while it answers"
+        wrong = "attacks do not see what they will meet: take that out, or attack through all of it"
+    elif moves[0] <= allowed:
+        name, seen = "batch statistics", f"{seen} among others"
+        wrong = "as BatchNorm in train mode has it, or noise from a fixed seed, no image has an "
+        wrong += "answer of its own: take that out"
+    else:
+        name = "randomness"
+        wrong = "the model draws random numbers, and each attack meets others: take them out, or "
+        wrong += "attack the mean over many draws"
+    if not moved and not unpacked and max(moves) <= allowed:
         return Check("randomness", True, "Two passes, in other batches, give the same logits.")
-    seen = (
-        f"Logits move by up to {max(moves):.3g} (their spread is {spread:.3g}) between two passes"
-    )
-    if moves[0] <= allowed:
-        return Check(
-            "batch statistics",
-            False,
-            f"{seen} in which an image stands beside others, as BatchNorm in train mode, or noise "
-            "from a fixed seed, has it: then no image has an answer of its own; take that out.",
-        )
-    return Check(
-        "randomness",
-        False,
-        f"{seen} of the same images, so the model draws random numbers, and each attack meets "
-        "others: take them out, or attack the mean over many draws.",
-    )
+    return _judged(name, False, seen, wrong)
 
 
 def gradients(model: nn.Module, x: Tensor, y: Tensor) -> list[Check]:

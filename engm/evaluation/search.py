@@ -2,12 +2,14 @@
 
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from engm.attacks import (
     PGD,
+    Model,
     check_batch,
     check_pixels,
     checked_logits,
@@ -47,7 +49,7 @@ class RandomSearch:
 
     @torch.no_grad()
     def __call__(
-        self, model: nn.Module, x: Tensor, y: Tensor, *, generator: torch.Generator | None = None
+        self, model: Model, x: Tensor, y: Tensor, *, generator: torch.Generator | None = None
     ) -> Tensor:
         """Attacks a batch, with the arguments and the result of `PGD.__call__`."""
         highest = check_batch(x, y)
@@ -119,7 +121,7 @@ class TargetedPGD:
         return PGD(eps=self.eps, step_size=size or 1.0, **how)  # type: ignore[arg-type]
 
     def __call__(
-        self, model: nn.Module, x: Tensor, y: Tensor, *, generator: torch.Generator | None = None
+        self, model: Model, x: Tensor, y: Tensor, *, generator: torch.Generator | None = None
     ) -> Tensor:
         """Attacks a batch, with the arguments and the result of `PGD.__call__`."""
         highest, pgd = check_batch(x, y), self._towards_one()
@@ -136,21 +138,17 @@ class TargetedPGD:
                     break
                 pair = torch.stack([y[rows], ranked[rows, k]], 1)
                 best[rows] = pgd(
-                    _Between(model, pair), x[rows], torch.zeros_like(rows), generator=generator
+                    partial(_between, model, pair),
+                    x[rows],
+                    torch.zeros_like(rows),
+                    generator=generator,
                 )
                 rows = rows[~fooled(checked_logits(model, highest, best[rows]), y[rows])]
         return best
 
 
-class _Between(nn.Module):
-    """Of each example's logits the two of its `[n, 2]` classes."""
-
-    def __init__(self, model: nn.Module, pair: Tensor) -> None:
-        super().__init__()
-        self.model, self.pair = model, pair
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.model(x).gather(1, self.pair)
+def _between(model: Model, pair: Tensor, x: Tensor) -> Tensor:
+    return model(x).gather(1, pair)
 
 
 def _patches(x: Tensor, share: float, generator: torch.Generator | None) -> Tensor:

@@ -1,14 +1,13 @@
-"""What attacks see in place of the model that is judged: another one, its mean, a surrogate."""
+"""What attacks see in place of the model that is judged: another one, a surrogate, a function."""
 
 import copy
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from engm.attacks import eval_mode
+from engm.attacks import Model, eval_mode
 from engm.errors import InputError
 from engm.evaluation.accuracy import Attack
 
@@ -28,7 +27,7 @@ class Transfer:
     """
 
     attack: Attack
-    source: nn.Module = field(repr=False)
+    source: Model = field(repr=False)
 
     @property
     def eps(self) -> float:
@@ -41,26 +40,11 @@ class Transfer:
         return self.attack.norm
 
     def __call__(
-        self, model: nn.Module, x: Tensor, y: Tensor, *, generator: torch.Generator | None = None
+        self, model: Model, x: Tensor, y: Tensor, *, generator: torch.Generator | None = None
     ) -> Tensor:
         """Returns x_adv for a batch; `model` is not looked at."""
         with eval_mode(self.source):
             return self.attack(self.source, x, y, generator=generator)
-
-
-class Averaged(nn.Module):
-    """The mean logits of several passes of a model that draws random numbers.
-
-    Their gradient is that over the draws. Source: Athalye et al. 2018, arXiv 1802.00420 (EOT).
-    """
-
-    def __init__(self, model: nn.Module, draws: int) -> None:
-        super().__init__()
-        self.model, self.draws = model, draws
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Returns logits, `[n, K]`."""
-        return torch.stack([self.model(x) for _ in range(self.draws)]).mean(0)
 
 
 class StraightThrough(nn.Module):
@@ -91,7 +75,7 @@ class _Replaced(torch.autograd.Function):
 
 
 class _Called(nn.Module):
-    def __init__(self, called: Callable[[Tensor], Tensor], dtype: torch.dtype) -> None:
+    def __init__(self, called: Model, dtype: torch.dtype) -> None:
         super().__init__()
         self.called, self.dtype = called, dtype
 
@@ -99,7 +83,7 @@ class _Called(nn.Module):
         return self.called(x.to(self.dtype))
 
 
-def as_module(model: Callable[[Tensor], Tensor], dtype: torch.dtype) -> nn.Module:
+def as_module(model: Model, dtype: torch.dtype) -> nn.Module:
     """Returns a module that takes images of `dtype`: the model itself wherever it does.
 
     A plain function will do, and so will a model with weights of another dtype, or one that was

@@ -7,7 +7,7 @@ report.flags
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from engm.attacks import FGSM, PGD
+from engm.attacks import FGSM, PGD, Model
 from engm.config import parse_number
 from engm.data import Dataset, Split, stratified_order, to_float
 from engm.errors import InputError
@@ -33,7 +33,7 @@ from engm.evaluation.accuracy import (
 from engm.evaluation.autoattack import AutoAttack
 from engm.evaluation.checks import Check
 from engm.evaluation.search import RandomSearch, TargetedPGD
-from engm.evaluation.sources import Averaged, StraightThrough, Transfer, as_module
+from engm.evaluation.sources import StraightThrough, Transfer, as_module
 from engm.report.statistics import Interval, wilson
 from engm.runs import (
     CHECKPOINTS,
@@ -253,13 +253,13 @@ def standard_attacks(eps: float, norm: str = "linf", num_steps: int = _STEPS) ->
 
 @torch.inference_mode(False)
 def evaluate(
-    model: nn.Module | Callable[[Tensor], Tensor],
+    model: Model,
     data: Split | tuple[Any, Any],
     *,
     eps: float,
     norm: str = "linf",
     attacks: Mapping[str, Attack] | None = None,
-    surrogate: nn.Module | Callable[[Tensor], Tensor] | None = None,
+    surrogate: Model | None = None,
     autoattack: bool = False,
     seed: int = 0,
     batch_size: int = 500,
@@ -325,7 +325,10 @@ def evaluate(
     if standard(eps) not in suite.values():
         counted[f"{_BLACK_BOX if blind else f'PGD-{_STEPS} margin'} (always)"] = standard(eps)
     if not blind and any(c.name == "randomness" and not c.passed for c in judged):
-        counted[_EOT] = Transfer(standard(eps), Averaged(source, _DRAWS))
+        # the gradient over many draws (EOT): Athalye et al. 2018, arXiv 1802.00420
+        counted[_EOT] = Transfer(
+            standard(eps), lambda x: torch.stack([source(x) for _ in range(_DRAWS)]).mean(0)
+        )
     files: dict[str, str] = {}
     paths: dict[str, Path] = {}
     if save_to is not None:
@@ -358,8 +361,8 @@ def evaluate(
     for name, attack in tqdm(counted.items(), "evaluation", disable=not progress, leave=False):
         outcome = attacked_by(attack, paths.get(name))
         if name == _EOT:
-            draws = [correct(model, outcome.x_adv, y, batch_size) for _ in range(_DRAWS)]
-            judged = [checks.over_draws(check, draws) for check in judged]
+            drawn = [correct(model, outcome.x_adv, y, batch_size) for _ in range(_DRAWS)]
+            judged = [checks.over_draws(check, drawn) for check in judged]
         # the images are in their file; in memory those of one attack are enough
         found[name] = replace(outcome, x_adv=outcome.x_adv[:0])
     # no two images are further apart than this
