@@ -504,7 +504,14 @@ def test_a_quick_evaluation_does_not_replace_one_that_has_more(tmp_path, monkeyp
 
     names, first = files_after(autoattack=True)
     assert names == ["best"]
-    for less in (dict(images=50), dict(), dict(autoattack=True, images=50), dict(eps=0.1)):
+    strong = dict(autoattack=True)
+    for less in (
+        dict(images=50),
+        {},
+        strong | {"images": 50},
+        {"eps": 0.1},
+        strong | {"num_steps": 1},
+    ):
         names, kept = files_after(**less)
         assert kept == first and len(names) > 1
     names, kept = files_after(99, autoattack=True, images=70)  # more of all replaces it
