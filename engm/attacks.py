@@ -403,6 +403,8 @@ def check_values(x: Tensor, y: Tensor) -> int:
         remedy = "normalise inside the model, and clamp what augmentation pushes out"
         if low >= 0 and 2 < high <= 255:
             remedy = "divide by 255"
+        elif low > -0.01 and high < 1.01:
+            remedy = "that is rounding: x.clamp(0, 1)"
         raise InputError(f"x goes from {low:.8g} to {high:.8g}, but pixels are in [0, 1]; {remedy}")
     if lowest < 0:
         raise InputError(f"y has the class {lowest:.0f}; classes count from 0")

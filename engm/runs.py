@@ -14,6 +14,7 @@ import json
 import os
 import platform
 import secrets
+import shutil
 import subprocess
 import zipfile
 from collections.abc import Iterator
@@ -319,6 +320,15 @@ def atomic_path(path: Path) -> Iterator[Path]:
         with suppress(OSError):
             temporary.unlink()
         raise
+
+
+def link(source: Path, path: Path) -> None:
+    """Gives the file `source` a second name, atomically; a copy where there are no hard links."""
+    with atomic_path(path) as temporary:
+        try:
+            os.link(source, temporary)
+        except OSError:
+            shutil.copyfile(source, temporary)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -365,6 +365,7 @@ def _fit(
             result = _evaluate(trainer, folder, save_adversarial and first, progress and first)
         if first:
             runs.write_json(folder / runs.RESULT, result)
+            (folder / "result-partial.json").unlink(missing_ok=True)
     if first:
         (folder / runs.LOCK).unlink(missing_ok=True)  # nobody writes to a complete run
     distributed.wait()
@@ -406,11 +407,22 @@ def _train(trainer: Trainer, folder: Path, progress: bool) -> None:
 
 
 def _evaluate(trainer: Trainer, folder: Path, keep: bool, progress: bool) -> dict[str, Any]:
-    result: dict[str, Any] = {"data": trainer.dataset.title}
-    for which in runs.CHECKPOINTS:
-        path = folder / f"adversarial-{which}.pt" if keep else None
-        found = evaluate_run(folder, which, trainer.dataset, save_to=path, progress=progress)
-        result[which] = found.to_dict()
+    # what a kill leaves of a finished checkpoint; its batches are kept beside the images
+    done = folder / "result-partial.json"
+    found: dict[str, Any] = runs.read_json(done) if done.exists() else {}
+    images = {which: folder / f"adversarial-{which}.pt" for which in runs.CHECKPOINTS}
+    for which in [which for which in runs.CHECKPOINTS if which not in found]:
+        if which == "best" and trainer.best["epoch"] == trainer.epoch:  # the same weights
+            found[which] = found["last"]
+            if keep:
+                runs.link(images["last"], images[which])
+            continue
+        path = images[which] if keep else None
+        evaluated = evaluate_run(folder, which, trainer.dataset, save_to=path, progress=progress)
+        found[which] = evaluated.to_dict()
+        if distributed.first():
+            runs.write_json(done, found)
+    result = {"data": trainer.dataset.title, **found}
     gap = result["best"]["robust_accuracy"] - result["last"]["robust_accuracy"]
     return {
         **result,

@@ -32,7 +32,8 @@ def test_more_is_judged_on_the_examples_that_differ(gained, lost, n, points, exp
 
 
 def attacked(correct, claimed=None):
-    return Attacked(correct, correct if claimed is None else claimed, 0.1, torch.empty(0))
+    nothing = torch.empty(0)
+    return Attacked(correct, correct if claimed is None else claimed, 0.1, nothing, nothing)
 
 
 def test_answers_that_change_when_they_are_recomputed_are_flagged():

@@ -74,7 +74,8 @@ def folder(finished, tmp_path):
 
 
 def contents(folder):
-    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != ".lock"}
+    files = (path for path in folder.iterdir() if path.is_file() and path.name != ".lock")
+    return {path.name: path.read_bytes() for path in files}
 
 
 def assert_same(folder, finished):

@@ -161,15 +161,16 @@ def test_models_that_answer_otherwise_the_next_time_are_flagged(problem):
 
 def test_zero_gradients_are_told_apart_by_where_they_come_from(problem):
     model, x, y = problem
-    hidden, saturated = before.gradients(model, x, y)
+    hidden, _, saturated = before.gradients(model, x, y)
     assert hidden.passed and saturated.passed
-    hidden, saturated = before.gradients(Around(model, lambda x: (x * 50).round() / 50), x, y)
+    hidden, _, saturated = before.gradients(Around(model, lambda x: (x * 50).round() / 50), x, y)
     assert not hidden.passed and "no gradient at 200 of 200" in hidden.meaning
     assert saturated.passed
-    hidden, saturated = before.gradients(Around(model, after=lambda z: z * 1e4), x, y)
+    hidden, _, saturated = before.gradients(Around(model, after=lambda z: z * 1e4), x, y)
     assert hidden.passed
     assert not saturated.passed and "leads by" in saturated.meaning
-    assert before.gradients(model, x[:0], y[:0]) == []
+    (found,) = before.gradients(model, x[:0], y[:0])
+    assert not found.passed and "No image is classified rightly" in found.meaning
 
 
 def test_a_few_images_without_a_gradient_are_no_reason(problem):

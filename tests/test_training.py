@@ -471,3 +471,40 @@ def test_the_best_epoch_is_chosen_with_many_steps_where_training_takes_one(
     config = RunConfig(subset=50, width=2, epochs=1, eval_steps=7, method=method, **settings)
     fit(config, tmp_path, device="cpu", progress=False)
     assert seen[0] == steps
+
+
+def test_where_best_is_last_its_images_are_attacked_once(tmp_path, monkeypatch):
+    attacked = training.evaluate_run
+    calls = []
+
+    def spy(folder, which, *rest, **options):
+        calls.append(which)
+        return attacked(folder, which, *rest, **options)
+
+    monkeypatch.setattr(training, "evaluate_run", spy)
+    run = fit_quietly(replace(TINY, epochs=1), tmp_path)
+    assert calls == ["last"] and run.result["best"] == run.result["last"]
+    last, best = (run.folder / f"adversarial-{which}.pt" for which in ("last", "best"))
+    assert last.samefile(best) and not (run.folder / "result-partial.json").exists()
+
+
+def test_a_kill_in_the_final_attack_costs_nothing_that_was_finished(tmp_path, monkeypatch):
+    attacked = training.evaluate_run
+    calls = []
+
+    def killed(folder, which, *rest, **options):
+        calls.append(which)
+        if calls == ["last", "best"]:
+            raise KeyboardInterrupt
+        return attacked(folder, which, *rest, **options)
+
+    config = replace(TINY, epochs=4, seed=5)
+    expected = fit_quietly(config, tmp_path / "whole")
+    assert expected.metrics[-1]["epoch"] != expected.result["best"].get("epoch")
+    monkeypatch.setattr(training, "evaluate_run", killed)
+    with pytest.raises(KeyboardInterrupt):
+        fit_quietly(config, tmp_path)
+    run = fit_quietly(config, tmp_path)
+    assert calls == ["last", "best", "best"]
+    assert run.result["last"] == expected.result["last"]
+    assert run.result["best"] == expected.result["best"]

@@ -1,6 +1,10 @@
 """Clean and robust accuracy, recomputed from the adversarial examples themselves."""
 
+import hashlib
+import shutil
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, is_dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -8,10 +12,10 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from engm.attacks import PGD, eval_mode, fooled
+from engm.attacks import FGSM, PGD, Model, eval_mode
 from engm.config import RunConfig
 from engm.data import Dataset, Split, to_float
-from engm.errors import InputError
+from engm.errors import InputError, check_count
 from engm.models import build_model
 from engm.runs import (
     CHECKPOINTS,
@@ -38,7 +42,7 @@ class Attack(Protocol):
         """Norm of the ball, "linf" or "l2"."""
 
     def __call__(
-        self, model: nn.Module, x: Tensor, y: Tensor, *, generator: torch.Generator | None = None
+        self, model: Model, x: Tensor, y: Tensor, *, generator: torch.Generator | None = None
     ) -> Tensor:
         """Returns x_adv for a batch."""
 
@@ -53,12 +57,14 @@ class Attacked:
         claimed: The same before `x_adv` was written; it differs where the file or the model does.
         largest_perturbation: The largest norm of `x_adv - x`, in pixel units, at most eps.
         x_adv: The adversarial examples, on the CPU.
+        answers: What the model says of each, `[n]` classes, -1 where a logit is nan.
     """
 
     correct: Tensor
     claimed: Tensor
     largest_perturbation: float
     x_adv: Tensor
+    answers: Tensor
 
 
 @dataclass(frozen=True)
@@ -152,7 +158,8 @@ def accuracy_under(
         Accuracies as fractions, and the adversarial examples.
 
     Raises:
-        InputError: If there is no example, or the attack returned examples outside its budget.
+        InputError: If there is no example; or the attack returned examples outside its budget, or
+            changed the images that it was given.
     """
     if len(split) == 0:
         raise InputError("there is no example to evaluate on")
@@ -190,22 +197,50 @@ def run_attack(
 ) -> Attacked:
     """Attacks every image, in batches; what `accuracy_under` counts, for each example.
 
+    With `save_to`, finished batches of `PGD` and `FGSM` are kept beside it until all are, so that
+    the same call goes on after a kill, and ends as one that was left alone.
+
     Args and errors are those of `accuracy_under`; `images` are `[n, ...]`, uint8 or floats in
     [0, 1], and `y` their `[n]` int64 classes.
     """
     generator = torch.Generator(images.device).manual_seed(seed)
+    # the repr of these says all that they do; others may hide a model, or code that changed
+    folder = save_to.with_suffix(".parts") if save_to and isinstance(attack, PGD | FGSM) else None
     parts = []
-    with (
-        eval_mode(model),
-        tqdm(total=len(y), desc="attack", disable=not progress, leave=False) as bar,
-    ):
+    with tqdm(total=len(y), desc="attack", disable=not progress, leave=False) as bar:
         for rows in _rows(len(y), batch_size):
-            x = _pixels(images[rows])
-            parts.append(attack(model, x, y[rows], generator=generator).cpu())
+            path, x = None, _pixels(images[rows])
+            if folder is not None:
+                with torch.no_grad(), eval_mode(model):
+                    state = {"logits": model(x.clone()), "generator": generator.get_state()}
+                state |= {"x": x, "y": y[rows]}
+                path = folder / f"{digest(repr(attack), model, state)}.pt"
+            part = kept(path, "cpu", partial(_attacked, model, attack, x, y[rows], generator))
+            generator.set_state(part["generator"])
+            parts.append(part["x_adv"])
             bar.update(len(x))
-    return recount(
+    found = recount(
         model, images, y, attack, torch.cat(parts), batch_size=batch_size, save_to=save_to
     )
+    if folder is not None:
+        shutil.rmtree(folder, ignore_errors=True)
+    return found
+
+
+def _attacked(
+    model: nn.Module, attack: Attack, x: Tensor, y: Tensor, generator: torch.Generator
+) -> dict[str, Any]:
+    given = x.clone()
+    with eval_mode(model):
+        x_adv = attack(model, given, y.clone(), generator=generator)
+    if not torch.equal(given, x):
+        raise InputError(
+            f"{attack} changed the images that it was given, in place; let it start from x.clone()"
+        )
+    shape = list(x_adv.shape) if isinstance(x_adv, Tensor) else type(x_adv).__name__
+    if shape != list(x.shape):
+        raise InputError(f"{attack} returned shape {shape} for {list(x.shape)}")
+    return {"x_adv": x_adv.detach().cpu(), "generator": generator.get_state()}
 
 
 def recount(
@@ -224,8 +259,6 @@ def recount(
     Raises:
         InputError: If one is outside the budget of `attack`.
     """
-    if x_adv.shape != images.shape:
-        raise InputError(f"{attack} returned shape {list(x_adv.shape)} for {list(images.shape)}")
     if save_to is not None:
         if claimed is None:
             claimed = correct(model, x_adv, y, batch_size)
@@ -243,11 +276,11 @@ def recount(
     largest = max(lengths)
     if largest > attack.eps + _ROUNDING:
         raise InputError(f"{attack} left its budget: a perturbation is {largest:.6f} long")
-    again = correct(model, x_adv, y, batch_size)
-    return Attacked(again, again if claimed is None else claimed, largest, x_adv)
+    answered = answers(model, x_adv, y.device, batch_size)
+    again = answered == y.cpu()
+    return Attacked(again, again if claimed is None else claimed, largest, x_adv, answered)
 
 
-@torch.no_grad()
 def correct(model: nn.Module, images: Tensor, y: Tensor, batch_size: int = 500) -> Tensor:
     """Returns which images are classified as `y`, in eval mode: `[n]` booleans on the CPU.
 
@@ -257,12 +290,55 @@ def correct(model: nn.Module, images: Tensor, y: Tensor, batch_size: int = 500) 
         y: `[n]` int64 classes, on the model's device.
         batch_size: Images a pass.
     """
+    return answers(model, images, y.device, batch_size) == y.cpu()
+
+
+@torch.no_grad()
+def answers(
+    model: nn.Module, images: Tensor, device: torch.device, batch_size: int = 500
+) -> Tensor:
+    """Returns the class that the model answers for each image, -1 where a logit is nan: `[n]`."""
+    found = []
     with eval_mode(model):
-        answers = [
-            ~fooled(model(_pixels(images[rows].to(y.device))), y[rows])
-            for rows in _rows(len(y), batch_size)
-        ]
-    return torch.cat(answers).cpu()
+        for rows in _rows(len(images), batch_size):
+            logits = model(_pixels(images[rows].to(device)))
+            found.append(logits.argmax(1).masked_fill(logits.isnan().any(1), -1))
+    return torch.cat(found).cpu()
+
+
+# --- what is kept across a kill
+
+
+def digest(call: str, model: nn.Module, tensors: Mapping[str, Tensor]) -> str:
+    """Returns a name for what decides a result: 32 hex digits of the SHA-256 of all of it.
+
+    A model is its tensors and what it answers, which plain attributes may decide: put logits into
+    `tensors`.
+    """
+    found = hashlib.sha256(call.encode())
+    for name, tensor in [*tensors.items(), *model.named_parameters(), *model.named_buffers()]:
+        found.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return found.hexdigest()[:32]
+
+
+def kept(
+    path: Path | None, device: torch.device | str, make: Callable[[], dict[str, Any]]
+) -> dict[str, Any]:
+    """Returns what the file `path` holds; where there is none, makes it first."""
+    if path is None:
+        return make()
+    if path.exists():
+        return load_tensors(path, device)
+    # a kill in the middle of a write leaves its temporary file
+    for leftover in path.parent.glob(f".{path.name}.*.tmp"):
+        leftover.unlink()
+    made = make()
+    save_tensors(path, made)
+    return made
+
+
+# --- checkpoints
 
 
 def load_model(folder: Path, which: str, dataset: Dataset) -> nn.Module:
@@ -318,10 +394,10 @@ def evaluate_run(
 
 
 def _rows(count: int, batch_size: int) -> list[slice]:
-    if not isinstance(batch_size, int) or batch_size < 1:
-        raise InputError(f"batch_size must be a whole number, 1 or more; got {batch_size!r}")
+    check_count("batch_size", batch_size)
     return [slice(start, start + batch_size) for start in range(0, count, batch_size)]
 
 
 def _pixels(images: Tensor) -> Tensor:
-    return images if images.is_floating_point() else to_float(images)
+    # always a copy: neither a model nor an attack gets hold of the caller's images
+    return images.clone() if images.is_floating_point() else to_float(images)

@@ -11,7 +11,6 @@ arXiv 2003.01690 (APGD, AutoAttack) and 1907.02044 (FAB); Andriushchenko et al. 
 1912.00049 (Square).
 """
 
-import hashlib
 import math
 import re
 import sys
@@ -29,16 +28,16 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from engm.attacks import (
-    check_choice,
-    check_count,
+    Model,
     check_pixels,
     checked_logits,
     eval_mode,
     fooled,
 )
-from engm.errors import InputError
-from engm.evaluation.checks import check_examples
-from engm.runs import load_tensors, save_tensors
+from engm.errors import InputError, check_choice, check_count
+from engm.evaluation.accuracy import digest, kept
+from engm.evaluation.checks import missing_gradient, num_classes
+from engm.evaluation.sources import as_module
 
 _ATTACKS = ("apgd-ce", "apgd-t", "fab-t", "square")
 _NORMS = {"linf": "Linf", "l2": "L2"}
@@ -118,7 +117,7 @@ class AutoAttack:
             check_choice("attack", name, _ATTACKS)
 
     def __call__(
-        self, model: nn.Module, x: Tensor, y: Tensor, *, generator: torch.Generator | None = None
+        self, model: Model, x: Tensor, y: Tensor, *, generator: torch.Generator | None = None
     ) -> Tensor:
         """Returns `x_adv` of a `run` in one chunk.
 
@@ -126,9 +125,10 @@ class AutoAttack:
         """
         return self.run(model, x, y, batch_size=max(len(x), 1)).x_adv
 
+    @torch.inference_mode(False)
     def run(
         self,
-        model: nn.Module,
+        model: Model,
         x: Tensor,
         y: Tensor,
         *,
@@ -158,7 +158,14 @@ class AutoAttack:
         """
         check_count("batch_size", batch_size)
         y = y.long() if y.dtype in (torch.uint8, torch.int8, torch.int16, torch.int32) else y
-        highest = check_examples(model, x, y)
+        model = as_module(model, x.dtype)
+        classes = num_classes(model, x, y)
+        if unfit := self.unfit(x, classes, missing_gradient(model, x)):
+            fit = tuple(name for name in self.attacks if name not in unfit)
+            raise InputError(
+                "; ".join(f"{name!r} cannot run{reason}" for name, reason in unfit.items())
+                + (f"; choose attacks={fit}" if fit else "; RandomSearch needs none of this")
+            )
         package = library()
         versions = {name: metadata.version(name) for name in ("engm", "pyautoattack")}
         versions["torch"] = torch.__version__
@@ -167,12 +174,11 @@ class AutoAttack:
         dtype = next(floats, torch.float32)
 
         def forward(images: Tensor) -> Tensor:
-            return checked_logits(model, highest, images.to(dtype)).float()
+            return checked_logits(model, classes - 1, images.to(dtype)).float()
 
         # autograd refuses tensors that the caller made in inference mode, but not their copies
-        with torch.inference_mode(False), left_as_found(model), torch.no_grad():
+        with left_as_found(model), torch.no_grad():
             x, y = x.detach().clone(), y.clone()
-            classes = self._num_classes(forward, x[:batch_size])
             warnings = self._signs(package, forward, x[:batch_size], y[:batch_size])
             x_adv, robust, differ = x.clone(), torch.empty_like(y, dtype=torch.bool), 0
             counts = dict.fromkeys(("clean", *self.attacks), 0)
@@ -184,9 +190,8 @@ class AutoAttack:
                     if save_to is not None:
                         torch.manual_seed(self.seed)  # for models that draw
                         answers = forward(x[rows])
-                        path = (
-                            Path(save_to) / f"{digest(call, model, x[rows], y[rows], answers)}.pt"
-                        )
+                        decides = {"x": x[rows], "y": y[rows], "logits": answers}
+                        path = Path(save_to) / f"{digest(call, model, decides)}.pt"
                     attack = partial(self._chunk, package, forward, classes, x[rows], y[rows])
                     chunk = kept(path, x.device, attack)
                     x_adv[rows][chunk["broken"]] = chunk["x_adv"]
@@ -206,32 +211,28 @@ class AutoAttack:
             x_adv, robust, counts, self.seed, versions, largest_of_each(warnings)
         )
 
-    def _num_classes(self, forward: _Forward, x: Tensor) -> int:
-        # refuses what an attack cannot run on
-        gradient = None
-        with torch.enable_grad():
-            here = x.float().requires_grad_()
-            logits = forward(here)
-            if logits.requires_grad:
-                (gradient,) = torch.autograd.grad(logits.sum(), here, allow_unused=True)
-        classes, shape = logits.shape[1], list(x.shape)
-        if gradient is None and self.attacks != ("square",):
-            raise InputError(
-                "no gradient flows from the logits to the images; take detach, argmax and no_grad "
-                "out of the model's forward, or choose attacks=('square',)"
-            )
-        if "apgd-t" in self.attacks and classes < 4:
-            raise InputError(
-                f"'apgd-t' cannot run: its loss needs 4 classes, and the model gives {classes} "
-                "logits; choose attacks=('apgd-ce', 'fab-t', 'square')"
-            )
-        fits = len(shape) == 4 and (self.norm == "linf" or tiles_fit(*shape[2:]))
-        if "square" in self.attacks and not fits:
-            raise InputError(
-                f"'square' cannot run on x of shape {shape}: it needs images [n, c, h, w], and "
-                "does not fit all sizes under l2; leave it out of attacks, or resize in the model"
-            )
-        return classes
+    def unfit(self, x: Tensor, classes: int, blind: str | None) -> dict[str, str]:
+        """Returns those of `attacks` that cannot run, each with what follows "cannot run".
+
+        Args:
+            x: The images.
+            classes: How many logits the model gives.
+            blind: Why there is no gradient, where there is none.
+        """
+        found, shape = {}, list(x.shape)
+        for name in self.attacks:
+            if name != "square" and blind:
+                found[name] = f": {blind}"
+            elif name == "apgd-t" and classes < 4:
+                found[name] = f": its loss needs 4 classes, and the model gives {classes} logits"
+            elif name == "square" and not (
+                len(shape) == 4 and (self.norm == "linf" or tiles_fit(*shape[2:]))
+            ):
+                found[name] = (
+                    f" on x of shape {shape}: it needs images [n, c, h, w], and does not fit all "
+                    "sizes under l2; it could be resized in the model"
+                )
+        return found
 
     def _signs(self, package: ModuleType, forward: _Forward, x: Tensor, y: Tensor) -> list[str]:
         # what the package warns of before it attacks
@@ -289,37 +290,6 @@ class AutoAttack:
         # in the dtype of x a pixel is rounded by a quarter of its eps, at most
         slack = max(1e-5, torch.finfo(x.dtype).eps / 4 * x[0].numel() ** (1 / order))
         return (length <= self.eps + slack) & ((x_adv >= 0) & (x_adv <= 1)).flatten(1).all(1)
-
-
-# --- chunks
-
-
-def digest(call: str, model: nn.Module, x: Tensor, y: Tensor, logits: Tensor) -> str:
-    """Returns a name for what decides a chunk: 32 hex digits of the SHA-256 of all of it.
-
-    A model is its tensors and what it answers, which plain attributes may decide.
-    """
-    tensors = [("x", x), ("y", y), ("logits", logits)]
-    tensors += [*model.named_parameters(), *model.named_buffers()]
-    found = hashlib.sha256(call.encode())
-    for name, tensor in tensors:
-        found.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return found.hexdigest()[:32]
-
-
-def kept(
-    path: Path | None, device: torch.device, make: Callable[[], dict[str, Any]]
-) -> dict[str, Any]:
-    """Returns what the file `path` holds; where there is none, makes it first."""
-    if path is None:
-        return make()
-    if not path.exists():
-        # a kill in the middle of a write leaves its temporary file
-        for leftover in path.parent.glob(f".{path.name}.*.tmp"):
-            leftover.unlink()
-        save_tensors(path, make())
-    return load_tensors(path, device)
 
 
 # --- pyautoattack

@@ -1,21 +1,23 @@
-"""An attack that asks for answers alone, to tell robust models from models that hide gradients."""
+"""Attacks that evaluations alone use: by answers without a gradient, and towards chosen classes."""
 
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from engm.attacks import (
+    PGD,
+    Model,
     check_batch,
-    check_choice,
-    check_count,
     check_pixels,
     checked_logits,
     eval_mode,
     fooled,
     margin,
 )
+from engm.errors import check_choice, check_count
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +49,7 @@ class RandomSearch:
 
     @torch.no_grad()
     def __call__(
-        self, model: nn.Module, x: Tensor, y: Tensor, *, generator: torch.Generator | None = None
+        self, model: Model, x: Tensor, y: Tensor, *, generator: torch.Generator | None = None
     ) -> Tensor:
         """Attacks a batch, with the arguments and the result of `PGD.__call__`."""
         highest = check_batch(x, y)
@@ -83,6 +85,70 @@ class RandomSearch:
             delta = delta + self.eps * patch / math.sqrt(patch[0].numel())
             delta = self.eps * delta / _lengths(delta)
         return (x + delta).clamp(0, 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TargetedPGD:
+    """PGD towards the most likely other classes, one after the other, until the model is fooled.
+
+    Each run climbs the logit of one class minus that of the true one, where the untargeted margin
+    may keep changing its mind. Source: Gowal et al. 2019, arXiv 1910.09338 (MultiTargeted), with
+    the classes that are most likely at x.
+
+    Attributes:
+        eps: Radius of the ball in pixels, at most 1 for "linf".
+        norm: "linf" or "l2".
+        num_steps: Steps towards each class; they shrink from 2 eps to 0.
+        targets: How many classes are tried, or as many as there are.
+
+    Raises:
+        InputError: If a setting is out of range.
+    """
+
+    eps: float
+    norm: str = "linf"
+    num_steps: int = 20
+    targets: int = 3
+
+    def __post_init__(self) -> None:
+        """Refuses settings that are out of range."""
+        self._towards_one()
+        check_count("targets", self.targets)
+
+    def _towards_one(self) -> PGD:
+        size = min(2 * self.eps, 1.0) if self.norm == "linf" else 2 * self.eps
+        how = dict(norm=self.norm, loss="margin", decay=True, num_steps=self.num_steps)
+        return PGD(eps=self.eps, step_size=size or 1.0, **how)  # type: ignore[arg-type]
+
+    def __call__(
+        self, model: Model, x: Tensor, y: Tensor, *, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """Attacks a batch, with the arguments and the result of `PGD.__call__`."""
+        highest, pgd = check_batch(x, y), self._towards_one()
+        best = x.detach().clone()
+        if self.eps == 0 or len(x) == 0:
+            return best
+        with torch.no_grad(), eval_mode(model):
+            logits = checked_logits(model, highest, best)
+            others = logits.scatter(1, y[:, None], -math.inf)
+            ranked = others.topk(min(self.targets, logits.shape[1] - 1)).indices
+            rows = (~fooled(logits, y)).nonzero()[:, 0]
+            for k in range(ranked.shape[1]):
+                if len(rows) == 0:
+                    break
+                pair = torch.stack([y[rows], ranked[rows, k]], 1)
+                best[rows] = pgd(
+                    partial(_between, model, pair),
+                    x[rows],
+                    torch.zeros_like(rows),
+                    generator=generator,
+                )
+                rows = rows[~fooled(checked_logits(model, highest, best[rows]), y[rows])]
+        return best
+
+
+def _between(model: Model, pair: Tensor, x: Tensor) -> Tensor:
+    return model(x).gather(1, pair)
 
 
 def _patches(x: Tensor, share: float, generator: torch.Generator | None) -> Tensor:

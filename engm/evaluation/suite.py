@@ -9,20 +9,22 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from engm.attacks import FGSM, PGD
+from engm.attacks import FGSM, PGD, Model
+from engm.config import parse_number
 from engm.data import Dataset, Split, stratified_order, to_float
 from engm.errors import InputError
 from engm.evaluation import checks
 from engm.evaluation.accuracy import (
     Attack,
+    Attacked,
     correct,
     load_model,
     recount,
@@ -30,7 +32,8 @@ from engm.evaluation.accuracy import (
 )
 from engm.evaluation.autoattack import AutoAttack
 from engm.evaluation.checks import Check
-from engm.evaluation.search import RandomSearch
+from engm.evaluation.search import RandomSearch, TargetedPGD
+from engm.evaluation.sources import StraightThrough, Transfer, as_module
 from engm.report.statistics import Interval, wilson
 from engm.report.tables import to_markdown
 from engm.runs import (
@@ -39,6 +42,7 @@ from engm.runs import (
     environment,
     load_tensors,
     read_config,
+    read_json,
     write_json,
 )
 
@@ -119,6 +123,7 @@ class RobustnessReport:
         autoattack: What AutoAttack says of itself, where it ran: counts, warnings, versions.
         seed: Seed of all attacks.
         environment: Versions, commit, hardware.
+        remark: What else a reader should know, such as where the report was written.
     """
 
     eps: float
@@ -132,11 +137,17 @@ class RobustnessReport:
     autoattack: dict[str, Any] | None
     seed: int
     environment: dict[str, Any]
+    remark: str = ""
 
     @property
     def flags(self) -> tuple[Check, ...]:
         """The checks that did not pass."""
         return tuple(check for check in self.checks if not check.passed)
+
+    @property
+    def gradient_masking(self) -> tuple[str, ...]:
+        """The flags that say that gradients are hidden, or mislead the attacks."""
+        return tuple(check.name for check in self.flags if check.name in checks.MASKING)
 
     def to_dict(self) -> dict[str, Any]:
         """Returns plain JSON values; accuracies are fractions."""
@@ -152,6 +163,7 @@ class RobustnessReport:
             "worst": self.worst.to_dict(),
             "curve": [{"eps": eps, **found.to_dict()} for eps, found in self.curve.items()],
             "checks": [dict(vars(check)) for check in self.checks],
+            "gradient_masking": list(self.gradient_masking),
             "skipped": self.skipped,
             "autoattack": self.autoattack,
             "environment": self.environment,
@@ -173,6 +185,10 @@ class RobustnessReport:
             f"- {'pass' if c.passed else 'FLAG'} **{c.name}**: {c.meaning}" for c in self.checks
         ]
         verdict = f"{len(self.flags)} of {len(self.checks)} checks raise a flag"
+        masking = (
+            f"Gradient masking ({', '.join(self.gradient_masking)}): gradients are hidden, or lead "
+            "astray. What attacks leave is then no robustness, but an upper bound of it."
+        )
         return "\n".join(
             [
                 f"{self.clean.n} examples, {self.norm} eps {self.eps:.6g}, seed {self.seed}",
@@ -183,7 +199,8 @@ class RobustnessReport:
                 f"{verdict}:" if self.flags else f"All {len(self.checks)} checks pass:",
                 "",
                 *marks,
-                *(f"- AutoAttack says: {w}" for w in (self.autoattack or {}).get("warnings", ())),
+                *(["", masking] if self.gradient_masking else []),
+                *(["", self.remark] if self.remark else []),
             ]
         )
 
@@ -203,42 +220,49 @@ def in_words(attack: Attack) -> str:
         return f"{attack.num_steps} steps {length}, {starts if attack.random_start else 'from x'}"
     if isinstance(attack, RandomSearch):
         return f"{attack.num_queries} queries, no gradient"
+    if isinstance(attack, TargetedPGD):
+        return f"{attack.num_steps} steps towards each of {attack.targets} likely classes"
+    if isinstance(attack, Transfer):
+        return f"{in_words(attack.attack)}, on another model"
     return repr(attack)
 
 
 # --- the suite
 
-_AUTOATTACK, _BLACK_BOX = "AutoAttack", "random search"
-_STEPS = 20
+_AUTOATTACK, _BLACK_BOX, _EOT = "AutoAttack", "random search", "PGD-20 margin, mean of draws"
+_STEPS, _DRAWS = 20, 10
 
 
 def standard_attacks(eps: float, norm: str = "linf", num_steps: int = _STEPS) -> dict[str, Attack]:
     """Returns the attacks that a model is evaluated with, under the names of the table.
 
-    FGSM; PGD on three losses; the margin again from five random starts; and one attack that sees
-    no gradient. Steps shrink from 2 eps to 0 (this kit): on small networks that finds as much as
-    APGD at equal steps, and up to 3 points more than the constant 2.5 eps / num_steps with which a
-    run is watched and its `result.json` written.
+    FGSM; PGD on three losses; the margin again from five random starts, and towards likely
+    classes; and one attack that sees no gradient. Steps shrink from 2 eps to 0 (this kit): on small
+    networks that finds as much as APGD at equal steps, and up to 3 points more than the constant
+    2.5 eps / num_steps with which a run is watched and its `result.json` written.
     """
-    _check_eps(eps)
-    pgd, margin = f"PGD-{num_steps}", _pgd_on_margin(eps, norm, num_steps)
+    eps = _budget(eps)
+    pgd, margin = f"PGD-{num_steps}", _on_margin(eps, norm, num_steps)
     return {
         "FGSM": FGSM(eps=eps, norm=norm),
         f"{pgd} cross-entropy": replace(margin, loss="ce"),
         f"{pgd} margin": margin,
         f"{pgd} DLR": replace(margin, loss="dlr"),
         f"{pgd} margin, 5 starts": replace(margin, restarts=5),
+        f"{pgd} targeted": TargetedPGD(eps=eps, norm=norm, num_steps=num_steps),
         _BLACK_BOX: RandomSearch(eps=eps, norm=norm),
     }
 
 
+@torch.inference_mode(False)
 def evaluate(
-    model: nn.Module,
-    data: Split | tuple[Tensor, Tensor],
+    model: Model,
+    data: Split | tuple[Any, Any],
     *,
     eps: float,
     norm: str = "linf",
     attacks: Mapping[str, Attack] | None = None,
+    surrogate: Model | None = None,
     autoattack: bool = False,
     seed: int = 0,
     batch_size: int = 500,
@@ -257,15 +281,21 @@ def evaluate(
         report = engm.evaluate(nn.Sequential(Pixels(), theirs), (x, y), eps=8 / 255)
         print(report)
 
+    PGD on the margin at eps always counts, whatever `attacks` are. A model that draws random
+    numbers is also attacked by the mean of many draws; one without gradients by answers alone.
+
     Args:
         model: From `[n, ...]` pixels in [0, 1] to `[n, K]` logits; evaluated in eval mode, and left
-            as it was.
-        data: A `Split`, or a pair of `[n, ...]` images (floats in [0, 1], or uint8) and `[n]` int64
-            classes, on the model's device.
+            as it was. A plain function is taken as it is.
+        data: A `Split`, or a pair of `[n, ...]` images (floats in [0, 1], or uint8) and `[n]`
+            classes: tensors on the model's device, arrays, or lists.
         eps: Budget in pixel units, such as `8 / 255`.
         norm: "linf" or "l2".
         attacks: Attacks under the names of the table; by default `standard_attacks`.
-        autoattack: Also run AutoAttack (`pip install 'engm[autoattack]'`), first, as it takes long.
+        surrogate: A stand-in for a model without useful gradients, such as the model without its
+            quantisation; attacks take its gradients at the model's own answers (BPDA).
+        autoattack: Also run AutoAttack (`pip install 'engm[autoattack]'`), first, as it takes long;
+            of its four attacks those that can run on such a model and such images.
         seed: Seed of all attacks.
         batch_size: Examples attacked at a time.
         save_to: Folder to keep the adversarial examples in, a file an attack; the accuracies are
@@ -277,61 +307,65 @@ def evaluate(
 
     Raises:
         InputError: Before any long work, if model and data do not fit (pixels outside [0, 1],
-            labels out of range, other devices, no gradients, ...); after it, if an attack returned
-            examples outside its budget.
+            labels out of range, other devices, ...); after it, if an attack returned examples
+            outside its budget, or changed the images that it was given.
     """
-    if isinstance(data, Split):
-        data = data.images, data.labels
-    if len(data) != 2 or not all(isinstance(tensor, Tensor) for tensor in data):
-        given = " and ".join(type(part).__name__ for part in data[:5])
-        raise InputError(f"data must be a Split or a pair of tensors (x, y), not {given}")
-    images, y = data
-    _check_eps(eps)
-    x = to_float(images) if images.dtype == torch.uint8 else images
+    eps = _budget(eps)
+    x, y = _tensors(data, model)
+    model = as_module(model, x.dtype)
     classes = checks.num_classes(model, x, y)
-    suite = dict(standard_attacks(eps, norm) if attacks is None else attacks)
-    skipped = {}
-    for name, attack in list(suite.items()):
-        if attack.eps != eps or attack.norm != norm:
-            raise InputError(f"{name} has {attack.norm} eps {attack.eps}, not {norm} eps {eps}")
-        if classes < 3 and isinstance(attack, PGD | FGSM) and attack.loss == "dlr":
-            skipped[name] = f"DLR needs 3 classes, here are {classes}"
-            del suite[name]
-    if not suite:
-        raise InputError("there is no attack to run")
-    settings = {name: in_words(attack) for name, attack in suite.items()}
+    source = model if surrogate is None else StraightThrough(model, as_module(surrogate, x.dtype))
+    blind = checks.missing_gradient(source, x)
+    suite, skipped = _suite(attacks, eps, norm, classes, blind)
+    clean = correct(model, x, y, batch_size)
+    judged = checks.before_attacks(model, source, x, y, clean, batch_size)
+    judged.append(checks.unit_of(eps))
+    counted = dict(suite)
+
+    def standard(radius: float) -> Attack:
+        return RandomSearch(eps=radius, norm=norm) if blind else _on_margin(radius, norm, _STEPS)
+
+    if standard(eps) not in suite.values():
+        counted[f"{_BLACK_BOX if blind else f'PGD-{_STEPS} margin'} (always)"] = standard(eps)
+    if not blind and any(c.name == "randomness" and not c.passed for c in judged):
+        # the gradient over many draws (EOT): Athalye et al. 2018, arXiv 1802.00420
+        counted[_EOT] = Transfer(
+            standard(eps), lambda x: torch.stack([source(x) for _ in range(_DRAWS)]).mean(0)
+        )
     files: dict[str, str] = {}
     paths: dict[str, Path] = {}
     if save_to is not None:
-        files = _file_names([_AUTOATTACK, *suite])
+        files = _file_names([_AUTOATTACK, *counted])
         paths = {name: save_to / file for name, file in files.items()}
-    clean = correct(model, x, y, batch_size)
-    judged = checks.before_attacks(model, x, y, clean, batch_size)
-    strongest = None
+    settings = {name: in_words(attack) for name, attack in counted.items()}
+    how: dict[str, Any] = {"batch_size": batch_size, "progress": progress}
+    strongest = broken = None
     if autoattack:
         attack = AutoAttack(eps=eps, norm=norm, seed=seed)
-        strongest = attack.run(
-            model,
-            x,
-            y,
-            batch_size=batch_size,
-            save_to=None if save_to is None else save_to / "autoattack-chunks",
-            progress=progress,
-        )
-        broken = recount(
-            model,
-            x,
-            y,
-            attack,
-            strongest.x_adv.cpu(),
-            claimed=strongest.robust.cpu(),
-            batch_size=batch_size,
-            save_to=paths.get(_AUTOATTACK),
-        )
-    attacked_by = partial(run_attack, model, x, y, batch_size=batch_size, seed=seed)
+        unfit = attack.unfit(x, classes, blind)
+        skipped |= {f"{_AUTOATTACK} {name}": f"cannot run{why}" for name, why in unfit.items()}
+        fit = tuple(name for name in attack.attacks if name not in unfit)
+        if fit:
+            attack = replace(attack, attacks=fit) if unfit else attack
+            chunks = None if save_to is None else save_to / "autoattack-chunks"
+            strongest = attack.run(source, x, y, save_to=chunks, **how)
+            there, claimed = strongest.x_adv.cpu(), strongest.robust.cpu()
+            where: dict[str, Any] = dict(batch_size=batch_size, save_to=paths.get(_AUTOATTACK))
+            broken = recount(model, x, y, attack, there, claimed=claimed, **where)
+            names = ", ".join(name for name in strongest.counts if name != "clean")
+            settings[_AUTOATTACK] = f"{'a part' if unfit else 'standard'}: {names}"
+
+    def attacked_by(attack: Attack, path: Path | None = None) -> Attacked:
+        if source is not model and not isinstance(attack, RandomSearch | Transfer):
+            attack = Transfer(attack, source)
+        return run_attack(model, x, y, attack, seed=seed, save_to=path, **how)
+
     found = {}
-    for name, attack in tqdm(suite.items(), "evaluation", disable=not progress, leave=False):
-        outcome = attacked_by(attack, save_to=paths.get(name), progress=progress)
+    for name, attack in tqdm(counted.items(), "evaluation", disable=not progress, leave=False):
+        outcome = attacked_by(attack, paths.get(name))
+        if name == _EOT:
+            drawn = [correct(model, outcome.x_adv, y, batch_size) for _ in range(_DRAWS)]
+            judged = [checks.over_draws(check, drawn) for check in judged]
         # the images are in their file; in memory those of one attack are enough
         found[name] = replace(outcome, x_adv=outcome.x_adv[:0])
     # no two images are further apart than this
@@ -339,30 +373,28 @@ def evaluate(
     radii = [k * eps for k in (0.25, 0.5, 1, 2, 4) if k * eps < whole] + [whole]
     curve = {0.0: clean}
     for radius in tqdm(radii, "evaluation", disable=not progress, leave=False):
-        margin = _pgd_on_margin(radius, norm, _STEPS)
-        known = [found[name] for name, attack in suite.items() if attack == margin]
-        curve[radius] = (known[0] if known else attacked_by(margin)).correct
-    judged += checks.after_attacks(suite, found, eps, curve)
-    worst = torch.stack([clean, *(outcome.correct for outcome in found.values())]).all(0)
-    if strongest is not None:
+        known = [found[name] for name, attack in counted.items() if attack == standard(radius)]
+        curve[radius] = (known[0] if known else attacked_by(standard(radius))).correct
+    judged += checks.after_attacks(suite, found, clean, y, curve)
+    given = _worst(clean, *(found[name] for name in suite))
+    for name in counted:
+        if name not in suite and name != _EOT:
+            judged.append(checks.attacks_strong(given, name, found[name].correct))
+    worst = _worst(clean, *found.values())
+    if strongest is not None and broken is not None:
         judged.append(checks.autoattack_gap(broken.correct, worst))
         judged.append(checks.kept_results({_AUTOATTACK: broken}, eps))
-        names = ", ".join(name for name in strongest.counts if name != "clean")
-        settings[_AUTOATTACK] = f"standard: {names}"
-        found[_AUTOATTACK], worst = broken, worst & broken.correct
+        if strongest.warnings:
+            judged.append(Check(checks.WARNINGS, False, "; ".join(strongest.warnings)))
+        found[_AUTOATTACK], worst = broken, _worst(worst, broken)
     return RobustnessReport(
         eps=eps,
         norm=norm,
         clean=Accuracy.of(clean),
         attacks=tuple(
-            AttackResult(
-                name,
-                Accuracy.of(outcome.correct),
-                settings[name],
-                outcome.largest_perturbation,
-                files.get(name),
-            )
-            for name, outcome in found.items()
+            AttackResult(name, Accuracy.of(a.correct), settings[name], a.largest_perturbation, file)
+            for name, a in found.items()
+            for file in [files.get(name)]
         ),
         worst=Accuracy.of(worst),
         curve={radius: Accuracy.of(standing) for radius, standing in curve.items()},
@@ -372,6 +404,75 @@ def evaluate(
         seed=seed,
         environment=environment(x.device),
     )
+
+
+def _worst(standing: Tensor, *found: Attacked) -> Tensor:
+    return torch.stack([standing, *(outcome.correct for outcome in found)]).all(0)
+
+
+def _budget(eps: Any) -> float:
+    try:
+        number = parse_number(eps) if isinstance(eps, str) else float(eps)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not number > 0:
+        raise InputError(f"eps must be above 0, got {eps!r}; it is in pixel units, as in 8/255")
+    return eps if type(eps) is int else number
+
+
+def _tensors(data: Any, model: Any) -> tuple[Tensor, Tensor]:
+    # arrays and lists become tensors on the model's device, half precision becomes float32
+    if isinstance(data, Split):
+        data = data.images, data.labels
+    if not isinstance(data, tuple | list) or len(data) != 2:
+        raise InputError(
+            f"data must be a Split or a pair (x, y), not {type(data).__name__}; from a DataLoader: "
+            "x, y = (torch.cat(part) for part in zip(*loader))"
+        )
+    tensors = (*model.parameters(), *model.buffers()) if isinstance(model, nn.Module) else ()
+    device = tensors[0].device if tensors else "cpu"
+    try:
+        x, y = (
+            part.detach().clone()
+            if isinstance(part, Tensor)
+            else torch.tensor(np.asarray(part)).to(device)
+            for part in data
+        )
+    except (TypeError, ValueError) as error:
+        raise InputError(f"data must be a Split or a pair (x, y) of numbers: {error}") from None
+    if x.dtype == torch.uint8:
+        x = to_float(x)
+    foreign = not isinstance(data[0], Tensor) and x.dtype == torch.float64
+    whole = not (y.is_floating_point() or y.is_complex() or y.dtype == torch.bool)
+    half = x.dtype in (torch.float16, torch.bfloat16)
+    return x.float() if foreign or half else x, y.long() if whole else y
+
+
+def _suite(
+    attacks: Mapping[str, Attack] | None, eps: float, norm: str, classes: int, blind: str | None
+) -> tuple[dict[str, Attack], dict[str, str]]:
+    # what can run, and why the rest cannot
+    if attacks is not None and not isinstance(attacks, Mapping):
+        raise InputError('attacks must be a mapping of names, as in {"PGD": PGD(...)}')
+    suite = dict(standard_attacks(eps, norm) if attacks is None else attacks)
+    if not suite:
+        raise InputError("there is no attack to run")
+    skipped = {}
+    for name, attack in list(suite.items()):
+        if not callable(attack) or not hasattr(attack, "eps") or not hasattr(attack, "norm"):
+            raise InputError(
+                f"{name} must have eps and norm, and be called as attack(model, x, y, "
+                "generator=...); a class of three lines does it"
+            )
+        if not math.isclose(attack.eps, eps, rel_tol=1e-6) or attack.norm != norm:
+            raise InputError(f"{name} has {attack.norm} eps {attack.eps}, not {norm} eps {eps}")
+        if classes < 3 and isinstance(attack, PGD | FGSM) and attack.loss == "dlr":
+            skipped[name] = f"DLR needs 3 classes, here are {classes}"
+        elif blind and isinstance(attack, PGD | FGSM | TargetedPGD):
+            skipped[name] = "no gradient flows from the logits to the images"
+        if name in skipped:
+            del suite[name]
+    return suite, skipped
 
 
 def evaluate_checkpoint(
@@ -388,7 +489,8 @@ def evaluate_checkpoint(
     """Evaluates a checkpoint of a run on the test set, and writes what was found beside it.
 
     The folder gets `evaluation-WHICH.json`, `robustness-WHICH.png`, and the adversarial examples in
-    `evaluation-WHICH/`.
+    `evaluation-WHICH/`. Where there is an evaluation that has more in anything (images, an attack),
+    or another budget, that one stays, and WHICH is followed by a number.
 
     Args:
         folder: A run directory.
@@ -412,25 +514,43 @@ def evaluate_checkpoint(
     eps = config.eps if eps is None else eps
     num_steps = config.eval_steps if num_steps is None else num_steps
     assert eps is not None
-    report = evaluate(
-        model,
-        test,
-        eps=eps,
-        norm=config.norm,
-        attacks=standard_attacks(eps, config.norm, num_steps),
-        autoattack=autoattack,
-        seed=config.seed,
-        save_to=folder / f"evaluation-{which}",
-        progress=progress,
-    )
+    attacks = standard_attacks(eps, config.norm, num_steps)
+    how: dict[str, Any] = dict(eps=eps, norm=config.norm, attacks=attacks, autoattack=autoattack)
+    name, number = which, 1
+    while _has_more(folder / f"evaluation-{name}.json", len(test), **how):
+        number += 1
+        name = f"{which}-{number}"
+    how |= dict(seed=config.seed, progress=progress, save_to=folder / f"evaluation-{name}")
+    report = evaluate(model, test, **how)
     epoch = load_tensors(folder / CHECKPOINTS[which])["epoch"]
     what = {"checkpoint": which, "epoch": epoch, "data_sha256": dataset.digest}
-    write_json(folder / f"evaluation-{which}.json", what | report.to_dict())
+    write_json(folder / f"evaluation-{name}.json", what | report.to_dict())
     from engm.plots import robustness_curve, to_png
 
-    with atomic_path(folder / f"robustness-{which}.png") as path:
+    with atomic_path(folder / f"robustness-{name}.png") as path:
         path.write_bytes(to_png(robustness_curve(report)))
-    return report
+    if name == which:
+        return report
+    remark = (
+        f"evaluation-{which}.json has what this evaluation has not (images, attacks, or another "
+        f"eps): it stays, and `engm report` reads it; this one is evaluation-{name}.json."
+    )
+    return replace(report, remark=remark)
+
+
+def _has_more(path: Path, images: int, **how: Any) -> bool:
+    if not path.exists():
+        return False
+    try:
+        old = read_json(path)
+        budget = old["eps"], old["norm"]
+        settings = {found["settings"] for n, found in old["attacks"].items() if n != _AUTOATTACK}
+        more = old["num_examples"] > images or bool(old["autoattack"]) > how["autoattack"]
+    except (InputError, KeyError, TypeError, AttributeError):
+        return False  # no evaluation
+    attacks = [*how["attacks"].values(), _on_margin(how["eps"], how["norm"], _STEPS)]
+    new = {in_words(attack) for attack in attacks}
+    return more or budget != (how["eps"], how["norm"]) or not settings <= new
 
 
 def _file_names(names: list[str]) -> dict[str, str]:
@@ -443,12 +563,7 @@ def _file_names(names: list[str]) -> dict[str, str]:
     return files
 
 
-def _check_eps(eps: float) -> None:
-    if not eps > 0:
-        raise InputError(f"eps must be above 0, got {eps!r}; it is in pixel units, as in 8/255")
-
-
-def _pgd_on_margin(eps: float, norm: str, num_steps: int) -> PGD:
+def _on_margin(eps: float, norm: str, num_steps: int) -> PGD:
     return PGD(
         eps=eps,
         step_size=min(2 * eps, 1.0) if norm == "linf" else 2 * eps,

@@ -72,9 +72,10 @@ def measured(record: Record) -> tuple[dict[Column, Entry], Counter[str]]:
         facts = read_json(path)
         try:
             found |= _columns(record, which, facts)
-            flags.update(str(check["name"]) for check in facts["checks"] if not check["passed"])
+            names = [str(check["name"]) for check in facts["checks"] if not check["passed"]]
             if facts["autoattack"] and facts["autoattack"]["warnings"]:
-                flags["warnings of AutoAttack"] += 1
+                names.append("warnings of AutoAttack")  # itself a check, in newer files
+            flags.update(list(dict.fromkeys(names)))
         except (KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError):
             raise InputError(
                 f"{path} is not what `engm evaluate` writes; delete it, and evaluate the run again"
