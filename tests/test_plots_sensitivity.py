@@ -77,27 +77,6 @@ def test_a_grid_of_which_nothing_is_left_is_drawn_too():
     nothing = np.full((2, 3), math.nan)
     axes = plots.accuracy_heat_maps({"MSGD": nothing}, LRS, DECAYS).axes[0]
     assert [line.get_marker() for line in axes.lines] == ["x"] * 6
-    axes = plots.accuracy_over_lr({"MSGD": nothing}, LRS).axes[0]
-    assert [line.get_marker() for line in axes.lines].count("x") == 2
-
-
-def test_over_the_learning_rate_the_line_is_the_best_weight_decay():
-    axes = plots.accuracy_over_lr({"MSGD": GRID, "ENGM": GRID / 2}, LRS).axes[0]
-    lines = [line for line in axes.lines if not line.get_label().startswith("_")]
-
-    assert [line.get_label() for line in lines] == ["MSGD", "ENGM"]
-    assert list(lines[0].get_ydata()) == pytest.approx([47, 50, 48.5])
-    assert list(lines[1].get_ydata()) == pytest.approx([23.5, 25, 24.25])
-    assert list(lines[0].get_xdata()) == pytest.approx(LRS, rel=0.05)
-    assert lines[0].get_color() != lines[1].get_color()
-    dots = [line for line in axes.lines if line.get_linestyle() == "None"]
-    drawn = [y for line in dots if line.get_marker() == "o" for _, y in points(line)]
-    assert sorted(y for y in drawn if not math.isnan(y)) == pytest.approx([30, 47, 48, 48.5, 50])
-    crosses = [points(line) for line in dots if line.get_marker() == "x" and points(line)]
-    assert [y for [(_, y)] in crosses] == [0, 0]
-    assert axes.get_xscale() == "log"
-    assert axes.get_ylim() == pytest.approx((0, 57.5))
-    assert (axes.get_xlabel(), axes.get_ylabel()) == ("learning rate", "robust accuracy (%)")
 
 
 def test_the_line_round_the_best_is_red():

@@ -144,6 +144,17 @@ def test_with_other_parameters_solutions_are_right_and_wrong_answers_told(name, 
         assert "not settled at this scale" in run.result["verdict"]
 
 
+@pytest.mark.parametrize("name", THERE)
+def test_plain_papermill_knows_every_parameter(name):
+    import papermill
+
+    path = FOLDER / f"{name}.ipynb"
+    known, declared = papermill.inspect_notebook(str(path)), notebooks.parameters(path)
+    assert {name: found["default"] for name, found in known.items()} == {
+        name: found.default.replace("'", '"') for name, found in declared.items()
+    }
+
+
 def test_plain_papermill_runs_a_notebook_too(tmp_path):
     out = tmp_path / "out.ipynb"
     command = [sys.executable, "-m", "papermill", str(FOLDER / "01_attacks.ipynb"), str(out)]

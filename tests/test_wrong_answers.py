@@ -2,14 +2,19 @@
 
 import json
 import re
+from itertools import product
 from pathlib import Path
+from statistics import mean, pstdev, stdev
 
+import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
 
 from engm import MART, PGD
-from engm.lab.exercises import check
+from engm.lab.exercises import check, expected
+from engm.report.sensitivity import near_best
+from engm.report.statistics import student_interval
 
 NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
 
@@ -33,19 +38,112 @@ WRONG = {
         lambda d, radius: d * (radius / d.norm().clamp(min=radius)),
         lambda d, radius: d.clamp(-radius, radius),
     ],
+}
+
+
+# 04, 06, 07, 08, 09
+
+
+def flipped(differences, at_least):
+    patterns = product([1, -1], repeat=len(differences))
+    sums = [sum(s * d for s, d in zip(signs, differences, strict=True)) for signs in patterns]
+    return mean(at_least(found, sum(differences)) for found in sums)
+
+
+def outside(differences, level):
+    interval = student_interval(differences, level)
+    return not interval.low <= 0 <= interval.high
+
+
+def last_of_equals(validation):
+    return max(range(len(validation)), key=lambda epoch: (validation[epoch], epoch))
+
+
+OVERFITTING = "08_overfitting_and_sensitivity"
+WRONG |= {
+    ("04_convergence", 1): [
+        lambda g, c: (c / g.norm(dim=1))[:, None].mul(g).mean(0),  # normalised, not clipped
+        lambda g, c: g.mean(0) * (c / g.mean(0).norm()).clamp(max=1),  # the batch gradient clipped
+        lambda g, c: (g * (c / g.norm(dim=1)).clamp(max=1)[:, None]).sum(0),
+        lambda g, c: (g * (c / g.norm(dim=1)).clamp(max=1)[:, None]).mean(1),
+        lambda g, c: (g * (c / g.norm(dim=1)).clamp(min=1)[:, None]).mean(0),
+        lambda g, c: g.clamp(-c, c).mean(0),  # coordinate by coordinate
+        lambda g, c: (g * (c / g.norm(dim=0)).clamp(max=1)).mean(0),
+    ],
+    ("04_convergence", 2): [2, 4, 8, 32, 64, 256, 1 / 16],
+    ("04_convergence", 3): [
+        [10.0, 1.0, 1.0],  # nothing goes astray
+        [-10.0, 1.0, 1.0],  # the mean is below 0
+        [10.0, -1.0],  # a draw of the votes
+        [1.0, -1.0, -1.0],
+        [10.0, 10.0, -1.0],
+        [3.0, -3.0],
+    ],
     ("06_cifar", 1): [
         lambda logits, y: -torch.log(1 - logits.softmax(1).amax(1)),
         lambda logits, y: -torch.log(1 - logits.softmax(1).gather(1, y[:, None])[:, 0]),
         lambda logits, y: -torch.log(rival(logits, y)),
         lambda logits, y: -torch.log(1 - rival(logits, y)).mean(),
+        lambda logits, y: torch.log(1 - rival(logits, y)),
+        lambda logits, y: -torch.log(1 - logits.softmax(1).topk(2).values[:, 1]),
     ],
-    ("08_overfitting_and_sensitivity", 1): [
+    ("06_cifar", 2): [0.53 - 0.52, 0.52 - 0.49, 0.53 - 0.48, 0.49 - 0.53, 4, 0.53, 0],
+    ("06_cifar", 3): [
+        lambda d: flipped(d, lambda found, seen: found >= seen - 1e-9),  # one-sided
+        lambda d: flipped(d, lambda found, seen: abs(found) > abs(seen) + 1e-9),  # without itself
+        lambda d: 2 / 2 ** len(d),  # the least that there is
+        lambda d: sum(x <= 0 for x in d) / len(d),
+        lambda d: 1 - flipped(d, lambda found, seen: abs(found) >= abs(seen) - 1e-9),
+    ],
+    ("07_tiny_imagenet", 1): [
+        8 / 255,
+        64 * 8 / 255,  # one channel
+        (3 * 32 * 32) ** 0.5 * 8 / 255,  # CIFAR
+        3 * 64 * 64 * 8 / 255,  # the sum of absolute changes
+        (3 * 64 * 64) ** 0.5 * 8,  # not in pixel units
+        2,
+    ],
+    ("07_tiny_imagenet", 2): [2, 4, 8, 64, 256, 1],
+    ("07_tiny_imagenet", 3): [
+        0.05,
+        4 * 0.05,
+        0.95**4,
+        0.05**4,
+        4 * 0.05 * 0.95**3,  # exactly one
+        18.5,
+    ],
+    (OVERFITTING, 1): [
         lambda validation, test: test[1] - test[-1],
         lambda validation, test: max(test) - test[-1],
         lambda validation, test: max(validation) - test[-1],
         lambda validation, test: max(validation) - validation[-1],
         lambda validation, test: test[0] - test[-1],
         lambda validation, test: test[-1] - test[validation.index(max(validation))],
+        lambda validation, test: test[last_of_equals(validation)] - test[-1],
+        lambda validation, test: abs(test[validation.index(max(validation))] - test[-1]),
+        lambda validation, test: max(0, test[validation.index(max(validation))] - test[-1]),
+    ],
+    (OVERFITTING, 2): [3, 0.5, 1.5, 2, 5, 4, 3.5, 1.25],
+    (OVERFITTING, 3): [0, 0.1, 0.02, 0.9, 10, 100],
+    ("09_results", 1): [
+        [0.73, pstdev([0.70, 0.72, 0.77]), pstdev([0.70, 0.72, 0.77]) / 3**0.5],
+        [0.73, stdev([0.70, 0.72, 0.77]), stdev([0.70, 0.72, 0.77]) / 3],
+        [0.73, stdev([0.70, 0.72, 0.77]), stdev([0.70, 0.72, 0.77]) / 2**0.5],
+        [0.73, stdev([0.70, 0.72, 0.77]), stdev([0.70, 0.72, 0.77])],
+        [0.72, stdev([0.70, 0.72, 0.77]), stdev([0.70, 0.72, 0.77]) / 3**0.5],  # the median
+        [0.73, 0.0013, 0.0013 / 3**0.5],  # the variance
+        [73, 3.6, 2.1],
+        0.73,
+    ],
+    ("09_results", 2): [3, 6, 7, 9, 10, 100],
+    ("09_results", 3): [
+        lambda d, m: outside(d, 0.95),
+        lambda d, m: outside(d, max(0.01, 1 - 0.05 * m)),
+        lambda d, m: outside(d, 0.95 / m),
+        lambda d, m: not outside(d, 1 - 0.05 / m),
+        lambda d, m: student_interval(d, 1 - 0.05 / m).low > 0,
+        lambda d, m: mean(d) > 0,
+        lambda d, m: outside(d, 1 - 0.05 / len(d)),
     ],
 }
 
@@ -57,6 +155,8 @@ def told(notebook, number, answer, capsys):
     at = next(i for i, s in enumerate(sources) if s.startswith(f"exercise_{number} = None"))
     attack = PGD(eps=0.1, step_size=0.02, num_steps=2)
     names = {"torch": torch, "F": F, "MART": MART, "attack": attack, "check": check}
+    names |= {"expected": expected, "student_interval": student_interval, "np": np}
+    names |= {"near_best": near_best, "lrs": [0.1, 1.0], "weight_decays": [0.01, 0.1]}
     names[f"exercise_{number}"] = answer
     if answer is None:
         exec(re.search(r"```python\n(.*?)```", sources[at + 2], re.S).group(1), names)

@@ -34,3 +34,90 @@ def _close(answer: Any, expected: Any, tolerance: float) -> bool:
     return found.shape == wanted.shape and torch.allclose(
         found, wanted, rtol=tolerance, atol=tolerance * 1e-2
     )
+
+
+def expected(notebook: str, number: int) -> Any:
+    """Returns what `check` compares the answer to an exercise with; here, not under the question.
+
+    Args:
+        notebook: The number of the notebook, such as "08".
+        number: The number of the exercise.
+    """
+    return {
+        ("04", 1): _clips_each_example,
+        ("04", 2): 16,  # (4 ** (1 / 2)) ** 4
+        ("04", 3): _leads_astray,
+        ("06", 1): _is_the_second_term_of_mart,
+        ("06", 2): 0.53 - 0.49,
+        ("06", 3): _flips_signs,
+        ("07", 1): (3 * 64 * 64) ** 0.5 * 8 / 255,
+        ("07", 2): 16,  # (64 / 32) ** 4
+        ("07", 3): 1 - 0.95**4,
+        ("08", 1): _is_the_gap,
+        ("08", 2): 2.5,
+        ("08", 3): 1.0,
+        ("09", 1): [0.73, 0.0013**0.5, (0.0013 / 3) ** 0.5],
+        ("09", 2): 8,  # 2 / 2**8 < 0.01 < 2 / 2**7
+        ("09", 3): _corrects_the_level,
+    }[notebook, number]
+
+
+def _clips_each_example(answer: Any) -> bool:
+    from engm.lab.convergence import Rule
+
+    # lengths from 0.1 to 10: some are above c and some are not
+    generator = torch.Generator().manual_seed(0)
+    directions = torch.randn(8, 10, generator=generator, dtype=torch.float64)
+    g = directions * torch.logspace(-1.5, 0.5, 8, dtype=torch.float64)[:, None]
+    return all(
+        torch.allclose(answer(g, c), Rule("engm", scale=c, floor=1.0).combine(g, None)[0])
+        for c in (0.1, 1.0, 4.0, 100.0)
+    )
+
+
+def _leads_astray(answer: Any) -> bool:
+    from engm.lab.convergence import Rule
+
+    batch = torch.tensor(answer, dtype=torch.float64)[:, None]
+    u, _ = Rule("engm", scale="mean", floor=1e-6).combine(batch, None)
+    return bool(batch.mean() > 0 and u < -1e-9)
+
+
+def _is_the_second_term_of_mart(answer: Any) -> bool:
+    from engm.attacks import PGD
+    from engm.methods import MART
+
+    z = 2 * torch.randn(40, 5, generator=torch.Generator().manual_seed(0))
+    # for half of them the likeliest class is the true one, as it is late in training
+    y = torch.where(torch.arange(40) % 2 == 0, z.argmax(1), torch.arange(40) % 5)
+    # with beta 0 MART has two terms; a network that returns its input takes logits for images
+    mart = MART(PGD(eps=0.1, step_size=0.02, num_steps=1), beta=0.0)
+    first = torch.nn.functional.cross_entropy(z, y, reduction="none")
+    second = mart.losses(torch.nn.Identity(), z, z, y) - first
+    found = answer(z, y)
+    return found.shape == second.shape and torch.allclose(found, second, atol=1e-4)
+
+
+def _flips_signs(answer: Any) -> bool:
+    from engm.report.statistics import sign_flip_test
+
+    tried = [[1.0, 2.0, 3.0], [1.0, -2.0, 4.0], [0.5, 0.5, -0.1, 0.3], [-3.0, -1.0, -2.0, 0.25]]
+    return all(abs(answer(each) - sign_flip_test(each).p) < 1e-6 for each in tried)
+
+
+def _is_the_gap(answer: Any) -> bool:
+    tried = [
+        ([0.3, 0.5, 0.4, 0.2], [0.31, 0.46, 0.40, 0.35], 0.11),
+        ([0.3, 0.2, 0.5, 0.5], [0.31, 0.5, 0.46, 0.48], -0.02),
+        ([0.6, 0.5, 0.4], [0.52, 0.6, 0.4], 0.12),
+        ([0.2, 0.5], [0.6, 0.4], 0.0),
+    ]
+    return all(abs(answer(validation, test) - gap) < 1e-9 for validation, test, gap in tried)
+
+
+def _corrects_the_level(answer: Any) -> bool:
+    close, wide = [0.010, 0.012, 0.014], [-0.01, 0.01, 0.02]
+    found = [bool(answer(close, m)) for m in (1, 5, 10, 40)]
+    # below 0 it is settled, too, and what is settled for one may not be for many
+    found += [bool(answer([-d for d in close], 5)), bool(answer(wide, 1)), bool(answer(wide, 40))]
+    return found == [True, True, False, False, True, False, False]

@@ -22,7 +22,12 @@ _NOT_A_VALUE = (ValueError, TypeError, ArithmeticError, SyntaxError, RecursionEr
 
 @dataclass(frozen=True)
 class Parameter:
-    """One line `name: type = default  # help` of the cell that is tagged `parameters`."""
+    """One line `name: type = default  # help` of the cell that is tagged `parameters`.
+
+    The type may stand in a line of its own further up, `name: type`: papermill, when it is used by
+    itself, does not understand `int | None` or `Literal["a", "b"]` in the line of the value, and
+    says that the parameter is unknown.
+    """
 
     name: str
     type: str
@@ -56,12 +61,11 @@ def read_notebook(path: Path) -> Any:
 def parameters(path: Path) -> dict[str, Parameter]:
     """What can be set in a notebook, read from its cell tagged `parameters`.
 
-    The cell is read as Python, not by papermill's pattern, to which annotations such as
-    `int | None` and `Literal["a", "b"]` are invisible.
+    The cell is read as Python, not by papermill's pattern.
 
     Raises:
-        InputError: If no cell has that tag, if a line is not `name: type = value`, or if a default
-            is not of its own type.
+        InputError: If no cell has that tag, if a line is not `name: type = value`, if a type has no
+            value, or if a default is not of its own type.
     """
     cells = [cell for cell in read_notebook(path).cells if "parameters" in cell.metadata.tags]
     if not cells:
@@ -75,15 +79,19 @@ def parameters(path: Path) -> dict[str, Parameter]:
     comments = {t.start[0]: t.string.lstrip("# ") for t in tokens if t.type == tokenize.COMMENT}
 
     found = {}
+    declared: dict[str, ast.expr] = {}
     for statement in statements:
         kind: ast.expr | None = None
         match statement:
             case ast.Import() | ast.ImportFrom():  # Literal comes from typing
                 continue
+            case ast.AnnAssign(ast.Name(name), kind, None):
+                declared[name] = kind
+                continue
             case ast.AnnAssign(ast.Name(name), kind, ast.expr() as value):
                 pass
             case ast.Assign([ast.Name(name)], value):
-                pass
+                kind = declared.pop(name, None)
             case _:
                 raise InputError(
                     f"the parameters cell of {path} has the line {ast.unparse(statement)!r}; "
@@ -102,6 +110,10 @@ def parameters(path: Path) -> dict[str, Parameter]:
             ) from None
         help_text = comments.get(statement.end_lineno or 0, "")
         found[name] = Parameter(name, ast.unparse(kind), ast.unparse(value), help_text)
+    if declared:
+        raise InputError(
+            f"the parameters cell of {path} gives {', '.join(declared)} a type and no value"
+        )
     return found
 
 

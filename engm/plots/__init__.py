@@ -12,7 +12,7 @@ from engm.plots.images import adversarial_examples, prediction
 from engm.plots.live import training_view
 from engm.plots.norms import fits, norms_from_inputs, pulls
 from engm.plots.robustness import robustness_curve
-from engm.plots.sensitivity import accuracy_heat_maps, accuracy_over_lr, best_to_last
+from engm.plots.sensitivity import accuracy_heat_maps, best_to_last
 from engm.plots.style import BLUE, COLOURS, GREEN, ORANGE, PINK, RED, SKY, show_image, to_png
 from engm.plots.variance import against_loss, batch_variance, layer_bars, seed_lines
 from engm.plots.weights import (
@@ -37,7 +37,6 @@ __all__ = [
     "SKY",
     "accuracy_curves",
     "accuracy_heat_maps",
-    "accuracy_over_lr",
     "adversarial_examples",
     "against_loss",
     "batch_variance",

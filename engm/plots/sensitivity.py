@@ -87,40 +87,6 @@ def accuracy_heat_maps(
     return figure
 
 
-def accuracy_over_lr(grids: Mapping[str, np.ndarray], lrs: Sequence[float]) -> Figure:
-    """Draws accuracy over the learning rate: lines for the best weight decay, dots for each.
-
-    A cross at the bottom is a run that collapsed.
-
-    Args:
-        grids: As for `accuracy_heat_maps`.
-        lrs: The columns, rising.
-    """
-    figure, axes = plt.subplots(figsize=(6, 3.4))
-    styles = zip(cycle(COLOURS), cycle(_MARKERS), grids.items(), strict=False)
-    for place, (colour, marker, (name, grid)) in enumerate(styles):
-        values = 100 * np.asarray(grid, dtype=float)
-        shift = 1.04 ** (place - (len(grids) - 1) / 2)  # so that dots do not cover each other
-        x = [lr * shift for lr in lrs]
-        for row in values:
-            axes.plot(x, row, marker, color=colour, markersize=4, alpha=0.45)
-            gone = [at for at, value in zip(x, row, strict=True) if np.isnan(value)]
-            axes.plot(gone, [0] * len(gone), "x", color=colour, markersize=8, clip_on=False)
-        top = np.where(np.isnan(values), -np.inf, values).max(axis=0)
-        alive = np.where(np.isinf(top), np.nan, top)
-        axes.plot(x, alive, marker=marker, color=colour, label=name)
-    axes.set_xscale("log")
-    axes.set_xticks(list(lrs), [f"{lr:g}" for lr in lrs])
-    axes.minorticks_off()
-    axes.set_xlabel("learning rate")
-    percent_axis(axes, "robust accuracy (%)")
-    every = 100 * np.stack([np.asarray(grid, dtype=float) for grid in grids.values()])
-    axes.set_ylim(0, 1.15 * float(np.nanmax(every)) if np.isfinite(every).any() else 100)
-    axes.legend(frameon=False)
-    figure.tight_layout()
-    return figure
-
-
 def _frame(axes: Axes, inside: np.ndarray) -> None:
     padded = np.pad(inside, 1)
     for i, j in np.argwhere(inside):
