@@ -53,7 +53,7 @@ def test_ticks_are_whole_where_x_is(x, whole):
     assert all(tick == round(tick) for tick in axes.get_xticks()) is whole
 
 
-def test_pulls_are_sorted_and_weighed():
+def test_pulls_are_sorted_and_weighted():
     figure = plots.pulls(torch.tensor([3.0, 1.0, 2.0]), torch.tensor([0.5, 1.5, 0.75]), scale=1.5)
     msgd, engm, line = figure.axes[0].lines
     assert list(msgd.get_ydata()) == [1, 2, 3]
@@ -92,6 +92,18 @@ def test_the_true_class_is_blue_and_a_wrong_answer_red():
     assert [plots.COLOURS.index(c) for c in (plots.BLUE, plots.RED)] == [0, 5]
     colours = [bar.get_facecolor()[:3] for bar in axes.patches]
     assert colours == [to_rgb(plots.BLUE), to_rgb(plots.RED), to_rgb("#BBBBBB")]
+
+
+def test_the_clean_image_and_the_change_stand_beside_the_attacked_one():
+    clean = torch.full((1, 2, 2), 0.5)
+    attacked = clean + torch.tensor([[0.1, -0.1], [0.0, 0.05]])
+    figure = plots.prediction(attacked, torch.tensor([0.2, 0.8]), 0, ["cat", "dog"], "dog", clean)
+    titles = [axes.get_title() for axes in figure.axes]
+    assert titles == ["clean: cat", "change, at most 0.100", "dog", ""]
+    shown = [axes.images[0].get_array().tolist() for axes in figure.axes[:3]]
+    change = torch.tensor([[1.0, 0.0], [0.5, 0.75]])  # stretched: grey is no change
+    for pixels, expected in zip(shown, (clean[0], change, attacked[0]), strict=True):
+        assert torch.allclose(torch.tensor(pixels), expected, atol=1e-6)
 
 
 def test_the_ten_likeliest_classes_are_shown_in_the_order_of_their_labels():

@@ -41,11 +41,11 @@ def sharp_figures() -> None:
     """
     from IPython.core.getipython import get_ipython
 
-    shell = get_ipython()
-    if shell is None:
+    formatter = getattr(get_ipython(), "display_formatter", None)
+    if formatter is None:
         return
     plt.switch_backend(plt.get_backend())  # now, as it would set its own way to show a figure
-    shell.display_formatter.formatters["image/png"].for_type(Figure, sharp_png)
+    formatter.formatters["image/png"].for_type(Figure, sharp_png)
 
 
 def sharp_png(figure: Figure) -> tuple[bytes, dict[str, int]]:

@@ -121,12 +121,15 @@ def weight_function(norms: Tensor, scale: float, floor: float) -> Figure:
     return figure
 
 
-def weighed_pulls(norms: Tensor, settings: Sequence[tuple[float, float]]) -> Figure:
-    """Draws the pulls of a batch before and after weighing, sorted, a panel for each setting.
+def weighted_pulls(
+    norms: Tensor, settings: Sequence[tuple[float, float]], fixed: bool = False
+) -> Figure:
+    """Draws the pulls of a batch without and with weights, sorted, a panel for each setting.
 
     Args:
         norms: |g_i|, `[n]`.
         settings: Pairs of the scale c, in units of the mean |g_i|, and the floor f.
+        fixed: Whether the y axis, logarithmic then, is the same whatever the settings are.
     """
     norms = norms.detach().double().cpu().sort().values
     before = norms / norms.mean()
@@ -146,8 +149,11 @@ def weighed_pulls(norms: Tensor, settings: Sequence[tuple[float, float]]) -> Fig
         axes.set_xlabel("examples, by $|g_i|$")
         axes.set_xticks([])
         open_axes(axes)
+    if fixed:  # a slider that also moves the axis would hide what it does
+        row[0, 0].set_yscale("log")
+        row[0, 0].set_ylim(0.01, 2 * max(10.0, float(before.max())))
     row[0, 0].set_ylabel("pull / mean $|g_i|$")
-    row[0, 0].legend(frameon=False, fontsize=9)
+    row[0, 0].legend(frameon=False, fontsize=9, loc="upper left")
     figure.tight_layout()
     return figure
 
@@ -213,7 +219,7 @@ def weights_over_epochs(weights: Sequence[Tensor]) -> Figure:
     values = [epoch.detach().cpu().double().numpy() for epoch in weights]
     shares = np.array([100 * np.histogram(v, edges)[0] / len(v) for v in values])
     bottoms = shares.cumsum(1) - shares
-    # from orange, weighed down, to blue, weighed up
+    # from orange, weighted down, to blue, weighted up
     colours = (RED, ORANGE, "#DDDDDD", SKY, BLUE)
     figure, axes = plt.subplots(figsize=(6.4, 3))
     epochs = np.arange(len(values)) + 1
