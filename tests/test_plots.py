@@ -1,10 +1,14 @@
+import io
+
 import matplotlib.pyplot as plt
 import pytest
 import torch
 from matplotlib.colors import to_rgb
+from PIL import Image
 
 from engm import plots
 from engm.norms.inputs import Fit
+from engm.plots.style import sharp_png
 
 
 def heights(axes):
@@ -156,3 +160,18 @@ def test_a_png_closes_its_figure():
 def close_figures():
     yield
     plt.close("all")
+
+
+def test_a_sharp_figure_has_twice_the_pixels_few_colours_and_keeps_the_rare_ones():
+    logits = torch.tensor([[9.0, 0.0], [9.0, 0.0]])
+    x = torch.rand(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    figure = plots.adversarial_examples(x, x**2, logits, logits.flip(1), ["a", "b"])
+    one = figure.get_size_inches() * figure.dpi
+    png, size = sharp_png(figure)
+    with Image.open(io.BytesIO(png)) as picture:
+        assert (size["width"], size["height"]) == (picture.width // 2, picture.height // 2)
+        colours = [colour for _, colour in picture.convert("RGB").getcolors()]
+    assert size["width"] == pytest.approx(one[0], rel=0.05)  # the margin is cut off
+    red, white = (tuple(round(255 * part) for part in to_rgb(c)) for c in (plots.RED, "white"))
+    for wanted in (red, white):
+        assert min(max(abs(a - b) for a, b in zip(c, wanted, strict=True)) for c in colours) <= 4
