@@ -32,8 +32,8 @@ from engm.plots.weights import (
     running_scale,
     strongest_and_weakest,
     strongest_share,
-    weighted_pulls,
     weight_function,
+    weighted_pulls,
     weights_over_epochs,
     who_pulls,
 )
@@ -75,8 +75,8 @@ __all__ = [
     "strongest_share",
     "to_png",
     "training_view",
-    "weighted_pulls",
     "weight_function",
+    "weighted_pulls",
     "weights_over_epochs",
     "who_pulls",
 ]

@@ -34,7 +34,7 @@ def to_png(figure: Figure) -> bytes:
 
 
 def sharp_figures() -> None:
-    """Shows this notebook's figures with twice the pixels a side, and in 128 colours.
+    """Shows this notebook's figures with twice the pixels a side, and in 64 colours.
 
     That is sharp on today's screens, and few colours keep the file small. Outside IPython it does
     nothing.
@@ -49,14 +49,14 @@ def sharp_figures() -> None:
 
 
 def sharp_png(figure: Figure) -> tuple[bytes, dict[str, int]]:
-    """Returns the figure as a PNG of 128 colours, and the size at which it is to be shown."""
+    """Returns the figure as a PNG of 64 colours, and the size at which it is to be shown."""
     from PIL import Image
 
     large, small = io.BytesIO(), io.BytesIO()
     figure.savefig(large, format="png", dpi=2 * figure.dpi, bbox_inches="tight")
     picture = Image.open(large).convert("RGB")
     # of the three methods the one that keeps rare colours (a red title over grey images) and greys
-    picture = picture.quantize(128, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
+    picture = picture.quantize(64, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
     picture.save(small, format="png", optimize=True)
     width, height = picture.size
     return small.getvalue(), {"width": width // 2, "height": height // 2}
