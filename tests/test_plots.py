@@ -1,10 +1,14 @@
+import io
+
 import matplotlib.pyplot as plt
 import pytest
 import torch
 from matplotlib.colors import to_rgb
+from PIL import Image
 
 from engm import plots
 from engm.norms.inputs import Fit
+from engm.plots.style import sharp_png
 
 
 def heights(axes):
@@ -53,7 +57,7 @@ def test_ticks_are_whole_where_x_is(x, whole):
     assert all(tick == round(tick) for tick in axes.get_xticks()) is whole
 
 
-def test_pulls_are_sorted_and_weighed():
+def test_pulls_are_sorted_and_weighted():
     figure = plots.pulls(torch.tensor([3.0, 1.0, 2.0]), torch.tensor([0.5, 1.5, 0.75]), scale=1.5)
     msgd, engm, line = figure.axes[0].lines
     assert list(msgd.get_ydata()) == [1, 2, 3]
@@ -92,6 +96,18 @@ def test_the_true_class_is_blue_and_a_wrong_answer_red():
     assert [plots.COLOURS.index(c) for c in (plots.BLUE, plots.RED)] == [0, 5]
     colours = [bar.get_facecolor()[:3] for bar in axes.patches]
     assert colours == [to_rgb(plots.BLUE), to_rgb(plots.RED), to_rgb("#BBBBBB")]
+
+
+def test_the_clean_image_and_the_change_stand_beside_the_attacked_one():
+    clean = torch.full((1, 2, 2), 0.5)
+    attacked = clean + torch.tensor([[0.1, -0.1], [0.0, 0.05]])
+    figure = plots.prediction(attacked, torch.tensor([0.2, 0.8]), 0, ["cat", "dog"], "dog", clean)
+    titles = [axes.get_title() for axes in figure.axes]
+    assert titles == ["clean: cat", "change, at most 0.100", "dog", ""]
+    shown = [axes.images[0].get_array().tolist() for axes in figure.axes[:3]]
+    change = torch.tensor([[1.0, 0.0], [0.5, 0.75]])  # stretched: grey is no change
+    for pixels, expected in zip(shown, (clean[0], change, attacked[0]), strict=True):
+        assert torch.allclose(torch.tensor(pixels), expected, atol=1e-6)
 
 
 def test_the_ten_likeliest_classes_are_shown_in_the_order_of_their_labels():
@@ -144,3 +160,18 @@ def test_a_png_closes_its_figure():
 def close_figures():
     yield
     plt.close("all")
+
+
+def test_a_sharp_figure_has_twice_the_pixels_few_colours_and_keeps_the_rare_ones():
+    logits = torch.tensor([[9.0, 0.0], [9.0, 0.0]])
+    x = torch.rand(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    figure = plots.adversarial_examples(x, x**2, logits, logits.flip(1), ["a", "b"])
+    one = figure.get_size_inches() * figure.dpi
+    png, size = sharp_png(figure)
+    with Image.open(io.BytesIO(png)) as picture:
+        assert (size["width"], size["height"]) == (picture.width // 2, picture.height // 2)
+        colours = [colour for _, colour in picture.convert("RGB").getcolors()]
+    assert size["width"] == pytest.approx(one[0], rel=0.05)  # the margin is cut off
+    red, white = (tuple(round(255 * part) for part in to_rgb(c)) for c in (plots.RED, "white"))
+    for wanted in (red, white):
+        assert min(max(abs(a - b) for a, b in zip(c, wanted, strict=True)) for c in colours) <= 4

@@ -69,7 +69,7 @@ def test_weight_and_pull_over_the_length():
 
 
 def test_a_panel_for_each_setting_of_the_weights():
-    figure = plots.weighed_pulls(torch.tensor([4.0, 0.4, 7.6]), [(1.0, 1.0), (0.5, 0.4)])
+    figure = plots.weighted_pulls(torch.tensor([4.0, 0.4, 7.6]), [(1.0, 1.0), (0.5, 0.4)])
     before = [0.1, 1.0, 1.9]  # in units of the mean
     for axes, after, scale in zip(
         figure.axes, ([0.1, 1.0, 1.0], [0.25, 0.5, 0.5]), (1.0, 0.5), strict=True
@@ -81,6 +81,11 @@ def test_a_panel_for_each_setting_of_the_weights():
         "scale 1, floor 1\ntenth: 63% → 48%",
         "scale 0.5, floor 0.4\ntenth: 63% → 40%",
     ]
+    axes = [
+        plots.weighted_pulls(torch.tensor([4.0, 0.4, 7.6]), [setting], True).axes[0].get_ylim()
+        for setting in ((10.0, 0.01), (0.1, 1.0))
+    ]
+    assert axes[0] == axes[1]
 
 
 def test_gram_matrices_and_the_sum_of_their_product():

@@ -14,7 +14,7 @@ from engm.optim import example_weights
 
 
 class EpsExplorer(ipywidgets.VBox):
-    """A slider over eps: an image under attack, and what the model thinks of it.
+    """A slider over eps: an image, its change under attack, and what the model thinks of it.
 
     Args:
         model: Takes pixels in [0, 1].
@@ -58,9 +58,13 @@ class EpsExplorer(ipywidgets.VBox):
             description="eps",
             readout_format=".3f",
             continuous_update=False,
+            layout={"width": "28rem"},
         )
         self.image = ipywidgets.IntSlider(
-            max=len(x) - 1, description="image", continuous_update=False
+            max=len(x) - 1,
+            description="image",
+            continuous_update=False,
+            layout={"width": "28rem"},
         )
         # a VBox would stretch it to the width of the page, and blur it
         self.picture = ipywidgets.Image(format="png", layout={"align_self": "flex-start"})
@@ -73,6 +77,7 @@ class EpsExplorer(ipywidgets.VBox):
     def _draw(self, change: Any = None) -> None:
         chosen, eps = slice(self.image.value, self.image.value + 1), self.eps.value
         x, y = self._x[chosen], self._y[chosen]
+        clean = x[0]
         if eps > 0:
             # the same start at every move, so that eps alone changes the picture
             generator = torch.Generator(x.device).manual_seed(0)
@@ -81,7 +86,8 @@ class EpsExplorer(ipywidgets.VBox):
             probabilities = self._model(x).softmax(1)[0]
         self.predicted = int(probabilities.argmax())
         title = f"eps {eps:.3f}: {self._class_names[self.predicted]}"
-        figure = plots.prediction(x[0], probabilities, int(y), self._class_names, title)
+        names = self._class_names
+        figure = plots.prediction(x[0], probabilities, int(y), names, title, clean)
         self.picture.value = plots.to_png(figure)
 
 
@@ -122,6 +128,7 @@ class WeightExplorer(ipywidgets.VBox):
             style={"description_width": "initial"},
             readout_format=".2f",
             continuous_update=False,
+            layout={"width": "28rem"},
         )
         self.floor = ipywidgets.FloatSlider(
             value=0.05,
@@ -131,6 +138,7 @@ class WeightExplorer(ipywidgets.VBox):
             description="floor",
             readout_format=".2f",
             continuous_update=False,
+            layout={"width": "28rem"},
         )
         self.picture = ipywidgets.Image(format="png", layout={"align_self": "flex-start"})
         self.readout = ipywidgets.Label()
@@ -148,5 +156,5 @@ class WeightExplorer(ipywidgets.VBox):
             f"MSGD, {self.share:.0%} under ENGM; weights from {weights.min():.2g} to "
             f"{weights.max():.2g}."
         )
-        figure = plots.weighed_pulls(self._norms, [(scale, floor)])
+        figure = plots.weighted_pulls(self._norms, [(scale, floor)], True)
         self.picture.value = plots.to_png(figure)

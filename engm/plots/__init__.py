@@ -13,7 +13,18 @@ from engm.plots.live import training_view
 from engm.plots.norms import fits, norms_from_inputs, pulls
 from engm.plots.robustness import robustness_curve
 from engm.plots.sensitivity import accuracy_heat_maps, best_to_last
-from engm.plots.style import BLUE, COLOURS, GREEN, ORANGE, PINK, RED, SKY, show_image, to_png
+from engm.plots.style import (
+    BLUE,
+    COLOURS,
+    GREEN,
+    ORANGE,
+    PINK,
+    RED,
+    SKY,
+    sharp_figures,
+    show_image,
+    to_png,
+)
 from engm.plots.variance import against_loss, batch_variance, layer_bars, seed_lines
 from engm.plots.weights import (
     corrupted_steps,
@@ -21,8 +32,8 @@ from engm.plots.weights import (
     running_scale,
     strongest_and_weakest,
     strongest_share,
-    weighed_pulls,
     weight_function,
+    weighted_pulls,
     weights_over_epochs,
     who_pulls,
 )
@@ -57,13 +68,14 @@ __all__ = [
     "robustness_curve",
     "running_scale",
     "seed_lines",
+    "sharp_figures",
     "show_image",
     "strongest_and_weakest",
     "strongest_share",
     "to_png",
     "training_view",
-    "weighed_pulls",
     "weight_function",
+    "weighted_pulls",
     "weights_over_epochs",
     "who_pulls",
 ]

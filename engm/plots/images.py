@@ -15,6 +15,7 @@ def adversarial_examples(
     logits: Tensor,
     logits_adv: Tensor,
     class_names: Sequence[str],
+    size: float = 1.5,
 ) -> Figure:
     """Shows images, perturbations and adversarial images in three rows, with the predictions.
 
@@ -24,13 +25,13 @@ def adversarial_examples(
         logits: The model's answer to `x`, `[n, K]`.
         logits_adv: Its answer to `x_adv`.
         class_names: What the K classes are called.
+        size: Inches a side of each image.
     """
     n = len(x)
-    figure, axes = plt.subplots(3, n, figsize=(1.5 * n, 5.2), squeeze=False)
-    delta = x_adv - x
-    largest = delta.abs().max().clamp(min=1e-8)
+    figure, axes = plt.subplots(3, n, figsize=(size * n, 3 * size + 0.7), squeeze=False)
+    largest = (x_adv - x).abs().max().clamp(min=1e-8)
     for column in range(n):
-        for row, pixels in enumerate((x, 0.5 + 0.5 * delta / largest, x_adv)):
+        for row, pixels in enumerate((x, _stretched(x_adv - x), x_adv)):
             show_image(axes[row, column], pixels[column])
         axes[0, column].set_title(_answer(logits[column], class_names), fontsize=9)
         colour = RED if logits[column].argmax() != logits_adv[column].argmax() else "black"
@@ -43,7 +44,12 @@ def adversarial_examples(
 
 
 def prediction(
-    image: Tensor, probabilities: Tensor, y: int, class_names: Sequence[str], title: str
+    image: Tensor,
+    probabilities: Tensor,
+    y: int,
+    class_names: Sequence[str],
+    title: str,
+    clean: Tensor | None = None,
 ) -> Figure:
     """Shows one image beside bars of the model's probabilities; the true class is blue.
 
@@ -53,12 +59,21 @@ def prediction(
         y: The true class.
         class_names: What the K classes are called.
         title: What stands above the image.
+        clean: The image before the attack; it and the change, stretched, then stand to the left.
     """
-    figure, (left, right) = plt.subplots(
-        1, 2, figsize=(7, 2.8), gridspec_kw={"width_ratios": [1, 1.6]}
+    panels = [(image, title)]
+    if clean is not None:
+        change = image - clean
+        stretched = f"change, at most {float(change.abs().max()):.3f}"
+        panels = [(clean, f"clean: {class_names[y]}"), (_stretched(change), stretched), *panels]
+    widths = [*[1] * len(panels), 1.6]
+    size = (7 if clean is None else 10.5, 2.8)
+    figure, (*pictures, right) = plt.subplots(
+        1, len(widths), figsize=size, gridspec_kw={"width_ratios": widths}
     )
-    show_image(left, image)
-    left.set_title(title, fontsize=10)
+    for axes, (pixels, name) in zip(pictures, panels, strict=True):
+        show_image(axes, pixels)
+        axes.set_title(name, fontsize=10)
     shown = sorted(probabilities.topk(min(10, len(probabilities))).indices.tolist())
     colours = [BLUE if k == y else RED if k == probabilities.argmax() else "#BBBBBB" for k in shown]
     names = [class_names[k] for k in shown]
@@ -70,6 +85,10 @@ def prediction(
     open_axes(right)
     figure.tight_layout()
     return figure
+
+
+def _stretched(change: Tensor) -> Tensor:
+    return 0.5 + 0.5 * change / change.abs().max().clamp(min=1e-8)  # grey where nothing changes
 
 
 def _answer(logits: Tensor, class_names: Sequence[str]) -> str:

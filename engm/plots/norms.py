@@ -20,12 +20,12 @@ def pulls(norms: Tensor, weights: Tensor, scale: float) -> Figure:
         scale: c, drawn as a line.
     """
     lengths, order = (values.numpy() for values in norms.detach().cpu().sort())
-    weighed = lengths * weights.detach().cpu().numpy()[order]
+    weighted = lengths * weights.detach().cpu().numpy()[order]
     figure, axes = plt.subplots(figsize=(7, 3.2))
     axes.plot(lengths, "o", color=ORANGE, markersize=4, label="MSGD: $|g_i|$")
-    axes.plot(weighed, "o", color=BLUE, markersize=4, label="ENGM: $w_i|g_i|$")
+    axes.plot(weighted, "o", color=BLUE, markersize=4, label="ENGM: $w_i|g_i|$")
     axes.axhline(scale, color="#555555", linewidth=1, linestyle="--", label="$c$")
-    axes.set_xlabel("examples of the batch, by the length of their gradient")
+    axes.set_xlabel("examples of the batch, by their norm")
     axes.set_ylabel("pull on the weights")
     axes.legend(frameon=False)
     open_axes(axes)

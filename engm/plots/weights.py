@@ -83,7 +83,7 @@ def who_pulls(norms: Tensor) -> Figure:
     axes.plot(percent, 100 * np.cumsum([0, *pulls]) / pulls.sum(), color=ORANGE, linewidth=2)
     axes.plot([0, 100], [0, 100], "--", color="#555555", label="if all pulled alike")
     axes.set_xlabel("examples, hardest first (%)")
-    axes.set_ylabel("share of all pulls (%)")
+    axes.set_ylabel("part of all pulls (%)")
     axes.legend(frameon=False, loc="lower right")
     open_axes(axes)
     figure.tight_layout()
@@ -110,7 +110,7 @@ def weight_function(norms: Tensor, scale: float, floor: float) -> Figure:
     right.plot(points, points * 0, "|", color="black", markersize=8, alpha=0.4)
     for axes in (left, right):
         axes.axvline(floor * scale, color="#999999", linewidth=1, linestyle=":", label="$fc$")
-        axes.set_xlabel("length $|g_i|$")
+        axes.set_xlabel("norm $|g_i|$")
         open_axes(axes)
     left.set_yscale("log")
     left.minorticks_off()
@@ -121,12 +121,15 @@ def weight_function(norms: Tensor, scale: float, floor: float) -> Figure:
     return figure
 
 
-def weighed_pulls(norms: Tensor, settings: Sequence[tuple[float, float]]) -> Figure:
-    """Draws the pulls of a batch before and after weighing, sorted, a panel for each setting.
+def weighted_pulls(
+    norms: Tensor, settings: Sequence[tuple[float, float]], fixed: bool = False
+) -> Figure:
+    """Draws the pulls of a batch without and with weights, sorted, a panel for each setting.
 
     Args:
         norms: |g_i|, `[n]`.
         settings: Pairs of the scale c, in units of the mean |g_i|, and the floor f.
+        fixed: Whether the y axis, logarithmic then, is the same whatever the settings are.
     """
     norms = norms.detach().double().cpu().sort().values
     before = norms / norms.mean()
@@ -146,8 +149,11 @@ def weighed_pulls(norms: Tensor, settings: Sequence[tuple[float, float]]) -> Fig
         axes.set_xlabel("examples, by $|g_i|$")
         axes.set_xticks([])
         open_axes(axes)
+    if fixed:  # a slider that also moves the axis would hide what it does
+        row[0, 0].set_yscale("log")
+        row[0, 0].set_ylim(0.01, 2 * max(10.0, float(before.max())))
     row[0, 0].set_ylabel("pull / mean $|g_i|$")
-    row[0, 0].legend(frameon=False, fontsize=9)
+    row[0, 0].legend(frameon=False, fontsize=9, loc="upper left")
     figure.tight_layout()
     return figure
 
@@ -194,7 +200,7 @@ def running_scale(means: Sequence[float], scales: Sequence[float]) -> Figure:
     axes.plot(steps, means, color="#BBBBBB", linewidth=1, label="mean $|g_i|$ of the batch")
     axes.plot(steps, scales, color=BLUE, linewidth=2, label="$c$")
     axes.set_xlabel("step")
-    axes.set_ylabel("length")
+    axes.set_ylabel("example norm")
     axes.set_ylim(bottom=0)
     axes.legend(frameon=False, loc="lower right")
     open_axes(axes)
@@ -213,7 +219,7 @@ def weights_over_epochs(weights: Sequence[Tensor]) -> Figure:
     values = [epoch.detach().cpu().double().numpy() for epoch in weights]
     shares = np.array([100 * np.histogram(v, edges)[0] / len(v) for v in values])
     bottoms = shares.cumsum(1) - shares
-    # from orange, weighed down, to blue, weighed up
+    # from orange, weighted down, to blue, weighted up
     colours = (RED, ORANGE, "#DDDDDD", SKY, BLUE)
     figure, axes = plt.subplots(figsize=(6.4, 3))
     epochs = np.arange(len(values)) + 1
@@ -245,7 +251,7 @@ def corrupted_steps(
         left.loglog(factors, lengths, **style)
         right.semilogx(factors, cosines, **style)
     left.yaxis.set_major_locator(LogLocator(numticks=5))
-    left.set_ylabel("length of the batch's gradient")
+    left.set_ylabel("norm of the batch's gradient")
     right.set_ylabel("cosine with the others'")
     for axes in (left, right):
         axes.set_xlabel("factor of one loss")
