@@ -269,6 +269,19 @@ def test_seeds_that_disagree_or_are_fewer_than_three_settle_nothing():
     assert c1_verdict([], []).outcome == NOT_SETTLED
 
 
+def test_a_verdict_that_depends_on_when_training_stops_settles_nothing():
+    low, late = (
+        [(1.0, 1.0)] * 9,
+        [(0.5, 0.5)] * 5 + [(0.9, 0.9), (2.0, 2.0), (9.0, 9.0), (9.0, 9.0)],
+    )
+    found = c1_verdict(runs(*[low] * 3), runs(*[late] * 3))
+    assert found.horizons == (DOES_NOT_HOLD, HOLDS, HOLDS)  # after 7, 8 and all 9 moments
+    assert found.outcome == NOT_SETTLED
+    assert found.norm_ratios == pytest.approx([23.4 / 9] * 3)
+    early = [(9.0, 9.0)] * 2 + late[2:]
+    assert c1_verdict(runs(*[low] * 3), runs(*[early] * 3)).outcome == HOLDS
+
+
 def test_runs_that_do_not_match_are_refused():
     for natural, adversarial in (
         *pairwise([LOW, LOW[:2]]),

@@ -160,11 +160,27 @@ def test_what_is_put_into_a_notebook_can_be_read_back(tmp_path):
         ("print(1)", "name: type = value"),
         ("a = b = 1", "name: type = value"),
         ("%matplotlib inline", "not Python"),
+        ("steps: int | None", "steps a type and no value"),
+        ("steps: int | None\nsteps = 'many'", "not a plain value"),
     ],
 )
 def test_a_cell_that_does_not_declare_plainly_is_refused(tmp_path, source, message):
     with pytest.raises(InputError, match=message):
         parameters.parameters(write_notebook(tmp_path, "01_odd", source))
+
+
+def test_types_may_stand_above_the_values_as_papermill_needs_it(tmp_path):
+    lines = "mode: Literal['fast', 'slow']\nsteps: int | None\nmode = 'fast'\nsteps = 3  # many"
+    path = write_notebook(tmp_path, "01_apart", f"from typing import Literal\n\n{lines}")
+
+    found = notebooks.parameters(path)
+    assert str(found["steps"]) == "steps: int | None = 3  # many"
+    assert notebooks.parse(path, {"steps": "none", "mode": "slow"}) == {
+        "steps": None,
+        "mode": "slow",
+    }
+    with pytest.raises(InputError, match="mode = 'medium'"):
+        notebooks.parse(path, {"mode": "medium"})
 
 
 def test_a_notebook_without_the_tag_is_refused(tmp_path):

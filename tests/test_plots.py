@@ -1,3 +1,4 @@
+import io
 import math
 
 import matplotlib.pyplot as plt
@@ -5,9 +6,11 @@ import numpy as np
 import pytest
 import torch
 from matplotlib.colors import to_rgb
+from PIL import Image
 
 from engm import plots
 from engm.norms.inputs import Fit
+from engm.plots.style import sharp_png
 from engm.report.records import Quantity
 from engm.report.statistics import paired_differences
 
@@ -313,7 +316,7 @@ def test_weight_and_pull_over_the_length():
 
 
 def test_a_panel_for_each_setting_of_the_weights():
-    figure = plots.weighed_pulls(torch.tensor([4.0, 0.4, 7.6]), [(1.0, 1.0), (0.5, 0.4)])
+    figure = plots.weighted_pulls(torch.tensor([4.0, 0.4, 7.6]), [(1.0, 1.0), (0.5, 0.4)])
     before = [0.1, 1.0, 1.9]  # in units of the mean
     for axes, after, scale in zip(
         figure.axes, ([0.1, 1.0, 1.0], [0.25, 0.5, 0.5]), (1.0, 0.5), strict=True
@@ -473,28 +476,36 @@ def test_the_line_keeps_to_the_margin():
     assert len(sides) == 4
 
 
-def test_a_grid_of_which_nothing_is_left_is_drawn_too():
-    nothing = np.full((2, 3), math.nan)
-    axes = plots.accuracy_heat_maps({"MSGD": nothing}, LRS, DECAYS).axes[0]
-    assert [line.get_marker() for line in axes.lines] == ["x"] * 6
-    axes = plots.accuracy_over_lr({"MSGD": nothing}, LRS).axes[0]
-    assert [line.get_marker() for line in axes.lines].count("x") == 2
+def test_the_clean_image_and_the_change_stand_beside_the_attacked_one():
+    clean = torch.full((1, 2, 2), 0.5)
+    attacked = clean + torch.tensor([[0.1, -0.1], [0.0, 0.05]])
+    figure = plots.prediction(attacked, torch.tensor([0.2, 0.8]), 0, ["cat", "dog"], "dog", clean)
+    titles = [axes.get_title() for axes in figure.axes]
+    assert titles == ["clean: cat", "change, at most 0.100", "dog", ""]
+    shown = [axes.images[0].get_array().tolist() for axes in figure.axes[:3]]
+    change = torch.tensor([[1.0, 0.0], [0.5, 0.75]])  # stretched: grey is no change
+    for pixels, expected in zip(shown, (clean[0], change, attacked[0]), strict=True):
+        assert torch.allclose(torch.tensor(pixels), expected, atol=1e-6)
 
 
-def test_over_the_learning_rate_the_line_is_the_best_weight_decay():
-    axes = plots.accuracy_over_lr({"MSGD": GRID, "ENGM": GRID / 2}, LRS).axes[0]
-    lines = [line for line in axes.lines if not line.get_label().startswith("_")]
+def test_a_sharp_figure_has_twice_the_pixels_few_colours_and_keeps_the_rare_ones():
+    logits = torch.tensor([[9.0, 0.0], [9.0, 0.0]])
+    x = torch.rand(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    figure = plots.adversarial_examples(x, x**2, logits, logits.flip(1), ["a", "b"])
+    one = figure.get_size_inches() * figure.dpi
+    png, size = sharp_png(figure)
+    with Image.open(io.BytesIO(png)) as picture:
+        assert (size["width"], size["height"]) == (picture.width // 2, picture.height // 2)
+        colours = [colour for _, colour in picture.convert("RGB").getcolors()]
+    assert size["width"] == pytest.approx(one[0], rel=0.05)  # the margin is cut off
+    red, white = (tuple(round(255 * part) for part in to_rgb(c)) for c in (plots.RED, "white"))
+    for wanted in (red, white):
+        assert min(max(abs(a - b) for a, b in zip(c, wanted, strict=True)) for c in colours) <= 4
 
-    assert [line.get_label() for line in lines] == ["MSGD", "ENGM"]
-    assert list(lines[0].get_ydata()) == pytest.approx([47, 50, 48.5])
-    assert list(lines[1].get_ydata()) == pytest.approx([23.5, 25, 24.25])
-    assert list(lines[0].get_xdata()) == pytest.approx(LRS, rel=0.05)
-    assert lines[0].get_color() != lines[1].get_color()
-    dots = [line for line in axes.lines if line.get_linestyle() == "None"]
-    drawn = [y for line in dots if line.get_marker() == "o" for _, y in points(line)]
-    assert sorted(y for y in drawn if not math.isnan(y)) == pytest.approx([30, 47, 48, 48.5, 50])
-    crosses = [points(line) for line in dots if line.get_marker() == "x" and points(line)]
-    assert [y for [(_, y)] in crosses] == [0, 0]
-    assert axes.get_xscale() == "log"
-    assert axes.get_ylim() == pytest.approx((0, 57.5))
-    assert (axes.get_xlabel(), axes.get_ylabel()) == ("learning rate", "robust accuracy (%)")
+
+def test_a_fixed_axis_is_the_same_for_all_settings():
+    axes = [
+        plots.weighted_pulls(torch.tensor([4.0, 0.4, 7.6]), [setting], True).axes[0].get_ylim()
+        for setting in ((10.0, 0.01), (0.1, 1.0))
+    ]
+    assert axes[0] == axes[1]

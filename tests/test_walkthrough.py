@@ -72,17 +72,34 @@ def said(cells):
     return ["".join(output.get("text", output.output_type) for output in each) for each in outputs]
 
 
+def results_of(cells):
+    """What the notebook published, each time."""
+    return [
+        output.data[notebooks.RESULT_TYPE]
+        for cell in cells
+        for output in cell.get("outputs", [])
+        if notebooks.RESULT_TYPE in output.get("data", {})
+    ]
+
+
 def answered(name, folder):
-    """A copy of the notebook in which each check meets a wrong answer, then the solution."""
+    """Run All, then a wrong answer and the solution of each exercise, then Run All, in one kernel.
+
+    So the folded solutions work on what the whole notebook left behind, and so does the notebook.
+    """
     notebook = nbformat.read(FOLDER / f"{name}.ipynb", as_version=4)
     wrong = iter(["exercise_1 = 'wrong'", "exercise_2 = -1.5", "exercise_3 = lambda *_: -1.5"])
-    cells = []
-    for i, cell in enumerate(notebook.cells):
-        if "check" in cell.metadata.get("tags", []):
-            cells += [nbformat.v4.new_code_cell(next(wrong)), deepcopy(cell)]
-            cells.append(nbformat.v4.new_code_cell(solution_of(notebook.cells[i + 1])))
-        cells.append(cell)
-    notebook.cells = cells
+    answers = []
+    for i in tagged(notebook.cells, "check"):
+        for source in (next(wrong), solution_of(notebook.cells[i + 1])):
+            answers += [nbformat.v4.new_code_cell(source), deepcopy(notebook.cells[i])]
+    again = deepcopy(notebook.cells)
+    [given] = [again[i] for i in tagged(again, "parameters")]
+    given.source += "".join(f"\n{key} = {value!r}" for key, value in PARAMETERS[name].items())
+    given.metadata.tags.remove("parameters")
+    notebook.cells += [*answers, *again]
+    for number, cell in enumerate(notebook.cells):
+        cell.id = str(number)
     folder.mkdir(exist_ok=True)
     nbformat.write(notebook, folder / f"{name}.ipynb")
     return folder / f"{name}.ipynb"
@@ -132,16 +149,31 @@ def test_three_exercises_each_of_a_task_a_stub_a_check_and_a_folded_solution(nam
 
 
 @pytest.mark.parametrize("name", THERE)
-def test_with_other_parameters_solutions_are_right_and_wrong_answers_told(name, tmp_path):
+def test_run_all_then_the_solutions_then_run_all_again_with_other_parameters(name, tmp_path):
     path = answered(name, tmp_path / "source")
     run = notebooks.run(path, PARAMETERS[name], output_dir=tmp_path / "out", progress=False)
     assert run.ok, run.error
-    answers = said(nbformat.read(run.path, as_version=4).cells)
-    assert answers[1::2] == ["right\n"] * 3
-    assert all(answer.startswith("not yet: ") for answer in answers[::2]), answers
+    cells = nbformat.read(run.path, as_version=4).cells
+    before, told, after = (said(cells)[part] for part in (slice(3), slice(3, 9), slice(9, 12)))
+    assert before == after == ["not answered yet\n"] * 3
+    assert told[1::2] == ["right\n"] * 3
+    assert all(answer.startswith("not yet: ") for answer in told[::2]), told
     assert run.result["summary"]
+    first, last = (result.get("verdict") for result in results_of(cells))
+    assert first == last
     if len(PARAMETERS[name].get("seeds", [1, 2, 3])) < 3:  # one or two seeds settle nothing
-        assert "not settled at this scale" in run.result["verdict"]
+        assert "not settled at this scale" in last
+
+
+@pytest.mark.parametrize("name", THERE)
+def test_plain_papermill_knows_every_parameter(name):
+    import papermill
+
+    path = FOLDER / f"{name}.ipynb"
+    known, declared = papermill.inspect_notebook(str(path)), notebooks.parameters(path)
+    assert {name: found["default"] for name, found in known.items()} == {
+        name: found.default.replace("'", '"') for name, found in declared.items()
+    }
 
 
 def test_plain_papermill_runs_a_notebook_too(tmp_path):
@@ -149,13 +181,7 @@ def test_plain_papermill_runs_a_notebook_too(tmp_path):
     command = [sys.executable, "-m", "papermill", str(FOLDER / "01_attacks.ipynb"), str(out)]
     command += ["-p", "epochs", "5", "-p", "eps", "0.2", "-k", "python3", "--no-progress-bar"]
     subprocess.run(command, check=True, cwd=tmp_path)
-    results = [
-        output.data[notebooks.RESULT_TYPE]
-        for cell in nbformat.read(out, as_version=4).cells
-        for output in cell.get("outputs", [])
-        if notebooks.RESULT_TYPE in output.get("data", {})
-    ]
-    assert "eps 0.200" in str(results)
+    assert "eps 0.200" in str(results_of(nbformat.read(out, as_version=4).cells))
 
 
 def test_the_map_has_a_row_a_time_and_a_picture_of_each_notebook():

@@ -47,7 +47,7 @@ def test_the_eps_slider_attacks_and_redraws(explorer):
 
 def test_the_title_tells_eps_and_the_answer(explorer, monkeypatch):
     titles, draw = [], plots.prediction
-    monkeypatch.setattr(plots, "prediction", lambda *a: titles.append(a[-1]) or draw(*a))
+    monkeypatch.setattr(plots, "prediction", lambda *a: titles.append(a[4]) or draw(*a))
     explorer.eps.value = 0.2
     explorer.eps.value = 0.01
     assert titles == ["eps 0.200: low", "eps 0.010: high"]
@@ -84,7 +84,7 @@ def weights():
     return WeightExplorer(4 * torch.tensor([0.1] * 10 + [1.0] * 8 + [3.0, 8.0]))
 
 
-def test_scale_and_floor_are_weighed_with(weights):
+def test_the_weights_follow_scale_and_floor(weights):
     # in units of the mean, which is 4; the two last are the strongest tenth
     for scale, floor, pulls in (
         (1.0, 0.05, 20 * [1.0]),
@@ -101,8 +101,8 @@ def test_scale_and_floor_are_weighed_with(weights):
 
 
 def test_the_picture_follows_both_sliders(weights, monkeypatch):
-    drawn, draw = [], plots.weighed_pulls
-    monkeypatch.setattr(plots, "weighed_pulls", lambda *a: drawn.append(a[1]) or draw(*a))
+    drawn, draw = [], plots.weighted_pulls
+    monkeypatch.setattr(plots, "weighted_pulls", lambda *a: drawn.append(a[1]) or draw(*a))
     pictures = [bytes(weights.picture.value)]
     for slider, value in ((weights.scale, 0.5), (weights.floor, 0.5), (weights.scale, 1.0)):
         slider.value = value

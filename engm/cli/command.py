@@ -18,6 +18,6 @@ def main() -> None:
 
 for command in (
     *(runs.train, runs.evaluate, runs.report, measuring.bench),
-    *(notebooks.run, notebooks.demo, notebooks.colab, sweeping.sweep),
+    *(notebooks.run, notebooks.demo, notebooks.colab, notebooks.student, sweeping.sweep),
 ):
     main.add_command(command)

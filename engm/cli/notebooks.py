@@ -1,4 +1,4 @@
-"""The commands `run`, `demo` and `colab`."""
+"""The commands `run`, `demo`, `colab` and `student`."""
 
 import sys
 from pathlib import Path
@@ -87,3 +87,25 @@ def colab(repo: str | None, branch: str, remove: bool, folder: Path) -> None:
     click.echo(f"{len(changed)} of {len(paths)} notebooks changed")
     if changed and repo is not None:
         say(f"next: commit and push them to {repo}; then each badge opens its notebook")
+
+
+@click.command(cls=Command)
+@click.argument("out", type=PathType())
+@click.option("--notebooks", "folder", type=PathType(), default=Path("notebooks"),
+              show_default=True, help="folder of the notebooks")  # fmt: skip
+def student(out: Path, folder: Path) -> None:
+    """Write a copy of the notebooks into OUT for a class, without solutions and outputs.
+
+    The checks of the exercises still work: what they compare with is in the package. Copies that
+    exist are left alone, since they may hold answers.
+
+    \b
+    engm student class
+    """
+    from engm.lab import student as copies
+
+    paths = sorted(folder.glob("[0-9]*_*.ipynb"))
+    if not paths:
+        raise InputError(f"there are no notebooks in {folder}; --notebooks says where they are")
+    for path in copies.write_copies(paths, out):
+        click.echo(click.format_filename(path))

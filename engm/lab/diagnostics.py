@@ -160,11 +160,14 @@ class C1Verdict:
         outcome: One of those of `engm.report.verdicts`.
         norm_ratios: For each seed the mean example norm of AT over that of NT.
         variance_ratios: Likewise for the variance.
+        horizons: What the outcome would be, had training stopped earlier: one for each moment in
+            the last third, the end of training last.
     """
 
     outcome: str
     norm_ratios: tuple[float, ...]
     variance_ratios: tuple[float, ...]
+    horizons: tuple[str, ...]
 
 
 def c1_verdict(
@@ -174,8 +177,9 @@ def c1_verdict(
 
     The rule (source: this kit): in each seed, mean example norm and variance are averaged over the
     moments of training. The claim holds in a seed if both averages are higher under AT. It holds
-    here if it does so in every seed, does not hold here if it does so in none, and is not settled
-    if the seeds disagree or are fewer than three.
+    if it does so in every seed, does not hold if it does so in none, and is not settled if the
+    seeds disagree or are fewer than three. How long one trains must not decide it: the outcome is
+    that of every horizon in the last third of the moments, and not settled where they differ.
 
     Args:
         natural: For each seed what was measured along natural training.
@@ -184,18 +188,32 @@ def c1_verdict(
     Raises:
         InputError: If the two do not match, there is nothing, or NT's gradients are all zero.
     """
-    if [len(run) for run in natural] != [len(run) for run in adversarial] or not all(natural):
+    lengths = [len(run) for run in natural]
+    if lengths != [len(run) for run in adversarial] or not all(lengths):
         raise InputError("give both trainings with the same seeds, measured at the same moments")
+    last_third = range((min(lengths, default=1) - 1) // 3, -1, -1)  # moments left out at the end
+    horizons = [_c1_until(natural, adversarial, left_out) for left_out in last_third]
+    outcomes = tuple(outcome for outcome, _, _ in horizons)
+    stable = outcomes[-1] if len(set(outcomes)) == 1 else verdicts.NOT_SETTLED
+    return C1Verdict(stable, *horizons[-1][1:], outcomes)
+
+
+def _c1_until(
+    natural: Sequence[Sequence[Moments]], adversarial: Sequence[Sequence[Moments]], left_out: int
+) -> tuple[str, tuple[float, ...], tuple[float, ...]]:
     ratios: dict[str, list[float]] = {"mean_norm": [], "variance": []}
     for runs in zip(natural, adversarial, strict=True):
         for kind, found in ratios.items():
-            nt, at = (fmean(getattr(moments, kind) for moments in run) for run in runs)
+            nt, at = (
+                fmean(getattr(moments, kind) for moments in run[: len(run) - left_out])
+                for run in runs
+            )
             if not nt > 0:
                 raise InputError(f"{kind} of natural training is {nt}; there is no ratio to it")
             found.append(at / nt)
     norms, variances = map(tuple, ratios.values())
     held = [norm > 1 and variance > 1 for norm, variance in zip(norms, variances, strict=True)]
-    return C1Verdict(verdicts.from_seeds(held), norms, variances)
+    return verdicts.from_seeds(held), norms, variances
 
 
 Shares = tuple[Tensor, dict[Tensor, Tensor], dict[Tensor, Tensor]]

@@ -1,8 +1,12 @@
-"""Checks the reader's answers to the exercises of the notebooks. It never raises."""
+"""The exercises of the notebooks: `check`, which never raises, and what it compares with."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
+
+from engm.optim import example_weights
 
 
 def check(answer: Any, expected: Any, hint: str, *, tolerance: float = 1e-4) -> None:
@@ -34,3 +38,196 @@ def _close(answer: Any, expected: Any, tolerance: float) -> bool:
     return found.shape == wanted.shape and torch.allclose(
         found, wanted, rtol=tolerance, atol=tolerance * 1e-2
     )
+
+
+# What the answers are compared with. They stand here so that a notebook can be read without them.
+
+
+def success_rate(logits: Tensor, logits_adv: Tensor, y: Tensor) -> float:
+    """Returns the part of the images read correctly when clean that an attack makes misread.
+
+    Args:
+        logits: The model's answers to the clean images, `[n, K]`.
+        logits_adv: Those to the attacked ones, `[n, K]`.
+        y: The labels, `[n]`.
+    """
+    correct = logits.argmax(1) == y
+    return float((correct & (logits_adv.argmax(1) != y)).sum() / correct.sum())
+
+
+def part_of_longest(lengths: Tensor, count: int) -> float:
+    """Returns the part of the sum of `lengths`, `[n]`, that its `count` largest have."""
+    return float(lengths.sort().values[-count:].sum() / lengths.sum())
+
+
+def pull(length: float, estimate: float, floor: float) -> float:
+    """Returns w |g| in units of c, for |g| = `length` c and a weight from an estimate of |g|."""
+    return length / max(estimate, floor)
+
+
+def worst_case(answer: Callable[[Tensor], Any]) -> bool:
+    """Tells whether `answer` maps rows of survivals `[restarts, n]` to the worst-case accuracy."""
+    example = torch.tensor([[True, True, False, True], [True, False, True, True]])
+    chance = torch.Generator().manual_seed(0)
+    drawn = (torch.rand(restarts, 30, generator=chance) < 0.9 for restarts in (1, 3, 8))
+    return all(
+        abs(float(answer(rows)) - sum(map(all, zip(*rows, strict=True))) / rows.shape[1]) < 1e-6
+        for rows in (example, *drawn)
+    )
+
+
+def projects(answer: Callable[[Tensor, float], Tensor]) -> bool:
+    """Tells whether `answer` brings changes `[n, c, h, w]` into the l2 ball of a radius."""
+    changes = torch.randn(6, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    changes *= torch.tensor([0.001, 0.05, 0.1, 0.3, 1.0, 10.0]).reshape(6, 1, 1, 1)
+    return all(
+        torch.allclose(answer(changes, radius).flatten(1), changes.flatten(1).renorm(2, 0, radius))
+        for radius in (0.2, 1.0, 4.0)
+    )
+
+
+def variance_from_lengths(answer: Callable[[Tensor, Tensor], Any]) -> bool:
+    """Tells whether `answer` finds tr Cov from the lengths `[n]` and the mean of n gradients."""
+    draw = torch.Generator().manual_seed(0)
+    for n, size in ((8, 50), (40, 3), (1, 5)):
+        g = torch.randn(n, size, generator=draw, dtype=torch.float64) + 0.5
+        g *= 1 + 4 * torch.rand(n, 1, generator=draw, dtype=torch.float64)
+        mean = g.mean(dim=0)
+        variance = float((g - mean).square().sum(dim=1).mean())
+        if not abs(float(answer(g.norm(dim=1), mean)) - variance) <= 1e-6 * (1 + variance):
+            return False
+    return True
+
+
+def noise_scale(variance: float, gradient_norm: float) -> float:
+    """Returns the n at which tr Cov / n is the squared length of the full gradient."""
+    return variance / gradient_norm**2
+
+
+def variance_at_unit_length(g: Tensor) -> float:
+    """Returns tr Cov of the rows of `g`, `[n, weights]`, after each is divided by its length."""
+    return float(1 - torch.nn.functional.normalize(g, dim=1).mean(dim=0).square().sum())
+
+
+def clips(answer: Callable[[Tensor, float], Tensor]) -> bool:
+    """Tells whether `answer` gives the weights of per-example clipping from lengths `[n]` and c."""
+    lengths = torch.tensor([0.0, 0.3, 1.9, 2.0, 2.1, 50.0])
+    return all(
+        torch.allclose(answer(lengths, c), example_weights(lengths, c, 1.0)) for c in (2.0, 0.7)
+    )
+
+
+def norms_of_gamma(answer: Callable[[Tensor, Tensor], Tensor]) -> bool:
+    """Tells whether `answer` finds the lengths of the examples' gradients w.r.t. a norm's gamma.
+
+    From its normalised inputs and output gradients, both `[n, channels, height, width]`.
+    """
+    draw = torch.Generator().manual_seed(0)
+    x_hat, b = torch.randn(2, 5, 4, 3, 3, generator=draw, dtype=torch.float64)
+    gamma = torch.ones(4, 1, 1, dtype=torch.float64, requires_grad=True)
+    norms = [
+        torch.autograd.grad((b_i * gamma * x_i).sum(), gamma)[0].norm()
+        for b_i, x_i in zip(b, x_hat, strict=True)
+    ]
+    return torch.allclose(answer(x_hat, b), torch.stack(norms))
+
+
+def refreshing(estimated: float, exact: float, k: int, at_most: float) -> list[float]:
+    """Returns what a step costs on average, and the smallest k for which it is `at_most`.
+
+    Args:
+        estimated: Cost of a step with estimated norms.
+        exact: Cost of one that takes exact norms as well; one in `k` is such a step.
+        k: For the first of the two answers.
+        at_most: For the second.
+    """
+    averages = {every: (exact + (every - 1) * estimated) / every for every in range(1, 1000)}
+    enough = next(every for every, cost in averages.items() if cost <= at_most * (1 + 1e-9))
+    return [averages[k], enough]
+
+
+def expected(notebook: str, number: int) -> Any:
+    """Returns what `check` compares the answer to an exercise with; here, not under the question.
+
+    Args:
+        notebook: The number of the notebook, such as "08".
+        number: The number of the exercise.
+    """
+    return {
+        ("04", 1): _clips_each_example,
+        ("04", 2): 16,  # (4 ** (1 / 2)) ** 4
+        ("04", 3): _leads_astray,
+        ("06", 1): _is_the_second_term_of_mart,
+        ("06", 2): 0.53 - 0.49,
+        ("06", 3): _flips_signs,
+        ("07", 1): (3 * 64 * 64) ** 0.5 * 8 / 255,
+        ("07", 2): 16,  # (64 / 32) ** 4
+        ("07", 3): 1 - 0.95**4,
+        ("08", 1): _is_the_gap,
+        ("08", 2): 2.5,
+        ("08", 3): 1.0,
+        ("09", 1): [0.73, 0.0013**0.5, (0.0013 / 3) ** 0.5],
+        ("09", 2): 8,  # 2 / 2**8 < 0.01 < 2 / 2**7
+        ("09", 3): _corrects_the_level,
+    }[notebook, number]
+
+
+def _clips_each_example(answer: Any) -> bool:
+    from engm.lab.convergence import Rule
+
+    # lengths from 0.1 to 10: some are above c and some are not
+    generator = torch.Generator().manual_seed(0)
+    directions = torch.randn(8, 10, generator=generator, dtype=torch.float64)
+    g = directions * torch.logspace(-1.5, 0.5, 8, dtype=torch.float64)[:, None]
+    return all(
+        torch.allclose(answer(g, c), Rule("engm", scale=c, floor=1.0).combine(g, None)[0])
+        for c in (0.1, 1.0, 4.0, 100.0)
+    )
+
+
+def _leads_astray(answer: Any) -> bool:
+    from engm.lab.convergence import Rule
+
+    batch = torch.tensor(answer, dtype=torch.float64)[:, None]
+    u, _ = Rule("engm", scale="mean", floor=1e-6).combine(batch, None)
+    return bool(batch.mean() > 0 and u < -1e-9)
+
+
+def _is_the_second_term_of_mart(answer: Any) -> bool:
+    from engm.attacks import PGD
+    from engm.methods import MART
+
+    z = 2 * torch.randn(40, 5, generator=torch.Generator().manual_seed(0))
+    # for half of them the likeliest class is the true one, as it is late in training
+    y = torch.where(torch.arange(40) % 2 == 0, z.argmax(1), torch.arange(40) % 5)
+    # with beta 0 MART has two terms; a network that returns its input takes logits for images
+    mart = MART(PGD(eps=0.1, step_size=0.02, num_steps=1), beta=0.0)
+    first = torch.nn.functional.cross_entropy(z, y, reduction="none")
+    second = mart.losses(torch.nn.Identity(), z, z, y) - first
+    found = answer(z, y)
+    return found.shape == second.shape and torch.allclose(found, second, atol=1e-4)
+
+
+def _flips_signs(answer: Any) -> bool:
+    from engm.report.statistics import sign_flip_test
+
+    tried = [[1.0, 2.0, 3.0], [1.0, -2.0, 4.0], [0.5, 0.5, -0.1, 0.3], [-3.0, -1.0, -2.0, 0.25]]
+    return all(abs(answer(each) - sign_flip_test(each).p) < 1e-6 for each in tried)
+
+
+def _is_the_gap(answer: Any) -> bool:
+    tried = [
+        ([0.3, 0.5, 0.4, 0.2], [0.31, 0.46, 0.40, 0.35], 0.11),
+        ([0.3, 0.2, 0.5, 0.5], [0.31, 0.5, 0.46, 0.48], -0.02),
+        ([0.6, 0.5, 0.4], [0.52, 0.6, 0.4], 0.12),
+        ([0.2, 0.5], [0.6, 0.4], 0.0),
+    ]
+    return all(abs(answer(validation, test) - gap) < 1e-9 for validation, test, gap in tried)
+
+
+def _corrects_the_level(answer: Any) -> bool:
+    close, wide = [0.010, 0.012, 0.014], [-0.01, 0.01, 0.02]
+    found = [bool(answer(close, m)) for m in (1, 5, 10, 40)]
+    # below 0 it is settled, too, and what is settled for one may not be for many
+    found += [bool(answer([-d for d in close], 5)), bool(answer(wide, 1)), bool(answer(wide, 40))]
+    return found == [True, True, False, False, True, False, False]

@@ -15,7 +15,10 @@ from engm.lab.parameters import read_notebook
 from engm.runs import atomic_path, write_text
 
 # Which of a notebook's figures stands for it, where it is not the first.
-_FIGURE = {"01_attacks": 1, "02_gradient_variance": 1}
+_FIGURE = {
+    **{"01_attacks": 1, "02_gradient_variance": 1, "05_norms_from_inputs": 0},
+    **{"07_tiny_imagenet": 3, "08_overfitting_and_sensitivity": 4},
+}
 _WIDTH, _COLOURS = 360, 128  # pixels; enough to recognise a figure by
 _ROW = re.compile(r"\| \[[^\]]*\]\((\w+)\.ipynb\) \|")
 

@@ -22,6 +22,10 @@ _NAMES = {"int": int, "float": float, "bool": bool, "str": str, "list": list, "t
 class Parameter:
     """One line `name: type = default  # help` of the cell that is tagged `parameters`.
 
+    The type may stand in a line of its own further up, `name: type`: papermill, when it is used by
+    itself, does not understand `int | None` or `Literal["a", "b"]` in the line of the value, and
+    says that the parameter is unknown.
+
     Attributes:
         name: What is set.
         type: Its type, as it is written there.
@@ -63,9 +67,11 @@ def read_notebook(path: Path) -> Any:
 def parameters(path: Path) -> dict[str, Parameter]:
     """What can be set in a notebook, read from its cell tagged `parameters`.
 
+    The cell is read as Python, not by papermill's pattern.
+
     Raises:
-        InputError: If no cell has that tag, if a line is not `name: type = value`, or if a default
-            is not of its own type.
+        InputError: If no cell has that tag, if a line is not `name: type = value`, if a type has no
+            value, or if a default is not of its own type.
     """
     cells = [cell for cell in read_notebook(path).cells if "parameters" in cell.metadata.tags]
     if not cells:
@@ -79,15 +85,19 @@ def parameters(path: Path) -> dict[str, Parameter]:
     comments = {t.start[0]: t.string.lstrip("# ") for t in tokens if t.type == tokenize.COMMENT}
 
     found = {}
+    declared: dict[str, ast.expr] = {}
     for statement in statements:
         annotation: ast.expr | None = None
         match statement:
             case ast.Import() | ast.ImportFrom():  # Literal comes from typing
                 continue
+            case ast.AnnAssign(ast.Name(name), annotation, None):
+                declared[name] = annotation
+                continue
             case ast.AnnAssign(ast.Name(name), annotation, ast.expr() as value):
                 pass
             case ast.Assign([ast.Name(name)], value):
-                pass
+                annotation = declared.pop(name, None)
             case _:
                 raise InputError(
                     f"the parameters cell of {path} has the line {ast.unparse(statement)!r}; "
@@ -105,6 +115,10 @@ def parameters(path: Path) -> dict[str, Parameter]:
         help_text = comments.get(statement.end_lineno or 0, "")
         written = kind.__name__ if annotation is None else ast.unparse(annotation).strip("'")
         found[name] = Parameter(name, written, ast.unparse(value), help_text, kind)
+    if declared:
+        raise InputError(
+            f"the parameters cell of {path} gives {', '.join(declared)} a type and no value"
+        )
     return found
 
 

@@ -30,7 +30,7 @@ class _Explorer(ipywidgets.VBox):
 
 
 class EpsExplorer(_Explorer):
-    """A slider over eps: an image under attack, and what the model thinks of it.
+    """A slider over eps: an image, its change under attack, and what the model thinks of it.
 
     Args:
         model: Takes pixels in [0, 1].
@@ -68,15 +68,22 @@ class EpsExplorer(_Explorer):
         self._model, self._x, self._y = model, x, y
         self._class_names, self._attack_of = class_names, attack_of
         self.eps = ipywidgets.FloatSlider(
-            max=largest_eps, step=largest_eps / 20, description="eps", readout_format=".3f"
+            max=largest_eps,
+            step=largest_eps / 20,
+            description="eps",
+            readout_format=".3f",
+            layout={"width": "28rem"},
         )
-        self.image = ipywidgets.IntSlider(max=len(x) - 1, description="image")
+        self.image = ipywidgets.IntSlider(
+            max=len(x) - 1, description="image", layout={"width": "28rem"}
+        )
         self.predicted = -1
         super().__init__(self.eps, self.image)
 
     def _draw(self, change: Any = None) -> None:
         chosen, eps = slice(self.image.value, self.image.value + 1), self.eps.value
         x, y = self._x[chosen], self._y[chosen]
+        clean = x[0]
         if eps > 0:
             # the same start at every move, so that eps alone changes the picture
             generator = torch.Generator(x.device).manual_seed(0)
@@ -85,7 +92,8 @@ class EpsExplorer(_Explorer):
             probabilities = self._model(x).softmax(1)[0]
         self.predicted = int(probabilities.argmax())
         title = f"eps {eps:.3f}: {self._class_names[self.predicted]}"
-        figure = plots.prediction(x[0], probabilities, int(y), self._class_names, title)
+        names = self._class_names
+        figure = plots.prediction(x[0], probabilities, int(y), names, title, clean)
         self.picture.value = plots.to_png(figure)
 
 
@@ -125,9 +133,16 @@ class WeightExplorer(_Explorer):
             description="scale / mean",
             style={"description_width": "initial"},
             readout_format=".2f",
+            layout={"width": "28rem"},
         )
         self.floor = ipywidgets.FloatSlider(
-            value=0.05, min=0.01, max=1.0, step=0.01, description="floor", readout_format=".2f"
+            value=0.05,
+            min=0.01,
+            max=1.0,
+            step=0.01,
+            description="floor",
+            readout_format=".2f",
+            layout={"width": "28rem"},
         )
         self.readout = ipywidgets.Label()
         super().__init__(self.scale, self.floor, below=[self.readout])
@@ -141,5 +156,5 @@ class WeightExplorer(_Explorer):
             f"MSGD, {self.share:.0%} under ENGM; weights from {weights.min():.2g} to "
             f"{weights.max():.2g}."
         )
-        figure = plots.weighed_pulls(self._norms, [(scale, floor)])
+        figure = plots.weighted_pulls(self._norms, [(scale, floor)], True)
         self.picture.value = plots.to_png(figure)

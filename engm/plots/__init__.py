@@ -27,17 +27,27 @@ from engm.plots.examples import (
     pulls,
     strongest_and_weakest,
     strongest_share,
-    weighed_pulls,
     weight_function,
+    weighted_pulls,
     weights_over_epochs,
     who_pulls,
 )
 from engm.plots.runs import (
     accuracy_heat_maps,
-    accuracy_over_lr,
     best_and_last_rows,
     best_to_last,
     cost_ratios,
     difference_intervals,
 )
-from engm.plots.style import BLUE, COLOURS, GREEN, ORANGE, PINK, RED, SKY, show_image, to_png
+from engm.plots.style import (
+    BLUE,
+    COLOURS,
+    GREEN,
+    ORANGE,
+    PINK,
+    RED,
+    SKY,
+    sharp_figures,
+    show_image,
+    to_png,
+)

@@ -295,7 +295,7 @@ def corrupted_steps(
         left.loglog(factors, lengths, **style)
         right.semilogx(factors, cosines, **style)
     left.yaxis.set_major_locator(LogLocator(numticks=5))
-    left.set_ylabel("length of the batch's gradient")
+    left.set_ylabel("norm of the batch's gradient")
     right.set_ylabel("cosine with the others'")
     for axes in (left, right):
         axes.set_xlabel("factor of one loss")
@@ -315,7 +315,7 @@ def running_scale(means: Sequence[float], scales: Sequence[float]) -> Figure:
     steps = range(1, len(means) + 1)
     axes.plot(steps, means, color="#BBBBBB", linewidth=1, label="mean $|g_i|$ of the batch")
     axes.plot(steps, scales, color=BLUE, linewidth=2, label="$c$")
-    axes.set(xlabel="step", ylabel="length", ylim=(0, None))
+    axes.set(xlabel="step", ylabel="example norm", ylim=(0, None))
     return finish(figure, axes, loc="lower right")
 
 

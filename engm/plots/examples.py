@@ -21,6 +21,7 @@ def adversarial_examples(
     logits: Tensor,
     logits_adv: Tensor,
     class_names: Sequence[str],
+    size: float = 1.5,
 ) -> Figure:
     """Shows images, perturbations and adversarial images in three rows, with the predictions.
 
@@ -30,13 +31,13 @@ def adversarial_examples(
         logits: The model's answer to `x`, `[n, K]`.
         logits_adv: Its answer to `x_adv`.
         class_names: What the K classes are called.
+        size: Inches a side of each image.
     """
     n = len(x)
-    figure, axes = plt.subplots(3, n, figsize=(1.5 * n, 5.2), squeeze=False)
-    delta = x_adv - x
-    largest = delta.abs().max().clamp(min=1e-8)
+    figure, axes = plt.subplots(3, n, figsize=(size * n, 3 * size + 0.7), squeeze=False)
+    largest = (x_adv - x).abs().max().clamp(min=1e-8)
     for column in range(n):
-        for row, pixels in enumerate((x, 0.5 + 0.5 * delta / largest, x_adv)):
+        for row, pixels in enumerate((x, _stretched(x_adv - x), x_adv)):
             show_image(axes[row, column], pixels[column])
         axes[0, column].set_title(_answer(logits[column], class_names), fontsize=9)
         colour = RED if logits[column].argmax() != logits_adv[column].argmax() else "black"
@@ -48,7 +49,12 @@ def adversarial_examples(
 
 
 def prediction(
-    image: Tensor, probabilities: Tensor, y: int, class_names: Sequence[str], title: str
+    image: Tensor,
+    probabilities: Tensor,
+    y: int,
+    class_names: Sequence[str],
+    title: str,
+    clean: Tensor | None = None,
 ) -> Figure:
     """Shows one image beside bars of the model's probabilities; the true class is blue.
 
@@ -58,10 +64,20 @@ def prediction(
         y: The true class.
         class_names: What the K classes are called.
         title: What stands above the image.
+        clean: The image before the attack; it and the change, stretched, then stand to the left.
     """
-    figure, (left, right) = plt.subplots(1, 2, figsize=(7, 2.8), width_ratios=[1, 1.6])
-    show_image(left, image)
-    left.set_title(title, fontsize=10)
+    pictures = [(image, title)]
+    if clean is not None:
+        change = image - clean
+        stretched = f"change, at most {float(change.abs().max()):.3f}"
+        before = (clean, f"clean: {class_names[y]}")
+        pictures = [before, (_stretched(change), stretched), *pictures]
+    widths = [*[1] * len(pictures), 1.6]
+    size = (7 if clean is None else 10.5, 2.8)
+    figure, (*lefts, right) = plt.subplots(1, len(widths), figsize=size, width_ratios=widths)
+    for axes, (pixels, name) in zip(lefts, pictures, strict=True):
+        show_image(axes, pixels)
+        axes.set_title(name, fontsize=10)
     shown = sorted(probabilities.topk(min(10, len(probabilities))).indices.tolist())
     colours = [BLUE if k == y else RED if k == probabilities.argmax() else "#BBBBBB" for k in shown]
     names = [class_names[k] for k in shown]
@@ -70,6 +86,10 @@ def prediction(
     right.tick_params(axis="x", rotation=0 if max(map(len, names)) < 4 else 45)
     open_axes(right)
     return finish(figure)
+
+
+def _stretched(change: Tensor) -> Tensor:
+    return 0.5 + 0.5 * change / change.abs().max().clamp(min=1e-8)  # grey where nothing changes
 
 
 def strongest_and_weakest(
@@ -136,7 +156,7 @@ def who_pulls(norms: Tensor) -> Figure:
     figure, [axes] = panels(size=(5, 3.2))
     axes.plot(percent, 100 * np.cumsum([0, *pulls]) / pulls.sum(), color=ORANGE, linewidth=2)
     axes.plot([0, 100], [0, 100], "--", color=_GREY, label="if all pulled alike")
-    axes.set(xlabel="examples, hardest first (%)", ylabel="share of all pulls (%)")
+    axes.set(xlabel="examples, hardest first (%)", ylabel="part of all pulls (%)")
     return finish(figure, axes, loc="lower right")
 
 
@@ -149,22 +169,25 @@ def pulls(norms: Tensor, weights: Tensor, scale: float) -> Figure:
         scale: c, drawn as a line.
     """
     lengths, order = (values.numpy() for values in norms.detach().cpu().sort())
-    weighed = lengths * weights.detach().cpu().numpy()[order]
+    weighted = lengths * weights.detach().cpu().numpy()[order]
     figure, [axes] = panels(size=(7, 3.2))
     axes.plot(lengths, "o", color=ORANGE, markersize=4, label="MSGD: $|g_i|$")
-    axes.plot(weighed, "o", color=BLUE, markersize=4, label="ENGM: $w_i|g_i|$")
+    axes.plot(weighted, "o", color=BLUE, markersize=4, label="ENGM: $w_i|g_i|$")
     axes.axhline(scale, color=_GREY, linewidth=1, linestyle="--", label="$c$")
-    x_label = "examples of the batch, by the length of their gradient"
+    x_label = "examples of the batch, by their norm"
     axes.set(xlabel=x_label, ylabel="pull on the weights")
     return finish(figure, axes)
 
 
-def weighed_pulls(norms: Tensor, settings: Sequence[tuple[float, float]]) -> Figure:
-    """Draws the pulls of a batch before and after weighing, sorted, a panel for each setting.
+def weighted_pulls(
+    norms: Tensor, settings: Sequence[tuple[float, float]], fixed: bool = False
+) -> Figure:
+    """Draws the pulls of a batch without and with weights, sorted, a panel for each setting.
 
     Args:
         norms: |g_i|, `[n]`.
         settings: Pairs of the scale c, in units of the mean |g_i|, and the floor f.
+        fixed: Whether the y axis, logarithmic then, is the same whatever the settings are.
     """
     norms = norms.detach().double().cpu().sort().values
     before = norms / norms.mean()
@@ -181,8 +204,11 @@ def weighed_pulls(norms: Tensor, settings: Sequence[tuple[float, float]]) -> Fig
             fontsize=9,
         )
         axes.set(xlabel="examples, by $|g_i|$", xticks=[])
+    if fixed:  # a slider that also moves the axis would hide what it does
+        row[0].set_yscale("log")
+        row[0].set_ylim(0.01, 2 * max(10.0, float(before.max())))
     row[0].set_ylabel("pull / mean $|g_i|$")
-    return finish(figure, row[0], fontsize=9)
+    return finish(figure, row[0], fontsize=9, loc="upper left")
 
 
 def weight_function(norms: Tensor, scale: float, floor: float) -> Figure:
@@ -205,7 +231,7 @@ def weight_function(norms: Tensor, scale: float, floor: float) -> Figure:
     right.plot(points, points * 0, "|", color="black", markersize=8, alpha=0.4)
     for axes in (left, right):
         axes.axvline(floor * scale, color="#999999", linewidth=1, linestyle=":", label="$fc$")
-        axes.set_xlabel("length $|g_i|$")
+        axes.set_xlabel("norm $|g_i|$")
     left.set(yscale="log", ylabel="weight $w_i$ (log axis)")
     left.minorticks_off()
     right.set_ylabel("pull $w_i|g_i|$")
@@ -223,7 +249,7 @@ def weights_over_epochs(weights: Sequence[Tensor]) -> Figure:
     values = [epoch.detach().cpu().double().numpy() for epoch in weights]
     shares = np.array([100 * np.histogram(v, edges)[0] / len(v) for v in values])
     bottoms = shares.cumsum(1) - shares
-    # from orange, weighed down, to blue, weighed up
+    # from orange, weighted down, to blue, weighted up
     colours = (RED, ORANGE, "#DDDDDD", SKY, BLUE)
     figure, [axes] = panels(size=(6.4, 3))
     epochs = np.arange(len(values)) + 1

@@ -147,38 +147,6 @@ def accuracy_heat_maps(
     return figure
 
 
-def accuracy_over_lr(grids: Mapping[str, np.ndarray], lrs: Sequence[float]) -> Figure:
-    """Draws accuracy over the learning rate: lines for the best weight decay, dots for each.
-
-    A cross at the bottom is a run that collapsed.
-
-    Args:
-        grids: As for `accuracy_heat_maps`.
-        lrs: The columns, rising.
-    """
-    figure, [axes] = panels()
-    looks = zip(cycle(COLOURS), cycle(MARKERS), grids.items(), strict=False)
-    for place, (colour, marker, (name, grid)) in enumerate(looks):
-        values = 100 * np.asarray(grid, dtype=float)
-        # a little aside, so that dots do not cover each other
-        x = np.asarray(lrs) * 1.04 ** (place - (len(grids) - 1) / 2)
-        for row in values:
-            axes.plot(x, row, marker, color=colour, markersize=4, alpha=0.45)
-            gone = x[np.isnan(row)]
-            axes.plot(gone, 0 * gone, "x", color=colour, markersize=8, clip_on=False)
-        top = np.where(np.isnan(values), -np.inf, values).max(axis=0)
-        alive = np.where(np.isinf(top), np.nan, top)
-        axes.plot(x, alive, marker=marker, color=colour, label=name)
-    axes.set_xscale("log")
-    axes.set_xticks(list(lrs), [f"{lr:g}" for lr in lrs])
-    axes.minorticks_off()
-    axes.set_xlabel("learning rate")
-    percent_axis(axes, "robust accuracy (%)")
-    every = 100 * np.stack([np.asarray(grid, dtype=float) for grid in grids.values()])
-    axes.set_ylim(0, 1.15 * float(np.nanmax(every)) if np.isfinite(every).any() else 100)
-    return finish(figure, axes)
-
-
 def cost_ratios(measures: Mapping[str, Mapping[str, tuple[float, float, float]]]) -> Figure:
     """Draws what each method costs as a multiple of the first one's cost, bars with whiskers.
 

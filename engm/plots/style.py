@@ -67,6 +67,35 @@ def open_axes(axes: Axes) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
+def sharp_figures() -> None:
+    """Shows this notebook's figures with twice the pixels a side, and in 64 colours.
+
+    That is sharp on today's screens, and few colours keep the file small. Outside IPython it does
+    nothing.
+    """
+    from IPython.core.getipython import get_ipython
+
+    formatter = getattr(get_ipython(), "display_formatter", None)
+    if formatter is None:
+        return
+    plt.switch_backend(plt.get_backend())  # now, as it would set its own way to show a figure
+    formatter.formatters["image/png"].for_type(Figure, sharp_png)
+
+
+def sharp_png(figure: Figure) -> tuple[bytes, dict[str, int]]:
+    """Returns the figure as a PNG of 64 colours, and the size at which it is to be shown."""
+    from PIL import Image
+
+    large, small = io.BytesIO(), io.BytesIO()
+    figure.savefig(large, format="png", dpi=2 * figure.dpi, bbox_inches="tight")
+    picture = Image.open(large).convert("RGB")
+    # of the three methods the one that keeps rare colours (a red title over grey images) and greys
+    picture = picture.quantize(64, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
+    picture.save(small, format="png", optimize=True)
+    width, height = picture.size
+    return small.getvalue(), {"width": width // 2, "height": height // 2}
+
+
 def percent_axis(axes: Axes, label: str) -> None:
     """Lets the y axis go from 0 to 100%, under `label`."""
     axes.set(ylim=(0, 102), ylabel=label, axisbelow=True)

@@ -1,0 +1,63 @@
+"""What notebooks show of other runs: the logs that come with the kit, the verdicts of others."""
+
+from collections.abc import Collection, Iterable
+from pathlib import Path
+
+from engm.lab.batch import RESULT_TYPE
+from engm.report.records import Record, collect
+from engm.runs import read_json
+
+CHECKOUT = Path(__file__).parents[2]
+
+
+def committed(*names: str) -> list[Record]:
+    """Reads the finished runs of `results/NAME`, with ENGM's default scale and floor.
+
+    Args:
+        names: Folders of `results`. One that is not there (a kit without its repository) has none.
+    """
+    folders = [f for f in (CHECKOUT / "results" / name for name in names) if f.is_dir()]
+    records = [record for folder in folders for record in collect(folder)[0]]
+    return [r for r in records if (r.config.scale, r.config.floor) == ("mean", 0.05)]
+
+
+def method_of(record: Record) -> str:
+    """Returns the method of a run as figures name it: "PGD-AT", "TRADES", "AWP"."""
+    if record.config.awp:
+        return "AWP"
+    return record.config.method.replace("_", "-").upper()
+
+
+def end_of_grid(chosen: float, tried: Collection[float]) -> str:
+    """Says which end of the values that were tried the chosen one is; nothing where it is neither.
+
+    At an end the search is unfinished: a better value may lie beyond.
+    """
+    ends = [("smallest", min(tried)), ("largest", max(tried))]
+    return " and ".join(f"the {name} that was tried" for name, end in ends if end == chosen)
+
+
+def verdict_of(name: str, places: Iterable[Path]) -> tuple[str, str]:
+    """Returns what a notebook found about its claim, and where that was read.
+
+    Args:
+        name: The notebook, such as "04_convergence".
+        places: Folders that may hold its `NAME.result.json`, as `engm run` leaves it. The first
+            that does counts; without any, the notebook as it was saved.
+
+    Returns:
+        The verdict, and the name of the file or "as saved". Where there is neither, "not run yet"
+        and the command that runs it.
+    """
+    for place in places:
+        if (path := place / f"{name}.result.json").exists():
+            return read_json(path).get("verdict", "no verdict"), path.name
+    saved = CHECKOUT / "notebooks" / f"{name}.ipynb"
+    outputs = (
+        [output.get("data", {}) for cell in read_json(saved)["cells"]
+         for output in cell.get("outputs", [])] if saved.exists() else []
+    )  # fmt: skip
+    results = [data[RESULT_TYPE] for data in outputs if RESULT_TYPE in data]
+    if not results:
+        return "not run yet", f"engm run {name}"
+    return results[-1].get("verdict", "no verdict"), "as saved"
