@@ -400,7 +400,7 @@ def test_a_step_of_the_kit_has_ten_forward_passes_in_eval_mode_and_one_in_train_
 def test_the_kit_trains_on_whole_augmented_batches_as_engm_train_does(monkeypatch):
     images_of = training.random_images(22, 0)
     runner = kit.Kit(models.build("small_cnn", width=4), images_of, TINY, "engm-input bfloat16")
-    assert type(runner.trainer.optimizer.measure).__name__ == "InputMeasure"
+    assert type(runner.trainer.optimizer.measure).__name__ == "ProxyMeasure"
     assert runner.trainer.precision.dtype == torch.bfloat16
     assert runner.trainer.attacked is None  # on the CPU, without compile
     given = []

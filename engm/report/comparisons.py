@@ -33,6 +33,9 @@ READ_BY = {
     "msgd-clip": ("max_norm",),
     "engm": ("scale", "floor"),
     "engm-input": ("scale", "floor"),
+    "engm-input-only": ("scale", "floor"),
+    "engm-output": ("scale", "floor"),
+    "engm-both": ("scale", "floor"),
 }
 # what has no value of its own, or another default, under another value of the setting named first
 _BELONGING = {
