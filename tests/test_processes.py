@@ -88,9 +88,30 @@ def worker(rank, folder):
         found[case] = run(model, optimizer, rows, bad)
     found["mean"] = processes.mean(torch.arange(3.0) if rank == 0 else torch.tensor([7.0]))
     found["mean of nothing"] = processes.mean(torch.tensor([]))
+    found["apart"] = {name: apart(rank, name) for name in ("start", "parts", "layer")}
     found["errors"] = errors()
     torch.save(found, f"{folder}/{rank}.pt")
     distributed.destroy_process_group()
+
+
+def apart(rank, what):
+    """Weights after two steps of processes that differ in their start, parts or layers."""
+    torch.manual_seed(rank if what == "start" else 0)
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 3)).double()
+    optimizer = ENGM(model, 0.1)
+    draw = torch.Generator().manual_seed(0)
+    x = torch.randn(N, 4, generator=draw, dtype=torch.float64)
+    x, y = x[3 * rank : 3 * rank + 3], torch.arange(3)
+    layers = model[1:] if what == "layer" and rank else model
+    counts = [1, 2] if what == "parts" and rank else [3]
+    for _ in range(2):
+        optimizer.zero_grad()
+        for rows in torch.arange(3).split(counts):
+            optimizer.accumulate(
+                lambda rows=rows: F.cross_entropy(layers(x[rows]), y[rows], reduction="none")
+            )
+        optimizer.step()
+    return nn.utils.parameters_to_vector(model.parameters()).detach()
 
 
 def errors():
@@ -133,6 +154,12 @@ def test_means_run_over_the_values_and_not_over_the_processes(found):
     for results in found:
         assert results["mean"] == pytest.approx(10 / 4)
         assert results["mean of nothing"] == 0
+
+
+@pytest.mark.parametrize("what", ["start", "parts", "layer"])
+def test_processes_that_differ_end_with_the_same_weights(found, what):
+    one, other = (results["apart"][what] for results in found)
+    assert torch.equal(one, other)
 
 
 def test_what_is_refused_with_several_processes(found):
