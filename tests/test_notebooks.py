@@ -173,14 +173,14 @@ def test_types_may_stand_above_the_values_as_papermill_needs_it(tmp_path):
     lines = "mode: Literal['fast', 'slow']\nsteps: int | None\nmode = 'fast'\nsteps = 3  # many"
     path = write_notebook(tmp_path, "01_apart", f"from typing import Literal\n\n{lines}")
 
-    found = notebooks.parameters(path)
+    found = parameters.parameters(path)
     assert str(found["steps"]) == "steps: int | None = 3  # many"
-    assert notebooks.parse(path, {"steps": "none", "mode": "slow"}) == {
+    assert parameters.parse(path, {"steps": "none", "mode": "slow"}) == {
         "steps": None,
         "mode": "slow",
     }
     with pytest.raises(InputError, match="mode = 'medium'"):
-        notebooks.parse(path, {"mode": "medium"})
+        parameters.parse(path, {"mode": "medium"})
 
 
 def test_a_notebook_without_the_tag_is_refused(tmp_path):
