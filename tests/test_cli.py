@@ -175,7 +175,10 @@ def test_every_setting_of_a_run_is_an_option(runs):
         (["evaluate", "nowhere"], "nowhere is not a run directory"),
         (["report", "nowhere"], "there is no run in /"),
         (["evaluate", "ROOT"], "is not a run directory, but holds some; give one of digits-pgd_at"),
-        (["trian"], "the commands are bench, colab, demo, evaluate, report, run, student, sweep, train"),
+        (
+            ["trian"],
+            "the commands are bench, colab, demo, evaluate, report, run, student, sweep, train",
+        ),
     ],
 )
 def test_mistakes_get_one_line_that_names_what_is_valid(
