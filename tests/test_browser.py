@@ -211,6 +211,10 @@ def test_the_report_of_all_notebooks_fits_the_window(browser, width, tmp_path):
     page = browser.new_page(viewport={"width": width, "height": 900})
     page.goto(build(runs, tmp_path / "index.html").as_uri())
     assert page.evaluate("document.documentElement.scrollWidth") == width
+    badges = page.locator(".claim .badge")
+    assert badges.count() == 5
+    if width > 1000:  # all on the first screen
+        assert page.locator(".claims").bounding_box()["height"] < 800
     page.close()
 
 

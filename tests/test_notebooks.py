@@ -392,8 +392,8 @@ def test_nothing_is_written_when_something_is_refused(declared, tmp_path):
         assert declared.read_bytes() == before
 
 
-def test_without_nbclient_the_message_says_what_to_install(declared, tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "nbclient", None)
+def test_without_papermill_the_message_says_what_to_install(declared, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "papermill", None)
 
     with pytest.raises(InputError, match=r'pip install "engm\[batch\]"'):
         notebooks.run(declared, output_dir=tmp_path / "out")

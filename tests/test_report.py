@@ -199,6 +199,33 @@ def test_the_top_says_what_came_out(page):
     assert "1 of 2 notebooks failed." in page.text
 
 
+def test_the_claims_stand_first_with_verdict_figure_and_link(tmp_path):
+    def tested(name, verdict, *sections):
+        cells = [cell for each in sections for cell in (f"## {each}", figure(each))]
+        path = save(tmp_path / f"{name}.ipynb", f"# {name}: a title", *cells)
+        return NotebookRun(name, path, 1.0, result={"summary": [], "verdict": verdict})
+
+    def figure(text):
+        data = base64.b64encode(b"\x89PNG " + text.encode()).decode()
+        return code("plot()", shown({"image/png": data}))
+
+    runs = [
+        tested("02_gradient_variance", "x: not settled at this scale.", "Over the epochs", "Other"),
+        tested("06_cifar", "part: not settled at this scale; the claim holds here.", "Any"),
+        tested("07_tiny_imagenet", "the claim does not hold here"),
+        tested("08_overfitting_and_sensitivity", ""),
+    ]
+    found = Reader(report.build(runs, tmp_path / "index.html"))
+    top = found.text.partition("Notebook")[0]
+    said = re.findall(r"(C\d) (holds|does not hold|not settled|no verdict)", top)
+    assert said == [("C1", "not settled"), ("C4", "does not hold"), ("C5", "no verdict")]
+    pictures = [base64.b64decode(each["src"].partition(",")[2]) for each in found.all("img")[:2]]
+    assert pictures == [b"\x89PNG Over the epochs", b"\x89PNG Any"]
+    assert [found.links[name] for name in ("06_cifar", "07_tiny_imagenet")] == [
+        "#06_cifar", "#07_tiny_imagenet",
+    ]  # fmt: skip
+
+
 def test_a_failure_stands_at_the_top_and_in_place_as_text(page):
     assert page.links["cell [2] boom(): ValueError: </p><script>alert(2)</script>"] == (
         "#01_second--error"

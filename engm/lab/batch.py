@@ -1,6 +1,6 @@
-"""Runs of the notebooks: checked parameters in, the executed notebook and its result out.
+"""Runs of notebooks by papermill: checked parameters in, the notebook and its result out.
 
-A notebook is executed by nbclient, as Jupyter's own commands do it.
+Papermill's own injection of values is not used: it takes any name and any value.
 """
 
 import json
@@ -12,8 +12,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-from tqdm.auto import tqdm
 
 from engm.errors import InputError
 from engm.lab.parameters import check, parameters, read_notebook
@@ -119,15 +117,15 @@ def run(
         progress: Whether a bar counts the cells.
 
     Raises:
-        InputError: If the notebook, a parameter, the timeout or the folder is wrong, or nbclient
+        InputError: If the notebook, a parameter, the timeout or the folder is wrong, or papermill
             is not installed. Nothing was run then.
     """
     try:
         import nbformat
-        from nbclient import NotebookClient
-        from nbclient.exceptions import CellControlSignal, CellExecutionError
+        import papermill
+        from nbclient.exceptions import CellControlSignal
     except ImportError:
-        raise InputError('nbclient is not installed: pip install "engm[batch]"') from None
+        raise InputError('papermill is not installed: pip install "engm[batch]"') from None
     source = find(name)
     values = check(source, parameters) if parameters else {}
     if timeout is not None and not timeout > 0:
@@ -138,37 +136,43 @@ def run(
         raise InputError(f"output_dir = {folder} holds the notebook itself; take another folder")
 
     result_path.unlink(missing_ok=True)
-    notebook = _fresh(read_notebook(source), values)
-    write_text(path, nbformat.writes(notebook))
+    write_text(path, nbformat.writes(_fresh(read_notebook(source), values)))
+    template = str(path).replace("{", "{{").replace("}", "}}")  # papermill formats its paths
+    started: list[int] = []
     began = time.monotonic()
-    client = NotebookClient(
-        notebook,
-        kernel_manager_class=_kernel_manager(),
-        resources={"metadata": {"path": str(folder)}},
-        startup_timeout=120,
-        iopub_timeout=60,
-        raise_on_iopub_timeout=True,
-        timeout_func=lambda cell: timeout and max(began + timeout - time.monotonic(), 0.01),
-    )
-    index: int | None = None
-    error: NotebookError | None = None
+    why: tuple[str, str] | None = None
+    executed: Any = None
     try:
-        with client.setup_kernel():
-            cells = tqdm(notebook.cells, desc=source.stem, unit="cell", disable=not progress)
-            for index, cell in enumerate(cells):
-                client.execute_cell(cell, index)
-                write_text(path, nbformat.writes(notebook))
-    except CellExecutionError:
+        executed = papermill.execute_notebook(
+            template,
+            template,
+            engine_name="nbclient",
+            kernel_name="python3",
+            language="python",
+            progress_bar={"desc": source.stem} if progress else False,
+            start_timeout=120,
+            iopub_timeout=60,
+            kernel_manager_class=_kernel_manager(),
+            resources={"metadata": {"path": str(folder)}},
+            on_cell_execute=lambda cell, cell_index: started.append(cell_index),
+            timeout_func=lambda cell: timeout and max(began + timeout - time.monotonic(), 0.01),
+        )
+    except papermill.PapermillExecutionError:
         pass  # the cell has it
     except (CellControlSignal, RuntimeError) as stopped:  # too late, or the kernel died
         late = timeout is not None and isinstance(stopped, TimeoutError)
         reason = f"not finished within {timeout:g} s" if late else str(stopped)
-        error = _error(notebook, index, type(stopped).__name__, reason)
+        why = (type(stopped).__name__, reason)
     seconds = time.monotonic() - began
-    client.set_widgets_metadata()
+    notebook = read_notebook(path)
+    # papermill adds cells that say that there was an error; the report says it better
+    added = "papermill-error-cell-tag"
+    notebook.cells = [cell for cell in notebook.cells if added not in cell.metadata.tags]
+    notebook.metadata.pop("papermill", None)
     write_text(path, nbformat.writes(notebook))
+    error = _error(notebook, started[-1] if started else None, *why) if why else None
     error = error or _unfinished(notebook)
-    result = None if error else _published(notebook)
+    result = None if error else _published(executed)  # its file has the keys sorted
     if result is not None:
         write_json(result_path, {**result, "run": _origin(source, values, seconds)})
     return NotebookRun(source.stem, path, seconds, error, result)

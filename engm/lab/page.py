@@ -18,11 +18,45 @@ from engm.errors import InputError
 from engm.lab.batch import RESULT_TYPE, NotebookRun, available, even, run
 from engm.lab.offline_html import code_style, exporter, offline, slug
 from engm.lab.parameters import read_notebook
-from engm.report import tables
+from engm.report import tables, verdicts
 from engm.runs import write_text
 
 _WIDGET_TYPE = "application/vnd.jupyter.widget-view+json"
 _UNDESCRIBED = "No description has been provided for this image"  # what nbconvert puts too
+
+# What the abstract claims; the notebooks that test it; the section whose first figure shows it.
+_CLAIMS = {
+    "C1": (
+        "Gradients are larger and vary more in adversarial than in natural training.",
+        ["02_gradient_variance"],
+        "Over the epochs",
+    ),
+    "C2": (
+        "MSGD converges more slowly the more its gradients vary; ENGM does not.",
+        ["04_convergence"],
+        "The measurement",
+    ),
+    "C3": (
+        "The norm of an example's gradient can be told from its gradient w.r.t. the image.",
+        ["05_norms_from_inputs"],
+        "Along a training run",
+    ),
+    "C4": (
+        "ENGM improves many methods of adversarial training.",
+        ["06_cifar", "07_tiny_imagenet"],
+        "ENGM against MSGD",
+    ),
+    "C5": (
+        "ENGM lessens robust overfitting and the sensitivity to hyperparameters.",
+        ["08_overfitting_and_sensitivity"],
+        "What longer runs say",
+    ),
+}
+_BADGES = {
+    verdicts.HOLDS: ("good", "holds"),
+    verdicts.DOES_NOT_HOLD: ("bad", "does not hold"),
+    verdicts.NOT_SETTLED: ("open", "not settled"),
+}
 
 
 def demo(
@@ -61,7 +95,8 @@ def build(
 ) -> Path:
     """Writes the report on `runs` to `path`, one HTML file with everything in it.
 
-    At the top stands what each notebook found (`result["verdict"]` and the rows of
+    The first screen has the paper's claims that the notebooks test, each with its verdict and a
+    figure. Then comes what each notebook found (`result["verdict"]` and the rows of
     `result["summary"]`) or why it failed; below stand the notebooks as they were executed.
 
     Warns:
@@ -85,6 +120,7 @@ def build(
         facts=[time.strftime("%Y-%m-%d %H:%M"), python, *versions, platform.machine()],
         failed=sum(not each.ok for each in runs),
         pages=list(pages.values()),
+        claims=_claims(pages),
     )
     write_text(Path(path), html + "\n")
     return Path(path)
@@ -102,7 +138,7 @@ class _Page:
             for tag in [part, *part.find_all(True)]:
                 if "id" in tag.attrs:
                     tag["id"] = self._place(tag["id"])
-        figures = 0
+        self.figures: list[tuple[str, str]] = []  # section and source
         for tag in self.body.select(".prose :is(h1, h2, h3, h4, h5, h6), .output img"):
             if tag.name != "img":
                 level = min(int(tag.name[1]) + 1, 6)  # the page's own title is the h1
@@ -110,9 +146,9 @@ class _Page:
                 tag.name, tag["id"] = f"h{level}", self._place(text)
                 self.headings.append((level, tag["id"], text))
                 continue
-            figures += 1
+            self.figures.append((self.section, tag.get("src", "")))
             if tag.get("alt") in (_UNDESCRIBED, None):
-                tag["alt"] = f"Figure {figures} of {run.name}, in “{self.section}”"
+                tag["alt"] = f"Figure {len(self.figures)} of {run.name}, in “{self.section}”"
         for tag in self.body.select(".output pre, .output_html"):
             tag["tabindex"] = "0"  # what scrolls can be reached by keys
 
@@ -155,6 +191,24 @@ class _Page:
                 link["href"] = f"#{place if place in pages[name].ids else name}"
             else:  # nothing else lies beside the report
                 del link["href"]
+
+
+def _claims(pages: Mapping[str, _Page]) -> list[dict[str, Any]]:
+    """What the page says of each claim whose notebooks are there."""
+    claims = []
+    for name, (sentence, tests, section) in _CLAIMS.items():
+        tested = [pages[each] for each in tests if each in pages]
+        found = [verdicts.named_in((each.run.result or {}).get("verdict", "")) for each in tested]
+        outcomes = [outcome for outcome in found if outcome]
+        kind, badge = ("bad", "no verdict")
+        if len(outcomes) == len(tested) and all(each.run.ok for each in tested):
+            kind, badge = _BADGES[verdicts.of_all(outcomes)]
+        figures = [source for each in tested for where, source in each.figures if section in where]
+        figures += [each.figures[-1][1] for each in tested if each.figures]
+        claim = {"name": name, "sentence": sentence, "kind": kind, "badge": badge}
+        if tested:
+            claims.append({**claim, "figure": next(iter(figures), ""), "pages": tested})
+    return claims
 
 
 def _prepared(run: NotebookRun) -> Any:

@@ -73,3 +73,9 @@ def of_all(outcomes: Sequence[str]) -> str:
     if DOES_NOT_HOLD in outcomes:
         return DOES_NOT_HOLD
     return HOLDS if outcomes and all(outcome == HOLDS for outcome in outcomes) else NOT_SETTLED
+
+
+def named_in(verdict: str) -> str | None:
+    """Returns the outcome that the text of a verdict ends with; it may judge parts before that."""
+    outcome = max((HOLDS, DOES_NOT_HOLD, NOT_SETTLED), key=verdict.rfind)
+    return outcome if outcome in verdict else None
