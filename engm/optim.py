@@ -107,8 +107,8 @@ def defers(device: torch.device) -> bool:
 class _ExampleSGD(torch.optim.SGD):
     """`torch.optim.SGD` whose closure returns one loss per example.
 
-    A subclass says in `accumulate` how the losses become a gradient: it calls the guard's `check`,
-    and keeps in `_gradients` what it has of the batch so far, in `_count` of how many examples.
+    A subclass says in `_add` how the losses become a gradient: it calls `_check`, and keeps in
+    `_gradients` what it has of the batch so far, in `_count` of how many examples.
     """
 
     max_norm: float | None = None  # of the gradient of a batch, all parameter groups together
@@ -449,12 +449,23 @@ class ENGM(_ExampleSGD):
         self._check_model_again()
         losses, norms, weighted = self.measure(closure, inputs)
         good = norms.isfinite() & losses.isfinite()
-        self._check(~good.any(), ~good)
+        failed = ~good.any()
+        if not defers(good.device):
+            self._check(failed, ~good)
         scale = self._current_scale(norms, good)
         weights = torch.where(good, example_weights(norms, scale, self.floor), 0.0)
         # on a GPU nobody waits to hear that all of them are good, as they nearly always are
         all_good = not defers(good.device) and bool(good.all())
         gradients = weighted(weights, None if all_good else good)
+        if not all_good:  # an example that is left out may have reached the others
+            finite = torch.stack([g.isfinite().all() for g in gradients.values()]).all()
+            if defers(good.device):
+                self._check(failed | ~finite, ~good)
+            elif not finite:
+                raise NonFiniteLossError(
+                    "an example that is inf or nan reaches the gradient of the others; "
+                    f"{NO_STEP} norms='exact' would leave it out."
+                )
         for parameter, gradient in gradients.items():
             gradient = gradient.to(parameter.dtype)
             before = self._gradients.get(parameter)

@@ -22,7 +22,7 @@ from engm.errors import InputError
 from engm.models import preact_resnet18, small_cnn
 from engm.norms import layers as layer_shares
 from engm.norms.rows import Rows
-from engm.norms.watch import Watch, loop_norms
+from engm.norms.watch import Checked, Watch, loop_norms
 from engm.optim import ENGM
 
 N = 4
@@ -811,6 +811,27 @@ def test_any_model(case):
     assert_exact(model, lambda: squares(model(x)))
     # and where it is not the first, so that the images' side has a gradient
     assert_exact(model, lambda: squares(model(x.clone().requires_grad_())))
+
+
+def test_a_layer_that_gradients_reach_late_is_looked_at_then():
+    class Gated(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.late = nn.Linear(24, 3), sequence_first(lambda: nn.Linear(6, 6))
+            self.register_buffer("gate", torch.zeros((), dtype=torch.float64))
+
+        def forward(self, x):
+            return self.first(x) + self.gate * self.late(x)
+
+    model, x, checked = made(Gated), random(N, 24), Checked()
+    for step in range(25):
+        model.gate.fill_(step == 24)
+        with Watch(model, checked=checked) as watch:
+            losses = squares(model(x))
+        watch.backward(losses)
+        norms = watch.norms()
+    torch.testing.assert_close(norms, loop_norms(squares(model(x)), list(model.parameters())))
+    assert len(checked.plans) == 1  # not looked at anew in each step
 
 
 class HandMade(nn.Module):

@@ -17,6 +17,8 @@ OPTIMIZERS = {
     "engm": lambda model: ENGM(model, 0.1, weight_decay=0.01),
     "fixed": lambda model: ENGM(model, 0.1, scale=0.5, floor=0.3, nesterov=True),
     "input": lambda model: ENGM(model, 0.1, norms="input", refresh_every=3),
+    "input only": lambda model: ENGM(model, 0.1, norms="input", refresh_every=None),
+    "output": lambda model: ENGM(model, 0.1, norms="output", refresh_every=None),
 }
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from engm.errors import InputError, NonFiniteLossError
+from engm.errors import InputError
 from engm.norms.inputs import InputEstimate
 from engm.norms.rows import Rows
 from engm.norms.watch import Checked, Watch, loop_norms, rows_of
@@ -94,9 +94,9 @@ class ProxyMeasure:
         with (
             _gradient_wanted(inputs) if of_inputs else nullcontext(),
             nullcontext() if self._of == "input" else _outputs_marked(self._model, key),
-            watch if watched else nullcontext(),
         ):
-            losses = run_closure(closure)
+            with watch if watched else nullcontext():
+                losses = run_closure(closure)
             if of_inputs and inputs is not None and len(inputs) != len(losses):
                 raise InputError(
                     f"inputs has {len(inputs)} rows for {len(losses)} losses; give one an example"
@@ -166,7 +166,7 @@ class LoopMeasure(_Stateless):
 def weighted_losses(losses: Tensor, model: nn.Module) -> Weighted:
     """Returns what gives sum_i w_i g_i: the gradient of sum_i w_i l_i, the weights held constant.
 
-    It raises a `NonFiniteLossError` where an example that is left out reaches that of the others.
+    An example that is inf or nan and left out may still reach the gradient of the others.
     """
     parameters: list[Tensor] = [p for p in model.parameters() if p.requires_grad]
 
@@ -175,14 +175,7 @@ def weighted_losses(losses: Tensor, model: nn.Module) -> Weighted:
             kept = losses if keep is None else torch.where(keep, losses, 0)
             total = (weights.to(losses.dtype) * kept).sum()
         found = torch.autograd.grad(total, parameters, allow_unused=True)
-        pairs = zip(parameters, found, strict=True)
-        gradients = {p: g for p, g in pairs if g is not None}
-        if keep is not None and not all(g.isfinite().all() for g in gradients.values()):
-            raise NonFiniteLossError(
-                f"an example that is inf or nan reaches the gradient of the others; {NO_STEP} "
-                "norms='exact' would leave it out."
-            )
-        return gradients
+        return {p: g for p, g in zip(parameters, found, strict=True) if g is not None}
 
     return weighted
 

@@ -28,8 +28,6 @@ from engm.norms.rows import Rows, Summary, probe_weights
 
 _NOTHING = "the losses do not depend on any of the parameters; is it the same model?"
 WAY_OUT = "use norms='loop', which takes every model at the price of one backward pass an example"
-# A step is not checked again after so many in which nothing reached some layer.
-_TRIES = 20
 # Numbers that may be held at once where the gradients of all examples go through a plain part.
 _AT_ONCE = 2**26
 
@@ -73,9 +71,11 @@ class _Plan:
     Attributes:
         rows: Of the nodes, by their place in the graph's order: of the calls, and of the operations
             in which a parameter meets the batch.
+        unseen: Those of them that no gradient reached, so that their rows are a guess.
     """
 
     rows: dict[int, Rows]
+    unseen: frozenset[int] = frozenset()
 
 
 @dataclass
@@ -85,12 +85,10 @@ class Checked:
     Attributes:
         plans: For each signature of a graph.
         skip: Layers that no formula holds for.
-        tries: How often a graph could not be checked wholly.
     """
 
     plans: dict[tuple[object, ...], _Plan] = field(default_factory=dict)
     skip: set[nn.Module] = field(default_factory=set)
-    tries: int = 0
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Copies and pickles find it out anew: it is about the nodes of this process."""
@@ -184,15 +182,23 @@ class Watch:
         graph = Graph(losses.grad_fn, self._key, self._owners, self._checked.skip)
         self._refuse(graph)
         graph, plan = self._planned(graph, losses)
-        self._coupled = losses if graph.coupled else None
-        self._found = _Shares()
-        ones = torch.ones_like(losses)
-        gradient = self._collect(
-            graph, plan, losses, ones, self._found, inputs, self._measure, graph.coupled
-        )
+        try:
+            gradient = self._backward(graph, plan, losses, inputs)
+        except _SeenNow:  # what was a guess is now to be found out
+            self._checked.plans.clear()
+            graph, plan = self._planned(graph, losses)
+            gradient = self._backward(graph, _Plan(plan.rows), losses, inputs)
         if not self._found.parameters():
             raise InputError(_NOTHING)
         return gradient
+
+    def _backward(
+        self, graph: Graph, plan: _Plan, losses: Tensor, inputs: Tensor | None
+    ) -> Tensor | None:
+        self._coupled = losses if graph.coupled else None
+        self._found = _Shares()
+        ones, retain = torch.ones_like(losses), graph.coupled or bool(plan.unseen)
+        return self._collect(graph, plan, losses, ones, self._found, inputs, self._measure, retain)
 
     def norms(self) -> Tensor:
         """Returns |g_i|, `[n]`, in float32, or float64 where the model's passes are."""
@@ -234,13 +240,16 @@ class Watch:
     ) -> Tensor | None:
         """Fills `found`; returns the gradient of `inputs`."""
         rows = {graph.order[k]: value for k, value in plan.rows.items()}
-        parts = _parts(graph, rows, measure)
+        unseen = {graph.order[k] for k in plan.unseen}
+        parts = _parts(graph, rows)
         places = {place: part for part in parts for place in part.places}
         left: dict[tuple[Node, int], Sequence[Tensor | None]] = {}
         waiting = Counter(call.layer for call in graph.calls.values())
         seen: dict[nn.Module, list[tuple[Tensor, Tensor, Rows]]] = defaultdict(list)
 
         def arrive(node: Node, gradients: Sequence[Tensor | None]) -> None:
+            if node in unseen and any(b is not None and bool(b.any()) for b in gradients):
+                raise _SeenNow
             call = graph.calls.get(node)
             if call is None:
                 for slot in range(len(node.next_functions)):
@@ -343,14 +352,12 @@ class Watch:
             checked.skip |= wrong
             graph = Graph(losses.grad_fn, self._key, self._owners, checked.skip)
             key = (len(losses), *graph.signature())
-        if sure or checked.tries >= _TRIES:
+        if sure:
             checked.plans[key] = plan
-        else:
-            checked.tries += 1
         return graph, plan
 
     def _probe(self, graph: Graph, losses: Tensor) -> tuple[_Plan, bool, set[nn.Module]]:
-        """Returns the rows, whether all were seen, and the layers whose formula does not hold."""
+        """Returns a plan, whether it will do for later steps, and layers with a wrong formula."""
         n, weights = len(losses), probe_weights(losses)
         parameters = self._parameters(graph)
         inner = [node for node in graph.plain if node not in graph.leaves]
@@ -373,6 +380,7 @@ class Watch:
         plain, probe = summaries
         rows, sure = _guess(graph, n), bool(losses.isfinite().all())
         wrong: set[nn.Module] = set()
+        unseen = {k for k in rows if graph.order[k] not in plain}
         place = {node: k for k, node in enumerate(graph.order)}
         for node, summary in plain.items():
             own = summary.rows(probe[node], weights)
@@ -380,7 +388,7 @@ class Watch:
             if own is not None and not summary.empty:
                 rows[place[node]] = own
             elif summary.empty:
-                sure = False
+                unseen.add(place[node])
             elif call is not None:
                 wrong.add(call.layer)
             elif node not in graph.plain:
@@ -388,7 +396,7 @@ class Watch:
                     f"in the operation {name_of(node)!r}, in which a parameter meets the batch, "
                     f"the examples cannot be told apart; {WAY_OUT}"
                 )
-        plan = _Plan(rows)
+        plan = _Plan(rows, frozenset(unseen & rows.keys()))
         return plan, sure, wrong or self._compare(graph, plan, losses, weights, gradients)
 
     def _compare(
@@ -431,7 +439,7 @@ class Watch:
         if not wrong and found.squares:
             norms = torch.stack(list(found.squares.values())).sum(0).sqrt()
             most = int(norms.nan_to_num(0, 0, 0).argmax())
-            self._warn(graph, plan)
+            self._warn(graph, plan, len(losses))
             if not bool(norms.isfinite().all()):
                 return wrong
             only = torch.zeros_like(losses)
@@ -453,12 +461,12 @@ class Watch:
         own = [p for layer in layers for p in layer.parameters(recurse=False) if p.requires_grad]
         return [*dict.fromkeys([*own, *graph.leaves.values()])]
 
-    def _warn(self, graph: Graph, plan: _Plan) -> None:
+    def _warn(self, graph: Graph, plan: _Plan, n: int) -> None:
         rows = {graph.order[k]: value for k, value in plan.rows.items()}
         leaves = {
             leaf
-            for part in _parts(graph, rows, True)
-            if not part.fast(graph)
+            for part in _parts(graph, rows)
+            if not part.fast(graph, n)
             for leaf in part.leaves.values()
         }
         slow = [name for parameter, name in self._owners.items() if parameter in leaves]
@@ -469,6 +477,10 @@ class Watch:
                 "no formula for where they are used, or examples meet on the way to the losses",
                 stacklevel=2,
             )
+
+
+class _SeenNow(Exception):
+    """A gradient reached what none had reached when the rows were looked for."""
 
 
 class _Shares:
@@ -530,10 +542,9 @@ class _Part:
         ]
         return {p: torch.cat([row[p] for row in rows]) for p in rows[0]}
 
-    def fast(self, graph: Graph) -> bool:
-        """Whether all examples are done at once."""
+    def fast(self, graph: Graph, n: int) -> bool:
+        """Whether all n examples are done at once."""
         formulas = all(has_formula(node, slot) for node, slot in self.places)
-        n = 64  # the order of magnitude
         return formulas and (not self.push or self._at_once(graph, n))
 
     def _at_once(self, graph: Graph, n: int) -> bool:
@@ -557,7 +568,7 @@ class _Part:
         return {p: g for p, g in zip(parameters, gradients, strict=True) if g is not None}
 
 
-def _parts(graph: Graph, rows: dict[Node, Rows], measure: bool) -> list[_Part]:
+def _parts(graph: Graph, rows: dict[Node, Rows]) -> list[_Part]:
     """Groups the operations in which parameters meet the batch by the parameters."""
     parts: list[_Part] = []
     for node in graph.order if graph.leaves else []:
