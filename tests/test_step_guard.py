@@ -107,6 +107,24 @@ def test_a_failed_step_and_those_after_it_change_nothing(name, first, like_a_gpu
     assert not any(torch.equal(p, q) for p, q in zip(weights(model), before, strict=True))
 
 
+@pytest.mark.parametrize("name", ["output", "input only"])
+def test_an_example_that_reaches_the_others_is_not_stepped_along(name, monkeypatch):
+    # nan times the 0 of its loss is nan in the gradient of all
+    for deferred in (False, True):
+        monkeypatch.setattr(optim, "defers", lambda device, found=deferred: found)
+        model = network(norm="group")
+        optimizer, before = OPTIMIZERS[name](model), weights(model)
+        told = pytest.raises(NonFiniteLossError)
+        if deferred:
+            step(model, optimizer, *batch(0, bad=(3,)))
+            with told:
+                optimizer.settle()
+        else:
+            with told:
+                step(model, optimizer, *batch(0, bad=(3,)))
+        assert all(torch.equal(p, q) for p, q in zip(weights(model), before, strict=True))
+
+
 @pytest.mark.parametrize("name", ["msgd", "engm"])
 def test_what_was_kept_on_a_gpu_goes_on_elsewhere(name, monkeypatch):
     # a fused update runs through memory, so what has other strides has to be laid out anew

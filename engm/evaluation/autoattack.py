@@ -183,7 +183,9 @@ class AutoAttack:
             x_adv, robust, differ = x.clone(), torch.empty_like(y, dtype=torch.bool), 0
             counts = dict.fromkeys(("clean", *self.attacks), 0)
             starts = range(0, len(x), batch_size)
-            with tqdm(starts, unit="chunk", disable=not progress, leave=False) as bar:
+            with tqdm(
+                starts, unit="chunk", disable=not progress, leave=False, mininterval=0
+            ) as bar:
                 for start in bar:
                     rows = slice(start, start + batch_size)
                     path = None
