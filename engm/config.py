@@ -51,6 +51,9 @@ class RunConfig:
     """
 
     dataset: DatasetName = _option("digits", "data to train on")
+    classes: int | None = _option(
+        None, "use the images of the first so many classes only; default: all", at_least=2
+    )
     subset: int | None = _option(None, "train on this many images only; default: all", at_least=1)
     validation_images: int | None = _option(
         None,

@@ -113,6 +113,7 @@ def load(
     name: str,
     *,
     root: Path | str | None = None,
+    classes: int | None = None,
     subset: int | None = None,
     validation: int | None = None,
     test: int | None = None,
@@ -127,6 +128,7 @@ def load(
     Args:
         name: One of `SPECS`.
         root: Folder of the cache; by default that of `data_root`. The digits need none.
+        classes: How many classes to keep, the first ones; by default all.
         subset: How many of the remaining training images to keep, evenly over the classes. A
             larger subset holds the smaller ones, and the validation images stay the same.
         validation: How many validation images.
@@ -139,6 +141,14 @@ def load(
     """
     check_choice("data set", name, SPECS)
     arrays, record = read_arrays(SPECS[name], root)
+    names, title = tuple(record["class_names"]), record["title"]
+    if classes is not None:
+        title += f", {classes} classes"
+        names = names[: check_count("classes", classes, 2, len(names))]
+        for part in ("train", "test"):
+            kept_rows = arrays[f"{part}_labels"] < classes
+            for kind in ("images", "labels"):
+                arrays[f"{part}_{kind}"] = arrays[f"{part}_{kind}"][kept_rows]
     pool = len(arrays["train_labels"])
     default = 200 if name == "digits" else min(1000, pool // 10)
     held_out = check_count("validation", default if validation is None else validation, 1, pool - 1)
@@ -159,8 +169,10 @@ def load(
         train=split("train", order[held_out : held_out + kept]),
         validation=split("train", order[:held_out]),
         test=split("test", tested),
-        **{key: tuple(record[key]) for key in ("class_names", "mean", "std")},
-        title=record["title"],
+        class_names=names,
+        mean=tuple(record["mean"]),
+        std=tuple(record["std"]),
+        title=title,
         digest=record["cache_sha256"],
     )
 

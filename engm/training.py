@@ -251,6 +251,7 @@ def load_data(config: RunConfig, root: Path | None = None) -> data.Dataset:
     return data.load(
         config.dataset,
         root=root,
+        classes=config.classes,
         subset=config.subset,
         validation=config.validation_images,
         test=config.test_images,
@@ -265,6 +266,10 @@ def _check_data(config: RunConfig, dataset: data.Dataset) -> None:
         "validation_images": (config.validation_images, dataset.validation),
         "test_images": (config.test_images, dataset.test),
     }
+    if config.classes not in (None, dataset.num_classes):
+        raise InputError(
+            f"classes is {config.classes}, but the data have {dataset.num_classes}; load as many"
+        )
     for name, (wanted, split) in counts.items():
         if wanted not in (None, len(split)):
             raise InputError(f"{name} is {wanted}, but the data have {len(split)}; load as many")

@@ -96,6 +96,20 @@ def test_the_wrong_share_of_the_labels_is_wrong_and_the_images_stay(noise):
     assert torch.equal(with_wrong_labels(noise, 0.0, 7, seed=3).labels, noise.labels)
 
 
+def test_fewer_classes_are_the_first_ones_whole():
+    every, few = load("digits"), load("digits", classes=3, validation=30)
+    assert (few.num_classes, few.title) == (3, "Digits, 3 classes")
+    assert few.class_names == every.class_names[:3]
+    for name in ("train", "validation", "test"):
+        assert set(getattr(few, name).labels.tolist()) == {0, 1, 2}
+    assert len(few.test) == int((every.test.labels < 3).sum())
+    pools = [torch.cat([d.train.labels, d.validation.labels]) for d in (every, few)]
+    assert len(pools[1]) == int((pools[0] < 3).sum())
+    for count in (1, 11):
+        with pytest.raises(InputError, match=f"classes.*{count}"):
+            load("digits", classes=count)
+
+
 def test_the_split_seed_moves_the_validation_images_but_never_the_test_images():
     first, same, other = load("digits"), load("digits"), load("digits", split_seed=1)
     assert torch.equal(first.train.images, same.train.images)

@@ -100,7 +100,9 @@ def evaluate(
     from engm.runs import read_config
 
     config = read_config(_run_directory(run))
-    dataset = data.load(config.dataset, root=data_root, test=config.test_images)
+    dataset = data.load(
+        config.dataset, root=data_root, classes=config.classes, test=config.test_images
+    )
     dataset = dataset.to(pick_device(device))
     options: dict[str, Any] = dict(num_steps=num_steps, eps=eps, images=images)
     checkpoints = [checkpoint] if checkpoint else ["best", "last"]

@@ -19,7 +19,7 @@ from engm.runs import CONFIG, RESULT, read_config, read_metrics, read_result
 # columns that say what a run is, shown even where all runs agree
 ALWAYS = ("dataset", "method", "optimizer")
 # settings of the evaluation: runs that differ in one of them were not measured alike
-PROTOCOL = ("test_images", "eps", "norm", "eval_steps")
+PROTOCOL = ("classes", "test_images", "eps", "norm", "eval_steps")
 CHECKPOINTS = ("best", "last")
 _NEAR_CHANCE = 1.5  # times the accuracy of guessing
 
