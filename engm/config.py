@@ -140,8 +140,8 @@ class RunConfig:
     def resolved(self) -> "RunConfig":
         """Returns the config filled in for its dataset, model and method.
 
-        Numbers of images stay `None` for all of them or the usual ones, `augment` for what suits
-        the dataset, and `beta` where the method has none.
+        Numbers of classes and images stay `None` for all of them or the usual ones, `augment` for
+        what suits the dataset, and `beta` where the method has none.
         """
         values = {**_DEFAULTS[self.dataset]}
         if self.norm == "l2":

@@ -146,7 +146,7 @@ def test_every_dataset_of_the_config_exists_and_has_its_defaults():
     assert set(get_args(settings.DatasetName)) == set(SPECS)
     for name in SPECS:
         values = RunConfig(dataset=name).resolved().to_dict()
-        open_ends = {"subset", "validation_images", "test_images", "augment", "beta"}
+        open_ends = {"classes", "subset", "validation_images", "test_images", "augment", "beta"}
         assert {key for key, value in values.items() if value is None} == open_ends
 
 
