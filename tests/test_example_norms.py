@@ -457,6 +457,22 @@ def test_hooks_of_the_user_may_change_inputs_and_outputs():
     assert_exact(model, lambda: classify(model, x))
 
 
+@pytest.mark.parametrize("train", [False, True])
+def test_losses_that_are_zero_but_for_rounding(train):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3)).train(train)
+    x = torch.randn(64, 4, generator=torch.Generator().manual_seed(0))
+    y = net(x).argmax(1)
+    with Watch(net) as watch:
+        losses = F.cross_entropy(200 * net(x), y, reduction="none")
+    watch.backward(losses)
+    assert 0 < int((losses == 0).sum()) < len(x) and int((losses < 1e-6).sum()) > 32
+    if not train:
+        again = F.cross_entropy(200 * net(x), y, reduction="none")
+        expected = loop_norms(again, list(net.parameters()))
+        torch.testing.assert_close(watch.norms(), expected, rtol=1e-3, atol=1e-4)
+
+
 def test_norms_are_those_of_torch_func():
     model = made(lambda: small_cnn(num_classes=3, width=4, norm="group", in_channels=1))
     x, y = random(N, 1, 8, 8), torch.arange(N) % 3
