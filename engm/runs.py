@@ -331,10 +331,15 @@ def link(source: Path, path: Path) -> None:
             shutil.copyfile(source, temporary)
 
 
+def write_bytes(path: Path, content: bytes) -> None:
+    """Writes `content` to `path`, atomically."""
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(content)
+
+
 def write_text(path: Path, text: str) -> None:
     """Writes `text` to `path` as UTF-8, atomically."""
-    with atomic_path(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+    write_bytes(path, text.encode())
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -15,7 +15,7 @@ from engm.errors import InputError
 from engm.evaluation.accuracy import attack_of, settings_of
 from engm.evaluation.checks import Check
 from engm.evaluation.suite import Accuracy, AttackResult, RobustnessReport
-from engm.report import evaluations
+from engm.report import records as results
 from engm.report.records import (
     Quantity,
     check_protocol,
@@ -347,7 +347,7 @@ def test_accuracies_of_different_things_are_in_no_mean_together(tmp_path, other,
     for seed in (0, 1):
         evaluated(write_run(tmp_path, 0.6, seed=seed), 20 + 4 * seed)
     evaluated(write_run(tmp_path, 0.6, seed=2), 40, **other)
-    rows, remarks = evaluations.columns(records_of(tmp_path))
+    rows, remarks = results.evaluated(records_of(tmp_path))
     (row,) = rows
     kind = "worst case" if "worst" in head else "PGD-20 margin"
     assert row[head].n == 1
@@ -376,7 +376,7 @@ def test_seeds_that_were_not_evaluated_and_flags_are_said(tmp_path):
         if seed:
             evaluated(folder, 20, autoattack=12 if seed == 2 else None, flags=("large eps",),
                       warnings=["w"])  # fmt: skip
-    _, remarks = evaluations.columns(records_of(tmp_path))
+    _, remarks = results.evaluated(records_of(tmp_path))
     assert remarks[1:] == [
         "Digits, pgd_at, msgd: 2 of 3 seeds evaluated for PGD-20 margin (best, 40 images)",
         "Digits, pgd_at, msgd: 1 of 3 seeds evaluated for AutoAttack (best, 40 images), worst case "

@@ -38,11 +38,11 @@ from engm.report.statistics import Interval, wilson
 from engm.report.tables import to_markdown
 from engm.runs import (
     CHECKPOINTS,
-    atomic_path,
     environment,
     load_tensors,
     read_config,
     read_json,
+    write_bytes,
     write_json,
 )
 
@@ -527,8 +527,7 @@ def evaluate_checkpoint(
     write_json(folder / f"evaluation-{name}.json", what | report.to_dict())
     from engm.plots import robustness_curve, to_png
 
-    with atomic_path(folder / f"robustness-{name}.png") as path:
-        path.write_bytes(to_png(robustness_curve(report)))
+    write_bytes(folder / f"robustness-{name}.png", to_png(robustness_curve(report)))
     if name == which:
         return report
     remark = (

@@ -39,12 +39,7 @@ def to_markdown(rows: Sequence[Row]) -> str:
 
 
 def markdown(head: Sequence[str], rows: Iterable[Iterable[Any]]) -> str:
-    """Writes a markdown table whose columns may share names.
-
-    Args:
-        head: Of each column.
-        rows: Their cells.
-    """
+    """Writes a markdown table whose columns may share names."""
     lines = [list(head), ["---"] * len(head)]
     lines += [[text(cell).replace("|", r"\|") for cell in row] for row in rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
@@ -53,7 +48,7 @@ def markdown(head: Sequence[str], rows: Iterable[Iterable[Any]]) -> str:
 def to_csv(rows: Sequence[Row]) -> str:
     """Writes comma-separated values, every number in a column of its own, unrounded.
 
-    Accuracies are fractions there, as in the code. What a row does not have is left empty.
+    What a row does not have is left empty.
     """
     several = {name for row in rows for name, cell in row.items() if isinstance(cell, Cell)}
     flat = [_flat(row, several) for row in rows]
@@ -90,10 +85,7 @@ def to_html(rows: Sequence[Row]) -> str:
 def without_columns_alike(rows: Sequence[Row]) -> tuple[str, list[dict[str, Any]]]:
     """Takes the columns out that say the same in all of several rows, so that tables fit a page.
 
-    The last column stays: it is what the table comes to.
-
-    Returns:
-        What these columns say, in words; empty where there are none. And the rows without them.
+    Returns what they say, in words, and the rest. The last column stays: the table comes to it.
     """
     names = list(rows[0])[:-1] if len(rows) > 1 else []
     texts = {name: {text(row[name]) for row in rows} for name in names}
@@ -104,13 +96,7 @@ def without_columns_alike(rows: Sequence[Row]) -> tuple[str, list[dict[str, Any]
 
 
 def page(title: str, parts: Sequence[tuple[str, str]], figures: Mapping[str, bytes]) -> str:
-    """Writes an HTML page that loads nothing.
-
-    Args:
-        title: What it is about.
-        parts: Heading and HTML of each part.
-        figures: PNG files under their captions, put into the page itself.
-    """
+    """Writes an HTML page that loads nothing: parts with headings, PNG files with captions."""
     body = [f"<h2>{escape(heading)}</h2>\n<div class=wide>{html}</div>" for heading, html in parts]
     for caption, png in figures.items():
         data, text = b64encode(png).decode(), escape(caption)
