@@ -190,6 +190,13 @@ def test_rows_that_differ_in_what_was_tested_alone_have_names_of_their_own(tmp_p
     plt.close("all")
 
 
+def test_rows_of_several_data_sets_are_not_named_by_what_goes_along_with_each():
+    kinds = [("Digits", 0.15, "msgd"), ("Digits", 0.15, "engm"), ("CIFAR-10", 0.03, "engm")]
+    rows = [{"dataset": d, "method": "pgd_at", "optimizer": o, "eps": e} for d, e, o in kinds]
+    assert labels(rows) == ["Digits, msgd", "Digits, engm", "CIFAR-10, engm"]
+    assert labels([*rows, rows[0] | {"eps": 0.1}])[-1] == "Digits, msgd, eps 0.1"
+
+
 def test_other_versions_and_machines_are_a_remark(tmp_path):
     for seed, (commit, torch) in enumerate((("a" * 40, "2.6"), ("a" * 40, "2.13"), (None, "2.6"))):
         environment = {"commit": commit, "packages": {"torch": torch, "engm": "1"}, "device": "cpu"}

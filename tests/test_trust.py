@@ -15,9 +15,8 @@ from engm.data import Split
 from engm.errors import InputError
 from engm.evaluation import suite
 from engm.evaluation.accuracy import accuracy_under, correct, run_attack
+from engm.evaluation.attacks import TargetedPGD, Transfer
 from engm.evaluation.checks import unit_of
-from engm.evaluation.search import TargetedPGD
-from engm.evaluation.sources import Transfer
 
 EPS = 0.1
 ONE = {"FGSM": FGSM(eps=EPS)}

@@ -103,8 +103,7 @@ def choose(
 
     Returns:
         The runs that stay, and remarks: what lacks a seed that others have (it cannot be chosen),
-        whether some had more settings to choose from than others, and what lies at an end of its
-        grid.
+        where the search was unequal, and what lies at an end of its grid.
 
     Raises:
         InputError: If a name cannot be chosen, nothing has all seeds, or a run has no metrics.
@@ -143,15 +142,9 @@ def choose(
 
 
 def grid_end(records: Sequence[Record], chosen: Sequence[Record], names: Collection[str]) -> str:
-    """Says which choice of a row lies at an end of the values that `records` have tried.
+    """Says which of the settings in `names` lies at an end of the values that were tried.
 
-    Args:
-        records: All runs.
-        chosen: Those of the row, as `choose` kept them.
-        names: The settings that it chose.
-
-    Returns:
-        A phrase, such as "lr at an end of its grid"; empty where no choice does.
+    Of `records`, the runs `chosen` are those of a row. Empty where none lies at an end.
     """
     key, found = key_of(chosen[0], names), []
     searched = [record.config for record in records if key_of(record, names) == key]
@@ -168,10 +161,7 @@ def compare(
 ) -> tuple[list[Comparison], list[str]]:
     """Compares the values of a setting with one of them, seed by seed, where all else is the same.
 
-    Args:
-        records: Finished runs.
-        baseline: As for `setting_of`.
-        chosen: Settings that each optimizer or value has its own value of, from `choose`.
+    `baseline` is as for `setting_of`; each value has its own of the settings in `chosen`.
 
     Returns:
         Robust accuracy (best, then last) of each optimizer and setting minus the baseline's; and

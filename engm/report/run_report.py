@@ -166,8 +166,7 @@ def build(
 
     Args:
         records: Finished runs.
-        compare: The optimizer that the others are compared with, seed by seed; or a setting and
-            its value, as in `precision=float32`.
+        compare: The baseline, see `comparisons.setting_of`.
         choose: Settings of which each optimizer (or value of the compared setting) keeps the value
             that the validation images prefer.
         mixed: Allow runs that were not evaluated alike.
@@ -214,11 +213,8 @@ def frame(runs: "Path | str | Sequence[Record]") -> "pandas.DataFrame":
 
         engm.report.frame("runs").groupby(["optimizer", "lr"])["robust (best)"].agg(["mean", "std"])
 
-    Args:
-        runs: The folder of the runs or one above it, or finished runs.
-
-    Raises:
-        InputError: If there is no run, or one cannot be read.
+    `runs` is the folder of the runs or one above it, or finished runs; an InputError says that
+    there is none, or that one cannot be read.
     """
     import pandas
 
@@ -267,13 +263,22 @@ def format_of(path: Path, kind: str | None) -> str:
 def labels(rows: Sequence[dict[str, Any]]) -> list[str]:
     """Names rows of `summarise`, by the settings that differ and that their optimizer reads."""
     names = [n for n in (*TYPES, "test images", "attack") if n in rows[0]]
-    differing = [n for n in names if len({repr(row[n]) for row in rows}) > 1]
+    differing = [n for n in names if _values(rows, [n]) > 1]
+    # what always goes along with the data, the method and AWP, such as eps, need not be said
+    tell = [n for n in ("dataset", "method", "awp") if n in differing]
+    differing = [
+        n for n in differing if n in tell or _values(rows, [*tell, n]) > _values(rows, tell)
+    ]
     brief, full = [], []
     for row in rows:
         idle = set(OF_OPTIMIZERS[1:]) - set(READ_BY[row["optimizer"]])
         brief.append(results.in_words(row, [n for n in differing if n not in idle]) or "all runs")
         full.append(results.in_words(row, differing))
     return brief if len(set(brief)) == len(set(full)) else full
+
+
+def _values(rows: Sequence[dict[str, Any]], names: Sequence[str]) -> int:
+    return len({tuple(repr(row[name]) for name in names) for row in rows})
 
 
 # --- copies of logs

@@ -1,7 +1,7 @@
 """Tables as markdown, CSV, LaTeX and HTML. A table is a list of rows, a row maps columns to cells.
 
-A cell is text, a number, nothing, or something of several numbers (`Cell`), which a person reads as
-`str(cell)` and a CSV file gets as a column each, in full precision.
+A cell is text, a number, nothing, or several numbers, such as a mean and its deviation: a person
+reads those as `str(cell)`, and a CSV file gets a column for each of `cell.numbers()`, unrounded.
 """
 
 import math
@@ -9,21 +9,12 @@ import re
 from base64 import b64encode
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from html import escape
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import pandas
 
 Row = Mapping[str, Any]
-
-
-@runtime_checkable
-class Cell(Protocol):
-    """Several numbers in one cell, such as a mean and its deviation."""
-
-    def numbers(self) -> Mapping[str, float | None]:
-        """Returns them under what is added to the name of the column."""
-        ...
 
 
 def text(cell: Any) -> str:
@@ -50,7 +41,7 @@ def to_csv(rows: Sequence[Row]) -> str:
 
     What a row does not have is left empty.
     """
-    several = {name for row in rows for name, cell in row.items() if isinstance(cell, Cell)}
+    several = {name for row in rows for name, cell in row.items() if hasattr(cell, "numbers")}
     flat = [_flat(row, several) for row in rows]
     return _frame(flat).to_csv(index=False, lineterminator="\n") if rows else ""
 
@@ -151,7 +142,9 @@ def _latex(text: str) -> str:
 
 
 def _is_number(cell: Any) -> bool:
-    return isinstance(cell, int | float | Cell) and not isinstance(cell, bool)
+    return (isinstance(cell, int | float) or hasattr(cell, "numbers")) and not isinstance(
+        cell, bool
+    )
 
 
 def _frame(rows: Sequence[Row]) -> "pandas.DataFrame":
@@ -163,7 +156,7 @@ def _frame(rows: Sequence[Row]) -> "pandas.DataFrame":
 def _flat(row: Row, several: set[str]) -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for name, cell in row.items():
-        if isinstance(cell, Cell):
+        if hasattr(cell, "numbers"):
             flat |= {f"{name} {part}": value for part, value in cell.numbers().items()}
         elif name not in several:
             flat[name] = cell
