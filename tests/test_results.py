@@ -194,7 +194,7 @@ def test_rows_of_several_data_sets_are_not_named_by_what_goes_along_with_each():
     kinds = [("Digits", 0.15, "msgd"), ("Digits", 0.15, "engm"), ("CIFAR-10", 0.03, "engm")]
     rows = [{"dataset": d, "method": "pgd_at", "optimizer": o, "eps": e} for d, e, o in kinds]
     assert labels(rows) == ["Digits, msgd", "Digits, engm", "CIFAR-10, engm"]
-    assert labels([*rows, rows[0] | {"eps": 0.1}])[-1] == "Digits, msgd, eps 0.1"
+    assert labels([*rows, rows[0] | {"eps": 0.1}])[-1] == "Digits, eps 0.1, msgd"
 
 
 def test_other_versions_and_machines_are_a_remark(tmp_path):
@@ -259,11 +259,13 @@ def test_rows_that_do_no_better_than_guessing_are_marked(tmp_path):
     write_run(tmp_path, 0.0, method="natural")
     write_run(tmp_path, 0.16, optimizer="engm")
     write_run(tmp_path, 0.02, data="CIFAR-100", dataset="cifar100", eps=0.15)
+    write_run(tmp_path, 0.3, data="two", dataset="cifar100", classes=2, eps=0.15)
     done = build(records_of(tmp_path), mixed=True)
     named = {(row["method"], row["optimizer"], row["dataset"]): n
              for row, n in zip(done.summary, done.notes, strict=True)}  # fmt: skip
     note = "near chance: best of 1, last of 2 of 3 seeds"
     assert named.pop(("pgd_at", "msgd", "Digits")) == note
+    assert named.pop(("pgd_at", "msgd", "two")) == "near chance: best of 1, last of 1 of 1 seeds"
     assert set(named.values()) == {""}
     assert [remark for remark in done.remarks if note in remark]
     assert "near chance: a robust accuracy of at most 1.5 times" in done.remarks[-1]

@@ -173,7 +173,7 @@ def near_chance(members: Sequence[Record]) -> str:
     nothing else is expected, is left out.
     """
     config, found = members[0].config, []
-    limit = _NEAR_CHANCE / SPECS[config.dataset].num_classes
+    limit = _NEAR_CHANCE / (config.classes or SPECS[config.dataset].num_classes)
     for which in CHECKPOINTS if config.method != "natural" else ():
         if n := sum(member.result[which]["robust_accuracy"] <= limit for member in members):
             found.append(f"{which} of {n}")
