@@ -1,5 +1,6 @@
 import csv
 import json
+import re
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -195,6 +196,21 @@ def test_rows_of_several_data_sets_are_not_named_by_what_goes_along_with_each():
     rows = [{"dataset": d, "method": "pgd_at", "optimizer": o, "eps": e} for d, e, o in kinds]
     assert labels(rows) == ["Digits, msgd", "Digits, engm", "CIFAR-10, engm"]
     assert labels([*rows, rows[0] | {"eps": 0.1}])[-1] == "Digits, eps 0.1, msgd"
+
+
+def test_pages_have_no_column_of_what_goes_along_with_the_data(tmp_path):
+    for data, dataset, eps in (("Digits", "digits", 0.15), ("CIFAR-10", "cifar10", 0.25)):
+        for optimizer in ("msgd", "engm"):
+            write_run(tmp_path, 0.5, data=data, dataset=dataset, eps=eps, optimizer=optimizer)
+    done = build(records_of(tmp_path), mixed=True)
+    for kind in ("html", "latex"):
+        assert all(
+            set(row) & {"dataset", "eps"} == {"dataset"} for row in done.parts(kind)["summary"]
+        )
+    (written,) = done.write(tmp_path / "r.tex")
+    assert re.search("% CIFAR-10: .*eps 0.25.*\n% Digits: .*eps 0.15", written.read_text())
+    assert "<li>CIFAR-10: " in done.text("html")
+    assert "| eps |" in done.text("markdown") and ",eps," in done.text("csv")
 
 
 def test_other_versions_and_machines_are_a_remark(tmp_path):

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pytest
 import torch
+from test_preconditions import Around
 from torch import nn
 
 import engm
@@ -39,15 +40,6 @@ class Mine:
 
     def __call__(self, model, x, y, *, generator=None):
         return self.of(x, y)
-
-
-class Changed(nn.Module):
-    def __init__(self, model, before):
-        super().__init__()
-        self.model, self.before = model, before
-
-    def forward(self, x):
-        return self.model(self.before(x))
 
 
 def names(report):
@@ -109,9 +101,9 @@ def test_what_works_in_place_is_refused_by_name_and_the_images_stay():
     ):
         with pytest.raises(InputError, match="Mine.*changed the images that it was given"):
             call()
-    with pytest.raises(InputError, match=r"\(Changed\) changes its images in place.*x = x - mean"):
-        engm.evaluate(Changed(model, lambda x: x.sub_(0.1)), (x, y), eps=EPS)
-    correct(Changed(model, lambda x: x.sub_(0.1)), x, y)
+    with pytest.raises(InputError, match=r"\(Around\) changes its images in place.*x = x - mean"):
+        engm.evaluate(Around(model, lambda x: x.sub_(0.1)), (x, y), eps=EPS)
+    correct(Around(model, lambda x: x.sub_(0.1)), x, y)
     assert torch.equal(x, before)
     # an attack that hands on its input unchanged does nothing wrong
     assert run_attack(model, x, y, Mine(lambda x, y: x)).correct.all()
@@ -145,7 +137,7 @@ def test_autoattack_runs_what_it_can_and_says_what_it_cannot(classes, flat, left
 
 def test_a_defence_without_gradients_is_attacked_by_its_answers_or_through_a_surrogate():
     model, x, y = problem(n=40)
-    steps = Changed(model, lambda x: torch.from_numpy((x.numpy() * 50).round() / 50))
+    steps = Around(model, lambda x: torch.from_numpy((x.numpy() * 50).round() / 50))
     how = dict(eps=0.03, autoattack=True)
     blind = engm.evaluate(steps, (x, y), **how)
     assert [r.name for r in blind.attacks] == ["random search", "AutoAttack"]
@@ -254,7 +246,7 @@ def test_the_likeliest_class_is_not_always_the_nearest():
 def test_transfer_from_a_second_model_is_a_black_box():
     model, x, y = problem(n=120)
     pgd = PGD(eps=EPS, step_size=EPS / 2, num_steps=5)
-    turned = Changed(model, lambda x: 2 * x.detach() - x)
+    turned = Around(model, lambda x: 2 * x.detach() - x)
     attacks = {"PGD": pgd, "transfer": Transfer(pgd, model)}
     report = engm.evaluate(turned, (x, y), eps=EPS, attacks=attacks)
     by = {result.name: result for result in report.attacks}

@@ -49,14 +49,13 @@ class Attack(Protocol):
 
 @dataclass(frozen=True)
 class Attacked:
-    """What an attack did to each example.
+    """What an attack did to each of n examples; tensors are on the CPU.
 
     Attributes:
-        correct: Whether the model still is right, recomputed from `x_adv` as kept, `[n]` booleans
-            on the CPU.
+        correct: Whether the model still is right, `[n]` booleans, recomputed from `x_adv` as kept.
         claimed: The same before `x_adv` was written; it differs where the file or the model does.
         largest_perturbation: The largest norm of `x_adv - x`, in pixel units, at most eps.
-        x_adv: The adversarial examples, on the CPU.
+        x_adv: The adversarial examples.
         answers: What the model says of each, `[n]` classes, -1 where a logit is nan.
     """
 
@@ -69,15 +68,9 @@ class Attacked:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What an attack left of a model's accuracy.
+    """What an attack left of a model's accuracy; accuracies are fractions of `num_examples`.
 
-    Attributes:
-        clean_accuracy: Fraction of the examples that are classified rightly.
-        robust_accuracy: Fraction that still is under the attack.
-        num_examples: n, the number of examples.
-        largest_perturbation: The largest norm of `x_adv - x`, in pixel units, at most eps.
-        attack: What was tried: its kind and settings, as plain JSON values.
-        x_adv: The adversarial examples, `[n, c, h, w]`, on the CPU.
+    The rest is as in `Attacked`; `attack` is its kind and settings, as plain JSON values.
     """
 
     clean_accuracy: float

@@ -45,7 +45,6 @@ class RandomSearch:
     norm: str = "linf"
 
     def __post_init__(self) -> None:
-        """Refuses settings that are out of range."""
         check_choice("norm", self.norm, ("linf", "l2"))
         check_pixels("eps", self.eps, self.norm)
         check_count("num_queries", self.num_queries)
@@ -114,7 +113,6 @@ class TargetedPGD:
     targets: int = 3
 
     def __post_init__(self) -> None:
-        """Refuses settings that are out of range."""
         self._towards_one()
         check_count("targets", self.targets)
 

@@ -103,7 +103,6 @@ class AutoAttack:
     attacks: tuple[str, ...] = _ATTACKS
 
     def __post_init__(self) -> None:
-        """Refuses settings that are out of range."""
         check_choice("norm", self.norm, tuple(_NORMS))
         check_pixels("eps", self.eps, self.norm)
         check_count("seed", self.seed, 0, 2**63 - 1)

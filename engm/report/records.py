@@ -322,15 +322,12 @@ class Column(NamedTuple):
 
 
 def measured(record: Record) -> tuple[dict[Column, tuple[float, str]], Counter[str]]:
-    """Reads what `engm evaluate` wrote in a run directory.
+    """Reads what `engm evaluate` wrote in a run directory; an InputError names a wrong file.
 
     Returns:
         Accuracy, and the settings of its attacks in words: of PGD on the margin, of AutoAttack
         where it ran, and of the worst case over all attacks, for each checkpoint that was
         evaluated; and the checks that raised a flag, with their number.
-
-    Raises:
-        InputError: If a file is not what `engm evaluate` writes.
     """
     found: dict[Column, tuple[float, str]] = {}
     flags = Counter[str]()

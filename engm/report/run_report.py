@@ -50,13 +50,25 @@ class RunReport:
     def parts(self, kind: str) -> dict[str, Sequence[dict[str, Any]]]:
         """Returns the rows of "summary", and of "differences" and "costs" where there are any.
 
-        Notes on rows are a column of the summary, but in markdown, where remarks say the same.
+        Notes on rows are a column of the summary, but in markdown, where remarks say the same. On
+        paper and pages what goes along with the data or the method is no column, but a remark.
         """
         summary = self.summary
         if any(self.notes) and kind != "markdown":
             summary = [row | {"note": n} for row, n in zip(summary, self.notes, strict=True)]
         further = {"differences": comparisons.difference_rows(self.compared), "costs": self.costs}
-        return {"summary": summary} | {name: rows for name, rows in further.items() if rows}
+        parts = {"summary": summary} | {name: rows for name, rows in further.items() if rows}
+        along = _along(self.summary)[1] if kind in ("latex", "html") else []
+        return {
+            name: [{n: cell for n, cell in row.items() if n not in along} for row in rows]
+            for name, rows in parts.items()
+        }
+
+    def all_remarks(self, kind: str) -> list[str]:
+        """Returns the remarks, and what `parts` leaves out of tables."""
+        tell, along = _along(self.summary) if kind in ("latex", "html") else ([], [])
+        said = {results.in_words(r, tell): results.in_words(r, along) for r in self.summary}
+        return self.remarks + [f"{which}: {what}" for which, what in said.items() if what]
 
     def text(self, kind: str) -> str:
         """Returns the tables as "markdown", "csv", "latex" or "html" (a page with figures)."""
@@ -135,8 +147,9 @@ class RunReport:
                 write_text(files[-1], tables.to_csv(rows))
             return files
         text, sign = self.text(kind), {"markdown": "-", "latex": "%"}.get(kind)
-        if sign and self.remarks:
-            text += "".join(f"\n{sign} {remark}" for remark in self.remarks) + "\n"
+        remarks = self.all_remarks(kind)
+        if sign and remarks:
+            text += "".join(f"\n{sign} {remark}" for remark in remarks) + "\n"
         write_text(path, text)
         return [path]
 
@@ -147,8 +160,7 @@ class RunReport:
             (_TITLES[name], tables.to_html(rows) or "<p>no finished run</p>")
             for name, rows in self.parts("html").items()
         ]
-        if self.remarks:
-            remarks = "".join(f"<li>{escape(remark)}</li>" for remark in self.remarks)
+        if remarks := "".join(f"<li>{escape(r)}</li>" for r in self.all_remarks("html")):
             parts.append(("Remarks", f"<ul>{remarks}</ul>"))
         pictures = {caption: plots.to_png(figure) for caption, figure in self.figures().values()}
         return tables.page("Runs", parts, pictures)
@@ -262,13 +274,8 @@ def format_of(path: Path, kind: str | None) -> str:
 
 def labels(rows: Sequence[dict[str, Any]]) -> list[str]:
     """Names rows of `summarise`, by the settings that differ and that their optimizer reads."""
-    names = [n for n in (*TYPES, "test images", "attack") if n in rows[0]]
-    differing = [n for n in names if _values(rows, [n]) > 1]
-    # what always goes along with the data, the method and AWP, such as eps, need not be said
-    tell = [n for n in ("dataset", "method", "awp") if n in differing]
-    differing = [
-        n for n in differing if n in tell or _values(rows, [*tell, n]) > _values(rows, tell)
-    ]
+    along = _along(rows)[1]
+    differing = [n for n in _SETTINGS if _values(rows, [n]) > 1 and n not in along]
     brief, full = [], []
     for row in rows:
         idle = set(OF_OPTIMIZERS[1:]) - set(READ_BY[row["optimizer"]])
@@ -277,8 +284,19 @@ def labels(rows: Sequence[dict[str, Any]]) -> list[str]:
     return brief if len(set(brief)) == len(set(full)) else full
 
 
+_SETTINGS = (*TYPES, "test images", "attack")
+
+
+def _along(rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[str]]:
+    # which of data, method and AWP differ; and the settings, such as eps, that each has its own of
+    differing = [name for name in _SETTINGS if _values(rows, [name]) > 1]
+    tell = [name for name in differing if name in ("dataset", "method", "awp")]
+    others = [name for name in differing if name not in tell]
+    return tell, [name for name in others if _values(rows, [*tell, name]) == _values(rows, tell)]
+
+
 def _values(rows: Sequence[dict[str, Any]], names: Sequence[str]) -> int:
-    return len({tuple(repr(row[name]) for name in names) for row in rows})
+    return len({tuple(repr(row.get(name)) for name in names) for row in rows})
 
 
 # --- copies of logs

@@ -22,9 +22,9 @@ class NearBest:
     Attributes:
         best: The highest accuracy, a fraction; `None` where every run collapsed.
         inside: Whether a cell is near the best, bool, `[rows, columns]`.
-        fraction: Share of the cells that are, in [0, 1].
+        fraction: Share of the cells that are.
         decades: Their area with both axes in units of log10; see `near_best`.
-        whole: The area of the whole grid in the same units.
+        whole: The area of the whole grid.
     """
 
     best: float | None
@@ -48,14 +48,13 @@ def near_best(
     does. An axis of a single value counts as 1; then `decades` is a length along the other.
 
     Args:
-        lrs: The columns, rising, above 0, at least one.
+        lrs: The columns, rising, above 0.
         weight_decays: The rows, likewise.
         accuracies: Fractions, `[rows, columns]`; nan for a run that collapsed, which is outside.
         within: The margin, a fraction: 0.02 is two points.
 
     Raises:
-        InputError: If an axis is not rising or not above 0, the shapes do not fit, or an accuracy
-            is neither nan nor in [0, 1].
+        InputError: If one of these is not as above.
     """
     found = np.asarray(accuracies, dtype=np.float64)
     widths, heights = _lengths("lrs", lrs), _lengths("weight_decays", weight_decays)

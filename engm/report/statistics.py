@@ -131,14 +131,8 @@ def bootstrap_interval(
     as the values reach (Hesterberg 2015, The American Statistician 69, "expanded percentile").
     Below six values it still covers less than 95%, see above.
 
-    Args:
-        values: At least two.
-        level: Probability to cover the true mean.
-        resamples: How many samples are drawn.
-        seed: Of the draws; the same values always give the same interval.
-
-    Raises:
-        InputError: As for `student_interval`.
+    The same values and `seed` always give the same interval; errors are those of
+    `student_interval`.
     """
     x, n = _finite(values, 2), len(values)
     drawn = np.random.default_rng(seed).integers(n, size=(resamples, n))

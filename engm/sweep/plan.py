@@ -23,12 +23,9 @@ TRAIN = "train"
 
 @dataclass(frozen=True)
 class Task:
-    """One run of a sweep.
+    """One entry of a sweep: "train" with fields of `RunConfig`, or a notebook with parameters.
 
-    Attributes:
-        name: Its folder, named by what it does: the same settings mean the same folder.
-        target: "train", or the path of a notebook.
-        settings: Fields of `RunConfig`, or parameters of the notebook.
+    `name` is that of its folder: the same settings mean the same folder.
     """
 
     name: str

@@ -61,11 +61,11 @@ class Options:
     progress: bool = True
 
     def __post_init__(self) -> None:
-        """Refuses numbers that are out of range, and makes a path one that workers understand."""
         check_count("workers", self.workers)
         if self.timeout is not None and not self.timeout > 0:
             raise InputError(f"timeout must be a number of seconds above 0, got {self.timeout}")
         if self.data_root is not None:
+            # one that workers in other folders understand
             object.__setattr__(self, "data_root", Path(self.data_root).resolve())
 
 
