@@ -522,21 +522,9 @@ def test_dtypes(network, digits, quick, of_x, of_model):
 
 def test_wrong_inputs_are_refused(network, digits, monkeypatch):
     (x, y), model, attack = digits, network["mlp"], AutoAttack(eps=0.1)
-    nan = x.clone()
-    nan[3] = math.nan
     constant = Changed(model, lambda forward, x: forward(x.detach()))
     for reason, arguments in (
         ("x goes from 0 to 255", (model, 255 * x, y)),
-        ("x goes from", (model, x - 0.5, y)),
-        ("x goes from nan", (model, nan, y)),
-        ("x is torch.uint8", (model, (255 * x).byte(), y)),
-        ("y is torch.float32", (model, x, y.float())),
-        ("y is torch.int64 of shape", (model, x, y[:5])),
-        ("gives 10 logits, but classes go up to 12", (model, x, y + 3)),
-        ("y has the class -1", (model, x, y - 1)),
-        (r"must give logits of shape \[2, K\]", (nn.Flatten(0), x, y)),
-        ("model and x are on cpu and meta", (mlp().to("meta"), x, y)),
-        ("no example", (model, x[:0], y[:0])),
         ("no gradient flows", (constant, x, y)),
         (r"'square' cannot run on x of shape \[30, 64\]", (model, x.flatten(1), y)),
     ):
