@@ -144,6 +144,8 @@ def test_a_defence_without_gradients_is_attacked_by_its_answers_or_through_a_sur
     assert list(blind.autoattack["counts"]) == ["clean", "square"]
     assert "no gradient" in names(blind) and "no gradient" in blind.gradient_masking
     assert "numpy" in next(c.meaning for c in blind.flags if c.name == "no gradient")
+    alone = engm.evaluate(steps, (x, y), eps=0.03, attacks={"PGD": PGD(eps=0.03, step_size=0.01)})
+    assert set(alone.skipped) == {"PGD"} and alone.worst == alone.attacks[0].accuracy
     seen = engm.evaluate(steps, (x, y), surrogate=model, **how)
     # rounding to 1/50 hides little from who goes through it
     assert abs(seen.worst.count - engm.evaluate(model, (x, y), eps=0.03).worst.count) <= 4

@@ -231,10 +231,10 @@ def after_attacks(
     clean: Tensor,
     y: Tensor,
     curve: Mapping[float, Tensor],
+    eps: float,
 ) -> list[Check]:
-    """Returns all checks of what `attacks`, of one eps, left, and of the `curve` over eps."""
+    """Returns all checks of what `attacks`, all of that eps, left, and of the `curve` over eps."""
     standing = {name: attacked.correct for name, attacked in found.items()}
-    eps = next(attack.eps for attack in attacks.values())
     blind = {
         name for name, attack in attacks.items() if isinstance(attack, RandomSearch | Transfer)
     }

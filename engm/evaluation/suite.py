@@ -365,7 +365,7 @@ def evaluate(
     for radius in tqdm(radii, "evaluation", disable=not progress, leave=False):
         known = [found[name] for name, attack in counted.items() if attack == standard(radius)]
         curve[radius] = (known[0] if known else attacked_by(standard(radius))).correct
-    judged += checks.after_attacks(suite, found, clean, y, curve)
+    judged += checks.after_attacks(suite, found, clean, y, curve, eps)
     given = _worst(clean, *(found[name] for name in suite))
     for name in counted:
         if name not in suite and name != _EOT:
