@@ -4,11 +4,11 @@ With a single process, without `torch.distributed`, all of it costs nothing.
 """
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, distributed
 
 
 @contextmanager
@@ -50,14 +50,6 @@ def share(count: int) -> slice | None:
     return slice(count * rank // size, count * (rank + 1) // size)
 
 
-@torch.no_grad()
-def share_buffers(model: nn.Module) -> None:
-    """Gives all processes the buffers of the first one, such as BatchNorm's statistics."""
-    if several():
-        for buffer in model.buffers():
-            distributed.broadcast(buffer, 0)
-
-
 def total(value: int, device: torch.device) -> int:
     """Returns the sum of the values of all processes."""
     if not several():
@@ -68,9 +60,9 @@ def total(value: int, device: torch.device) -> int:
 
 
 @torch.no_grad()
-def share_values(tensors: Sequence[Tensor]) -> None:
+def share_values(tensors: Iterable[Tensor]) -> None:
     """Gives all processes the values of the first one, as DDP does when it is made."""
-    for tensor in tensors if several() else []:
+    for tensor in tensors if several() else ():
         distributed.broadcast(tensor.data, 0)
 
 
@@ -80,8 +72,8 @@ def averaged(
     """Returns the mean gradients over the examples of all processes.
 
     Args:
-        gradients: The mean over this process's examples for each parameter; one that is missing
-            here, but not in all processes, counts as zero.
+        gradients: The means over this process's `count` examples; one that is missing here, but not
+            in all processes, counts as zero.
         parameters: Those that there may be gradients of, in the same order in every process.
         count: How many examples this process had.
     """
@@ -96,12 +88,9 @@ def averaged(
 
 
 def average(gradients: Sequence[Tensor], count: int | Tensor) -> None:
-    """Replaces each process's mean gradient over `count` examples by the mean over all examples.
+    """Replaces each process's mean gradients over `count` examples by the means over all examples.
 
-    Args:
-        gradients: Means over this process's examples; changed in place. Every process has the same
-            ones, in the same order.
-        count: How many examples this process had.
+    They are changed in place; every process has the same ones, in the same order.
     """
     if not several() or not gradients:
         return

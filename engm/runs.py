@@ -68,11 +68,7 @@ def write_config(
 ) -> None:
     """Writes `config.json`, unless the folder has one of the same config already.
 
-    Args:
-        folder: The run directory.
-        config: The resolved config.
-        device: Where it runs.
-        digest: Of the data, see `engm.data.Dataset`.
+    The config is a resolved one, `digest` that of the data, see `engm.data.Dataset`.
 
     Raises:
         InputError: If the folder holds a run of another config, or on other data.
@@ -163,9 +159,7 @@ def append_metrics(folder: Path, line: dict[str, Any]) -> None:
 def read_metrics(folder: Path, epochs: int | None = None) -> list[dict[str, Any]]:
     """Reads the whole lines of `metrics.jsonl`, in order; a line cut off at the end is left out.
 
-    Args:
-        folder: A run directory.
-        epochs: Read as many lines, no more and no fewer; by default all.
+    With `epochs`, as many lines, no more and no fewer.
 
     Raises:
         InputError: If there are fewer, or a line that was written whole is not a JSON object.
@@ -331,10 +325,15 @@ def link(source: Path, path: Path) -> None:
             shutil.copyfile(source, temporary)
 
 
+def write_bytes(path: Path, content: bytes) -> None:
+    """Writes `content` to `path`, atomically."""
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(content)
+
+
 def write_text(path: Path, text: str) -> None:
     """Writes `text` to `path` as UTF-8, atomically."""
-    with atomic_path(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+    write_bytes(path, text.encode())
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -212,7 +212,7 @@ class Trainer:
                 metrics = self.train_on(self.batches() if examples is None else examples)
             except NonFiniteLossError as error:
                 raise NonFiniteLossError(f"epoch {epoch}, {error}") from None
-            distributed.share_buffers(self.model)
+            distributed.share_values(self.model.buffers())  # such as statistics of BatchNorm
             attack = validation_attack(self.config)
             validation = accuracy_under(self.model, self.dataset.validation, attack)
         self.epoch = epoch

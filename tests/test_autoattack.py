@@ -25,17 +25,6 @@ LOGGER = logging.getLogger("auto-attack")
 NORMS = {"linf": "Linf", "l2": "L2"}
 
 
-class Quantised(nn.Module):
-    """Sees 6 levels of grey, so that no gradient leads anywhere."""
-
-    def __init__(self, model):
-        super().__init__()
-        self.model = model
-
-    def forward(self, x):
-        return self.model((5 * x).round() / 5)
-
-
 class Changed(nn.Module):
     """Calls `change(forward, x)` in place of the model."""
 
@@ -71,7 +60,8 @@ def network():
     torch.manual_seed(0)
     networks = {"mlp": trained(mlp(), 10)}
     networks["cnn"] = trained(models.small_cnn(10, 8, in_channels=1), 6)
-    networks["quantised"] = Quantised(networks["mlp"]).eval()
+    # sees 6 levels of grey, so that no gradient leads anywhere
+    networks["quantised"] = Changed(networks["mlp"], lambda f, x: f((5 * x).round() / 5)).eval()
     return networks
 
 
@@ -376,20 +366,6 @@ def test_models_that_differ_in_a_plain_attribute_do_not_share_chunks(network, di
     assert len(list(tmp_path.iterdir())) == 2
 
 
-def test_damaged_chunks_are_refused(network, digits, quick, tmp_path):
-    attack = AutoAttack(eps=0.2, attacks=("apgd-ce",))
-    attack.run(network["mlp"], *digits, save_to=tmp_path)
-    (path,) = tmp_path.iterdir()
-    content = path.read_bytes()
-    middle = len(content) // 2
-    flipped = content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
-    for broken in (flipped, content[:middle], b"", b"notes of mine\n"):
-        path.write_bytes(broken)
-        with pytest.raises(InputError, match="is not a file of this kit, or is damaged.*delete"):
-            attack.run(network["mlp"], *digits, save_to=tmp_path)
-        assert path.read_bytes() == broken
-
-
 def test_accuracy_is_recomputed_from_x_adv(network, digits, quick, tmp_path):
     model = network["mlp"]
     attack = AutoAttack(eps=0.2, attacks=("apgd-ce",))
@@ -546,21 +522,9 @@ def test_dtypes(network, digits, quick, of_x, of_model):
 
 def test_wrong_inputs_are_refused(network, digits, monkeypatch):
     (x, y), model, attack = digits, network["mlp"], AutoAttack(eps=0.1)
-    nan = x.clone()
-    nan[3] = math.nan
     constant = Changed(model, lambda forward, x: forward(x.detach()))
     for reason, arguments in (
         ("x goes from 0 to 255", (model, 255 * x, y)),
-        ("x goes from", (model, x - 0.5, y)),
-        ("x goes from nan", (model, nan, y)),
-        ("x is torch.uint8", (model, (255 * x).byte(), y)),
-        ("y is torch.float32", (model, x, y.float())),
-        ("y is torch.int64 of shape", (model, x, y[:5])),
-        ("gives 10 logits, but classes go up to 12", (model, x, y + 3)),
-        ("y has the class -1", (model, x, y - 1)),
-        (r"must give logits of shape \[2, K\]", (nn.Flatten(0), x, y)),
-        ("model and x are on cpu and meta", (mlp().to("meta"), x, y)),
-        ("no example", (model, x[:0], y[:0])),
         ("no gradient flows", (constant, x, y)),
         (r"'square' cannot run on x of shape \[30, 64\]", (model, x.flatten(1), y)),
     ):

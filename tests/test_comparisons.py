@@ -260,7 +260,7 @@ def test_what_has_no_partner_is_said(sweep):
 def test_the_committed_logs_are_one_protocol_and_can_be_compared(tmp_path):
     records, _ = collect(DIGITS)
     done = run_report.build(records, compare="msgd", choose=["lr"])
-    assert len(done.differences) == 10
+    assert len(done.compared) == 10
     by_hand = {r.config.seed: r.result["best"]["robust_accuracy"] for r in records
                if (r.config.optimizer, r.config.lr) == ("msgd", 0.2)}  # fmt: skip
     own = {r.config.seed: r.result["best"]["robust_accuracy"] for r in records

@@ -4,7 +4,7 @@ from torch import nn
 
 from engm.attacks import fooled
 from engm.errors import InputError
-from engm.evaluation.search import RandomSearch
+from engm.evaluation.attacks import RandomSearch
 
 
 @pytest.fixture(scope="module")

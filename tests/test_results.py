@@ -1,5 +1,6 @@
 import csv
 import json
+import re
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from engm.errors import InputError
 from engm.evaluation.accuracy import attack_of, settings_of
 from engm.evaluation.checks import Check
 from engm.evaluation.suite import Accuracy, AttackResult, RobustnessReport
-from engm.report import evaluations
+from engm.report import records as results
 from engm.report.records import (
     Quantity,
     check_protocol,
@@ -190,6 +191,28 @@ def test_rows_that_differ_in_what_was_tested_alone_have_names_of_their_own(tmp_p
     plt.close("all")
 
 
+def test_rows_of_several_data_sets_are_not_named_by_what_goes_along_with_each():
+    kinds = [("Digits", 0.15, "msgd"), ("Digits", 0.15, "engm"), ("CIFAR-10", 0.03, "engm")]
+    rows = [{"dataset": d, "method": "pgd_at", "optimizer": o, "eps": e} for d, e, o in kinds]
+    assert labels(rows) == ["Digits, msgd", "Digits, engm", "CIFAR-10, engm"]
+    assert labels([*rows, rows[0] | {"eps": 0.1}])[-1] == "Digits, eps 0.1, msgd"
+
+
+def test_pages_have_no_column_of_what_goes_along_with_the_data(tmp_path):
+    for data, dataset, eps in (("Digits", "digits", 0.15), ("CIFAR-10", "cifar10", 0.25)):
+        for optimizer in ("msgd", "engm"):
+            write_run(tmp_path, 0.5, data=data, dataset=dataset, eps=eps, optimizer=optimizer)
+    done = build(records_of(tmp_path), mixed=True)
+    for kind in ("html", "latex"):
+        assert all(
+            set(row) & {"dataset", "eps"} == {"dataset"} for row in done.parts(kind)["summary"]
+        )
+    (written,) = done.write(tmp_path / "r.tex")
+    assert re.search("% CIFAR-10: .*eps 0.25.*\n% Digits: .*eps 0.15", written.read_text())
+    assert "<li>CIFAR-10: " in done.text("html")
+    assert "| eps |" in done.text("markdown") and ",eps," in done.text("csv")
+
+
 def test_other_versions_and_machines_are_a_remark(tmp_path):
     for seed, (commit, torch) in enumerate((("a" * 40, "2.6"), ("a" * 40, "2.13"), (None, "2.6"))):
         environment = {"commit": commit, "packages": {"torch": torch, "engm": "1"}, "device": "cpu"}
@@ -252,11 +275,13 @@ def test_rows_that_do_no_better_than_guessing_are_marked(tmp_path):
     write_run(tmp_path, 0.0, method="natural")
     write_run(tmp_path, 0.16, optimizer="engm")
     write_run(tmp_path, 0.02, data="CIFAR-100", dataset="cifar100", eps=0.15)
+    write_run(tmp_path, 0.3, data="two", dataset="cifar100", classes=2, eps=0.15)
     done = build(records_of(tmp_path), mixed=True)
     named = {(row["method"], row["optimizer"], row["dataset"]): n
              for row, n in zip(done.summary, done.notes, strict=True)}  # fmt: skip
     note = "near chance: best of 1, last of 2 of 3 seeds"
     assert named.pop(("pgd_at", "msgd", "Digits")) == note
+    assert named.pop(("pgd_at", "msgd", "two")) == "near chance: best of 1, last of 1 of 1 seeds"
     assert set(named.values()) == {""}
     assert [remark for remark in done.remarks if note in remark]
     assert "near chance: a robust accuracy of at most 1.5 times" in done.remarks[-1]
@@ -347,7 +372,7 @@ def test_accuracies_of_different_things_are_in_no_mean_together(tmp_path, other,
     for seed in (0, 1):
         evaluated(write_run(tmp_path, 0.6, seed=seed), 20 + 4 * seed)
     evaluated(write_run(tmp_path, 0.6, seed=2), 40, **other)
-    rows, remarks = evaluations.columns(records_of(tmp_path))
+    rows, remarks = results.evaluated(records_of(tmp_path))
     (row,) = rows
     kind = "worst case" if "worst" in head else "PGD-20 margin"
     assert row[head].n == 1
@@ -376,7 +401,7 @@ def test_seeds_that_were_not_evaluated_and_flags_are_said(tmp_path):
         if seed:
             evaluated(folder, 20, autoattack=12 if seed == 2 else None, flags=("large eps",),
                       warnings=["w"])  # fmt: skip
-    _, remarks = evaluations.columns(records_of(tmp_path))
+    _, remarks = results.evaluated(records_of(tmp_path))
     assert remarks[1:] == [
         "Digits, pgd_at, msgd: 2 of 3 seeds evaluated for PGD-20 margin (best, 40 images)",
         "Digits, pgd_at, msgd: 1 of 3 seeds evaluated for AutoAttack (best, 40 images), worst case "

@@ -155,11 +155,11 @@ def test_a_run_is_evaluated_on_its_own_dataset_alone(folder):
         evaluate_run(folder, "last", other)
 
 
-def test_a_run_is_evaluated_with_its_own_seed_and_the_steps_that_are_asked_for(folder):
+def test_a_run_is_evaluated_with_its_own_attack_and_seed(folder):
     dataset = data.load("digits", subset=20, test=30)
-    found = evaluate_run(folder, "last", dataset, num_steps=4, save_to=folder / "x.pt")
-    attack = attack_of(TINY, num_steps=4)
-    assert found.attack == {"kind": "PGD", **vars(attack)} and attack.num_steps == 4
+    found = evaluate_run(folder, "last", dataset, save_to=folder / "x.pt")
+    attack = attack_of(TINY)
+    assert found.attack == {"kind": "PGD", **vars(attack)}
     expected = accuracy_under(load_model(folder, "last", dataset), dataset.test, attack, seed=3)
     assert torch.equal(found.x_adv, expected.x_adv)
     assert torch.equal(load_tensors(folder / "x.pt")["x_adv"], expected.x_adv)

@@ -131,8 +131,6 @@ def test_from_two_pairs_nothing_is_concluded():
         (lambda: student_interval([1.0, 2.0], 95), "level must be between 0 and 1"),
         (lambda: bootstrap_interval([]), "at least 2 finite numbers"),
         (lambda: sign_flip_test([]), "at least 1 finite"),
-        (lambda: wilson(3, 2), "got 3 of 2"),
-        (lambda: wilson(0, 0), "got 0 of 0"),
     ],
 )
 def test_what_cannot_be_answered_is_refused(call, message):

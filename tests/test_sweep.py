@@ -23,6 +23,7 @@ import torch
 from click.testing import CliRunner
 from distributed import LocalCluster  # also fills dask.config with its defaults
 from filelock import FileLock
+from test_sweep_plan import notebook
 
 from engm import sweep
 from engm.cli import main
@@ -166,24 +167,6 @@ def test_a_run_that_fails_is_recorded_and_the_rest_goes_on(start, tmp_path):
     assert "2 runs, 1 done already" in out
     assert path.stat().st_mtime_ns > tried
     assert results(tmp_path) == done
-
-
-def notebook(folder, *cells):
-    tags = [["parameters"]] + [[]] * len(cells)
-    path = folder / "toy.ipynb"
-    content = [
-        {
-            "cell_type": "code",
-            "id": f"c{index}",
-            "metadata": {"tags": tags[index]},
-            "source": source,
-            "outputs": [],
-            "execution_count": None,
-        }
-        for index, source in enumerate(cells)
-    ]
-    write_json(path, {"cells": content, "metadata": {}, "nbformat": 4, "nbformat_minor": 5})
-    return path
 
 
 def waiting(folder):

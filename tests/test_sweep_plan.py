@@ -1,4 +1,3 @@
-import json
 from pathlib import Path
 
 import pytest
@@ -7,21 +6,25 @@ from hypothesis import strategies as st
 
 from engm.config import RunConfig
 from engm.errors import InputError
+from engm.runs import write_json
 from engm.sweep.plan import TRAIN, parse_grid, plan, read_plan
 
 
-def notebook(folder, parameters):
-    cell = {
-        "cell_type": "code",
-        "id": "a",
-        "metadata": {"tags": ["parameters"]},
-        "source": parameters,
-        "outputs": [],
-        "execution_count": None,
-    }
+def notebook(folder, *cells):
+    tags = [["parameters"]] + [[]] * len(cells)
     path = folder / "toy.ipynb"
-    content = {"cells": [cell], "metadata": {}, "nbformat": 4, "nbformat_minor": 5}
-    path.write_text(json.dumps(content))
+    content = [
+        {
+            "cell_type": "code",
+            "id": f"c{index}",
+            "metadata": {"tags": tags[index]},
+            "source": source,
+            "outputs": [],
+            "execution_count": None,
+        }
+        for index, source in enumerate(cells)
+    ]
+    write_json(path, {"cells": content, "metadata": {}, "nbformat": 4, "nbformat_minor": 5})
     return path
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pytest
 import torch
+from test_preconditions import Around
 from torch import nn
 
 import engm
@@ -15,9 +16,8 @@ from engm.data import Split
 from engm.errors import InputError
 from engm.evaluation import suite
 from engm.evaluation.accuracy import accuracy_under, correct, run_attack
+from engm.evaluation.attacks import TargetedPGD, Transfer
 from engm.evaluation.checks import unit_of
-from engm.evaluation.search import TargetedPGD
-from engm.evaluation.sources import Transfer
 
 EPS = 0.1
 ONE = {"FGSM": FGSM(eps=EPS)}
@@ -40,15 +40,6 @@ class Mine:
 
     def __call__(self, model, x, y, *, generator=None):
         return self.of(x, y)
-
-
-class Changed(nn.Module):
-    def __init__(self, model, before):
-        super().__init__()
-        self.model, self.before = model, before
-
-    def forward(self, x):
-        return self.model(self.before(x))
 
 
 def names(report):
@@ -110,9 +101,9 @@ def test_what_works_in_place_is_refused_by_name_and_the_images_stay():
     ):
         with pytest.raises(InputError, match="Mine.*changed the images that it was given"):
             call()
-    with pytest.raises(InputError, match=r"\(Changed\) changes its images in place.*x = x - mean"):
-        engm.evaluate(Changed(model, lambda x: x.sub_(0.1)), (x, y), eps=EPS)
-    correct(Changed(model, lambda x: x.sub_(0.1)), x, y)
+    with pytest.raises(InputError, match=r"\(Around\) changes its images in place.*x = x - mean"):
+        engm.evaluate(Around(model, lambda x: x.sub_(0.1)), (x, y), eps=EPS)
+    correct(Around(model, lambda x: x.sub_(0.1)), x, y)
     assert torch.equal(x, before)
     # an attack that hands on its input unchanged does nothing wrong
     assert run_attack(model, x, y, Mine(lambda x, y: x)).correct.all()
@@ -146,13 +137,15 @@ def test_autoattack_runs_what_it_can_and_says_what_it_cannot(classes, flat, left
 
 def test_a_defence_without_gradients_is_attacked_by_its_answers_or_through_a_surrogate():
     model, x, y = problem(n=40)
-    steps = Changed(model, lambda x: torch.from_numpy((x.numpy() * 50).round() / 50))
+    steps = Around(model, lambda x: torch.from_numpy((x.numpy() * 50).round() / 50))
     how = dict(eps=0.03, autoattack=True)
     blind = engm.evaluate(steps, (x, y), **how)
     assert [r.name for r in blind.attacks] == ["random search", "AutoAttack"]
     assert list(blind.autoattack["counts"]) == ["clean", "square"]
     assert "no gradient" in names(blind) and "no gradient" in blind.gradient_masking
     assert "numpy" in next(c.meaning for c in blind.flags if c.name == "no gradient")
+    alone = engm.evaluate(steps, (x, y), eps=0.03, attacks={"PGD": PGD(eps=0.03, step_size=0.01)})
+    assert set(alone.skipped) == {"PGD"} and alone.worst == alone.attacks[0].accuracy
     seen = engm.evaluate(steps, (x, y), surrogate=model, **how)
     # rounding to 1/50 hides little from who goes through it
     assert abs(seen.worst.count - engm.evaluate(model, (x, y), eps=0.03).worst.count) <= 4
@@ -209,6 +202,7 @@ def test_half_precision_stays_in_the_ball(dtype):
         (dict(attacks=[FGSM(eps=EPS)]), "attacks must be a mapping of names"),
         (dict(attacks={"f": lambda *a: a[1]}), "f must have eps and norm, and be called as"),
         (dict(data=[1, 2, 3]), "from a DataLoader: x, y = "),
+        (dict(data=("a", 1)), r"a Split or a pair \(x, y\) of numbers"),
         (dict(data=(-3e-8 + torch.zeros(2, 1, 8, 8), torch.zeros(2).long())), r"x.clamp\(0, 1\)"),
     ],
 )
@@ -255,7 +249,7 @@ def test_the_likeliest_class_is_not_always_the_nearest():
 def test_transfer_from_a_second_model_is_a_black_box():
     model, x, y = problem(n=120)
     pgd = PGD(eps=EPS, step_size=EPS / 2, num_steps=5)
-    turned = Changed(model, lambda x: 2 * x.detach() - x)
+    turned = Around(model, lambda x: 2 * x.detach() - x)
     attacks = {"PGD": pgd, "transfer": Transfer(pgd, model)}
     report = engm.evaluate(turned, (x, y), eps=EPS, attacks=attacks)
     by = {result.name: result for result in report.attacks}

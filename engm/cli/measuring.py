@@ -85,31 +85,19 @@ def bench(
         if context.get_parameter_source(name) is not ParameterSource.DEFAULT:
             flag = f"--{name.replace('_', '-')}"
             raise click.UsageError(f"{flag} is not for --what {what}: {instead}", context)
-    own = {name: rest.pop(name) for name in ("image_size", "dataset", "steps", "data_root")}
+    own = {name: rest.pop(name) for name in ("dataset", "data_root", "steps")}
+    image_size = rest.pop("image_size")
     config = RunConfig(**{"dataset": "cifar10"} | rest)
-    from engm.bench import tables
+    from engm.bench import outer_step, tables, training
 
     say(f"measuring in {repeats} rounds, after a warm-up; each method once a round")
+    known = outer_step.METHODS if what == "step" else training.METHODS
+    names = methods.split(",") if methods is not None else known
+    how: dict[str, Any] = dict(repeats=repeats, names=names, device=device)
     if what == "step":
-        from engm.bench import outer_step
-
-        names = methods.split(",") if methods is not None else outer_step.METHODS
-        result = outer_step.run(
-            config, image_size=own["image_size"], repeats=repeats, names=names, device=device
-        )
+        result = outer_step.run(config, image_size=image_size, **how)
     else:
-        from engm.bench import training
-
-        result = training.run(
-            config,
-            dataset=own["dataset"],
-            data_root=own["data_root"],
-            steps=own["steps"],
-            repeats=repeats,
-            names=methods.split(",") if methods is not None else training.METHODS,
-            device=device,
-            save=partial(tables.write, out=out),
-        )
+        result = training.run(config, **own, save=partial(tables.write, out=out), **how)
     tables.write(result, out)
     click.echo(tables.table(result))
     click.echo(f"written to {click.format_filename(out)}")

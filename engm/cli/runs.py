@@ -190,7 +190,7 @@ def report(
     remarks = [f"left out, not finished: {', '.join(map(str, unfinished))}"] * bool(unfinished)
     if old:
         remarks.append(f"left out, made again by another version: {', '.join(map(str, old))}")
-    for remark in [*remarks, *done.remarks]:
+    for remark in [*remarks, *done.all_remarks(kind or "markdown")]:
         click.echo(remark, err=True)
     files = [] if out is None else done.write(out, kind)
     files += [] if figures is None else done.write_figures(figures)

@@ -19,7 +19,6 @@ from engm.cli.options import (
 
 if TYPE_CHECKING:
     from engm.sweep import Outcome
-    from engm.sweep.plan import Task
 
 
 @click.command(cls=Command)
@@ -64,13 +63,21 @@ def sweep(
     """
     if workers is not None and scheduler is not None:
         raise click.UsageError("give either --workers or --scheduler")
-    planned = target.endswith((".yaml", ".yml"))
-    if planned and (grid or settings or seeds is not None):
-        raise click.UsageError("a plan has its own grid, settings and seeds; write them there")
-    tasks, out = _tasks(target, planned, grid, settings, seeds, out)
-
     from engm import sweep as sweeps
+    from engm.sweep.plan import TRAIN, parse_grid, plan, read_plan
 
+    if target.endswith((".yaml", ".yml")):
+        if grid or settings or seeds is not None:
+            raise click.UsageError("a plan has its own grid, settings and seeds; write them there")
+        tasks, planned = read_plan(Path(target))
+        out = out or planned
+    else:
+        # options are written with dashes, settings with underscores
+        dash = "-" if target == TRAIN else "_"
+        axes = ((name.replace(dash, "_"), values) for name, values in parse_grid(grid).items())
+        fixed = once(((n.replace(dash, "_"), v) for n, v in settings), "--grid NAME=A,B tries both")
+        tasks = plan(target, once(axes, "write it once"), settings=fixed, seeds=seeds)
+    out = out or Path("runs")
     how = sweeps.Options(workers=workers or 1, scheduler=scheduler, **options)
     folder = sweeps.folder_of(out)
     done = sum(sweeps.is_done(task, folder) for task in tasks)
@@ -93,35 +100,13 @@ def sweep(
     _tell(outcomes, folder)
     if any(outcome.error is not None for outcome in outcomes):
         sys.exit(1)
-    trained = any(task.target == "train" for task in tasks)
+    trained = any(task.target == TRAIN for task in tasks)
     notebooks = "each folder has the executed notebook and its result"
     say(f"next: engm report {quoted(out)}" if trained else notebooks)
 
 
-def _tasks(
-    target: str,
-    planned: bool,
-    grid: tuple[str, ...],
-    settings: tuple[tuple[str, str], ...],
-    seeds: int | None,
-    out: Path | None,
-) -> tuple[list["Task"], Path]:
-    from engm.sweep.plan import TRAIN, parse_grid, plan, read_plan
-
-    if planned:
-        tasks, place = read_plan(Path(target))
-        return tasks, out or place or Path("runs")
-    # options are written with dashes, settings with underscores
-    dash = "-" if target == TRAIN else "_"
-    axes = ((name.replace(dash, "_"), values) for name, values in parse_grid(grid).items())
-    fixed = once(((n.replace(dash, "_"), v) for n, v in settings), "--grid NAME=A,B tries both")
-    tasks = plan(target, once(axes, "write it once"), settings=fixed, seeds=seeds)
-    return tasks, out or Path("runs")
-
-
 def _tell(outcomes: list["Outcome"], folder: Path) -> None:
-    from engm.report.records import Record, summarise, to_markdown
-    from engm.runs import read_config, read_result
+    from engm.report.records import read_record, summarise, to_markdown
     from engm.sweep.plan import TRAIN
 
     whole = [outcome for outcome in outcomes if outcome.error is None]
@@ -129,8 +114,7 @@ def _tell(outcomes: list["Outcome"], folder: Path) -> None:
     click.echo(f"\n{click.format_filename(folder)}\n")
     runs = [outcome.folder for outcome in whole if outcome.task.target == TRAIN]
     if runs:
-        records = [Record(run, read_config(run), read_result(run)) for run in runs]
-        click.echo(to_markdown(summarise(records)))
+        click.echo(to_markdown(summarise(list(map(read_record, runs)))))
     for outcome in failed:
         click.echo(f"failed: {outcome.task.name}: {outcome.error}", err=True)
     if failed:

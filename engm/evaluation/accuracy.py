@@ -3,7 +3,7 @@
 import hashlib
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, is_dataclass, replace
+from dataclasses import asdict, dataclass, is_dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from engm.attacks import FGSM, PGD, Model, eval_mode
 from engm.config import RunConfig
 from engm.data import Dataset, Split, to_float
-from engm.errors import InputError, check_count
+from engm.errors import InputError, check_choice, check_count
 from engm.models import build_model
 from engm.runs import (
     CHECKPOINTS,
@@ -49,14 +49,13 @@ class Attack(Protocol):
 
 @dataclass(frozen=True)
 class Attacked:
-    """What an attack did to each example.
+    """What an attack did to each of n examples; tensors are on the CPU.
 
     Attributes:
-        correct: Whether the model still is right, recomputed from `x_adv` as kept, `[n]` booleans
-            on the CPU.
+        correct: Whether the model still is right, `[n]` booleans, recomputed from `x_adv` as kept.
         claimed: The same before `x_adv` was written; it differs where the file or the model does.
         largest_perturbation: The largest norm of `x_adv - x`, in pixel units, at most eps.
-        x_adv: The adversarial examples, on the CPU.
+        x_adv: The adversarial examples.
         answers: What the model says of each, `[n]` classes, -1 where a logit is nan.
     """
 
@@ -69,15 +68,9 @@ class Attacked:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What an attack left of a model's accuracy.
+    """What an attack left of a model's accuracy; accuracies are fractions of `num_examples`.
 
-    Attributes:
-        clean_accuracy: Fraction of the examples that are classified rightly.
-        robust_accuracy: Fraction that still is under the attack.
-        num_examples: n, the number of examples.
-        largest_perturbation: The largest norm of `x_adv - x`, in pixel units, at most eps.
-        attack: What was tried: its kind and settings, as plain JSON values.
-        x_adv: The adversarial examples, `[n, c, h, w]`, on the CPU.
+    The rest is as in `Attacked`; `attack` is its kind and settings, as plain JSON values.
     """
 
     clean_accuracy: float
@@ -101,22 +94,13 @@ def settings_of(attack: Attack) -> dict[str, Any]:
 def attack_of(config: RunConfig, *, num_steps: int | None = None) -> PGD:
     """Returns the PGD that a run is evaluated with; one that stops at broken examples.
 
-    Args:
-        config: The run.
-        num_steps: PGD steps; `eval_steps` of the config where left out.
-
-    Raises:
-        InputError: If `num_steps` is not a whole number, 1 or more.
+    It takes `eval_steps` of the config, or `num_steps`.
     """
     config = config.resolved()
-    if num_steps is not None:
-        config = replace(config, eval_steps=num_steps)
     assert config.eps
-    steps = config.eval_steps
-    step_size = 2.5 * config.eps / steps
-    return PGD(
-        eps=config.eps, step_size=step_size, num_steps=steps, norm=config.norm, stop_early=True
-    )
+    steps = config.eval_steps if num_steps is None else num_steps
+    size = 2.5 * config.eps / steps
+    return PGD(eps=config.eps, step_size=size, num_steps=steps, norm=config.norm, stop_early=True)
 
 
 def validation_attack(config: RunConfig) -> PGD:
@@ -154,25 +138,14 @@ def accuracy_under(
         save_to: File to keep `x_adv` in.
         progress: Show a progress bar.
 
-    Returns:
-        Accuracies as fractions, and the adversarial examples.
-
     Raises:
         InputError: If there is no example; or the attack returned examples outside its budget, or
             changed the images that it was given.
     """
     if len(split) == 0:
         raise InputError("there is no example to evaluate on")
-    found = run_attack(
-        model,
-        split.images,
-        split.labels,
-        attack,
-        batch_size=batch_size,
-        seed=seed,
-        save_to=save_to,
-        progress=progress,
-    )
+    how: dict[str, Any] = dict(batch_size=batch_size, seed=seed, save_to=save_to, progress=progress)
+    found = run_attack(model, split.images, split.labels, attack, **how)
     clean = correct(model, split.images, split.labels, batch_size)
     return Evaluation(
         clean_accuracy=int(clean.sum()) / len(split),
@@ -284,11 +257,7 @@ def recount(
 def correct(model: nn.Module, images: Tensor, y: Tensor, batch_size: int = 500) -> Tensor:
     """Returns which images are classified as `y`, in eval mode: `[n]` booleans on the CPU.
 
-    Args:
-        model: From pixels in [0, 1] to logits.
-        images: `[n, ...]`, uint8 or floats in [0, 1]; taken to the device of `y` batch by batch.
-        y: `[n]` int64 classes, on the model's device.
-        batch_size: Images a pass.
+    `images` are `[n, ...]`, uint8 or floats in [0, 1], taken to the device of `y` batch by batch.
     """
     return answers(model, images, y.device, batch_size) == y.cpu()
 
@@ -344,17 +313,11 @@ def kept(
 def load_model(folder: Path, which: str, dataset: Dataset) -> nn.Module:
     """Returns the model of a checkpoint, in eval mode, on the dataset's device.
 
-    Args:
-        folder: A run directory.
-        which: "best" or "last".
-        dataset: The dataset of the run; it gives the number of classes and the shape of images.
-
     Raises:
         InputError: If there is no such checkpoint, it does not fit the run's config, or the dataset
             is another one.
     """
-    if which not in CHECKPOINTS:
-        raise InputError(f"unknown checkpoint {which!r}; choose one of {', '.join(CHECKPOINTS)}")
+    check_choice("checkpoint", which, CHECKPOINTS)
     config = read_config(folder)
     if dataset.name != config.dataset:
         raise InputError(f"{folder} is a run on {config.dataset}; it was given {dataset.name}")
@@ -372,25 +335,16 @@ def evaluate_run(
     which: str,
     dataset: Dataset,
     *,
-    num_steps: int | None = None,
     save_to: Path | None = None,
     progress: bool = False,
 ) -> Evaluation:
-    """Evaluates a checkpoint of a run on the test set, with the attack of its config.
+    """Evaluates a checkpoint of a run on the test set, with attack and seed of its config.
 
-    Args:
-        folder: A run directory.
-        which: "best" or "last".
-        dataset: The dataset of the run.
-        num_steps: PGD steps; `eval_steps` of the config where left out.
-        save_to: File to keep the adversarial examples in.
-        progress: Show a progress bar.
+    Arguments are those of `load_model` and `accuracy_under`.
     """
     model, config = load_model(folder, which, dataset), read_config(folder)
-    attack = attack_of(config, num_steps=num_steps)
-    return accuracy_under(
-        model, dataset.test, attack, seed=config.seed, save_to=save_to, progress=progress
-    )
+    how: dict[str, Any] = dict(seed=config.seed, save_to=save_to, progress=progress)
+    return accuracy_under(model, dataset.test, attack_of(config), **how)
 
 
 def _rows(count: int, batch_size: int) -> list[slice]:

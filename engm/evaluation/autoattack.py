@@ -36,8 +36,8 @@ from engm.attacks import (
 )
 from engm.errors import InputError, check_choice, check_count
 from engm.evaluation.accuracy import digest, kept
+from engm.evaluation.attacks import as_module
 from engm.evaluation.checks import missing_gradient, num_classes
-from engm.evaluation.sources import as_module
 
 _ATTACKS = ("apgd-ce", "apgd-t", "fab-t", "square")
 _NORMS = {"linf": "Linf", "l2": "L2"}
@@ -103,11 +103,9 @@ class AutoAttack:
     attacks: tuple[str, ...] = _ATTACKS
 
     def __post_init__(self) -> None:
-        """Refuses settings that are out of range."""
         check_choice("norm", self.norm, tuple(_NORMS))
         check_pixels("eps", self.eps, self.norm)
-        if not isinstance(self.seed, int) or not 0 <= self.seed < 2**63:
-            raise InputError(f"seed must be a whole number, 0 or more; got {self.seed!r}")
+        check_count("seed", self.seed, 0, 2**63 - 1)
         names = self.attacks
         if not isinstance(names, tuple) or not names or len(set(names)) < len(names):
             raise InputError(
@@ -139,18 +137,14 @@ class AutoAttack:
         """Attacks every example until an attack breaks it or none is left.
 
         Args:
-            model: From `[n, ...]` pixels to `[n, K]` logits, evaluated in eval mode. It is left as
-                it was, and so are the states of the random generators.
-            x: `[n, ...]` floats in [0, 1]; attacked in float32. For "square" `[n, c, h, w]`.
-            y: `[n]` classes, below K.
+            model: As for `PGD`, in eval mode; it is left as it was, as are random generators.
+            x: As for `PGD`; attacked in float32. For "square" `[n, c, h, w]`.
+            y: `[n]` classes.
             batch_size: Examples of a chunk.
             save_to: Folder that gets a file for each finished chunk, named after a digest of all
                 that decides it: weights, logits, images, classes, settings, versions. The same
                 call, made again after a kill, reads what is there and attacks the rest.
             progress: Show a progress bar over the chunks.
-
-        Returns:
-            `x_adv`, and what was found on the way. |x_adv - x| <= eps holds up to rounding.
 
         Raises:
             InputError: If pyautoattack is not installed; x, y or the logits are not as above; an
@@ -183,9 +177,8 @@ class AutoAttack:
             x_adv, robust, differ = x.clone(), torch.empty_like(y, dtype=torch.bool), 0
             counts = dict.fromkeys(("clean", *self.attacks), 0)
             starts = range(0, len(x), batch_size)
-            with tqdm(
-                starts, unit="chunk", disable=not progress, leave=False, mininterval=0
-            ) as bar:
+            how = dict(unit="chunk", disable=not progress, leave=False, mininterval=0)
+            with tqdm(starts, **how) as bar:
                 for start in bar:
                     rows = slice(start, start + batch_size)
                     path = None
@@ -214,12 +207,9 @@ class AutoAttack:
         )
 
     def unfit(self, x: Tensor, classes: int, blind: str | None) -> dict[str, str]:
-        """Returns those of `attacks` that cannot run, each with what follows "cannot run".
+        """Returns those of `attacks` that cannot run on x, each with what follows "cannot run".
 
-        Args:
-            x: The images.
-            classes: How many logits the model gives.
-            blind: Why there is no gradient, where there is none.
+        `classes` is the number of logits, `blind` why there is no gradient, where there is none.
         """
         found, shape = {}, list(x.shape)
         for name in self.attacks:

@@ -18,8 +18,7 @@ from torch import Tensor, nn
 from engm.attacks import FGSM, PGD, check_batch, checked_logits, cross_entropy, eval_mode, margin
 from engm.errors import InputError
 from engm.evaluation.accuracy import Attack, Attacked, correct
-from engm.evaluation.search import RandomSearch
-from engm.evaluation.sources import Transfer
+from engm.evaluation.attacks import RandomSearch, Transfer
 from engm.report.statistics import wilson
 
 # what hides or misleads gradients shows in these
@@ -35,12 +34,9 @@ WARNINGS = "warnings of AutoAttack"
 
 @dataclass(frozen=True)
 class Check:
-    """What a check found.
+    """What a check found; not `passed` is a flag.
 
-    Attributes:
-        name: What was looked at.
-        passed: False is a flag.
-        meaning: One sentence, with the numbers: what was seen, and what to do about it.
+    `meaning` is one sentence, with the numbers: what was seen, and what to do about it.
     """
 
     name: str
@@ -48,7 +44,7 @@ class Check:
     meaning: str
 
 
-def _judged(name: str, passed: bool, seen: str, wrong: str, n: int = 100) -> Check:
+def _judged(name: str, passed: bool, seen: str, wrong: str = "", n: int = 100) -> Check:
     # counts of `n` examples are compared: of few, `clearly_more` sees large differences alone
     few = f", with {n} examples, of which only differences of {min(10 / n, 1):.0%} can be seen"
     meaning = seen + few * (n < 100) if passed else f"{seen}; {wrong}"
@@ -72,17 +68,15 @@ def kept_results(found: Mapping[str, Attacked], eps: float) -> Check:
     """
     changed = {name: int((a.correct != a.claimed).sum()) for name, a in found.items()}
     worst = max(changed, key=lambda name: changed[name])
+    if changed[worst]:
+        seen = f"{changed[worst]} answers of {worst} differ when they are recomputed from the "
+        seen += "adversarial examples that were kept"
+        wrong = "the model is random, or the file was changed"
+        return _judged("recomputed", False, seen, wrong)
     largest = max(attacked.largest_perturbation for attacked in found.values())
-    meaning = (
-        f"Accuracies are recomputed from the adversarial examples; perturbations are at most "
-        f"{largest:.6g} long (eps {eps:.6g}), pixels in [0, 1], none nan."
-    )
-    if changed[worst] > 0:
-        meaning = (
-            f"{changed[worst]} answers of {worst} differ when they are recomputed from the "
-            "adversarial examples that were kept; the model is random, or the file was changed."
-        )
-    return Check("recomputed", changed[worst] == 0, meaning)
+    seen = "Accuracies are recomputed from the adversarial examples; perturbations are at most "
+    seen += f"{largest:.6g} long (eps {eps:.6g}), pixels in [0, 1], none nan"
+    return _judged("recomputed", True, seen)
 
 
 def more_steps(attacks: Mapping[str, Attack], standing: Mapping[str, Tensor]) -> Check:
@@ -102,7 +96,7 @@ def more_steps(attacks: Mapping[str, Attack], standing: Mapping[str, Tensor]) ->
             seen = f"{many} leaves {_share(standing[many])} standing, {few} only "
             wrong = "more steps must not be weaker: look at the step size and at the gradients"
             return _judged("more steps", False, seen + _share(standing[few]), wrong)
-    return _judged("more steps", True, seen, "", n)
+    return _judged("more steps", True, seen, n=n)
 
 
 def success_rises(curve: Mapping[float, Tensor]) -> Check:
@@ -114,7 +108,7 @@ def success_rises(curve: Mapping[float, Tensor]) -> Check:
             wrong = "the larger ball holds the smaller one, so the attack fails"
             return _judged(name, False, seen, wrong)
     n = len(next(iter(curve.values())))
-    return _judged(name, True, f"Accuracy does not rise over {len(curve)} values of eps", "", n)
+    return _judged(name, True, f"Accuracy does not rise over {len(curve)} values of eps", n=n)
 
 
 def full_range(eps: float, standing: Tensor) -> Check:
@@ -189,7 +183,7 @@ def budget_used(found: Mapping[str, Attacked], eps: float) -> Check:
             seen = f"{name} moves images by {length:.2g} at most, of eps {eps:.4g}, and leaves "
             wrong = "are its steps too short, or is its eps in another unit?"
             return _judged("budget used", False, seen + _share(attacked.correct), wrong)
-    return Check("budget used", True, "Every attack uses its eps, or fools all.")
+    return _judged("budget used", True, "Every attack uses its eps, or fools all")
 
 
 def attacks_strong(given: Tensor, name: str, standard: Tensor) -> Check:
@@ -237,10 +231,10 @@ def after_attacks(
     clean: Tensor,
     y: Tensor,
     curve: Mapping[float, Tensor],
+    eps: float,
 ) -> list[Check]:
-    """Returns all checks of what `attacks`, of one eps, left, and of the `curve` over eps."""
+    """Returns all checks of what `attacks`, all of that eps, left, and of the `curve` over eps."""
     standing = {name: attacked.correct for name, attacked in found.items()}
-    eps = next(attack.eps for attack in attacks.values())
     blind = {
         name for name, attack in attacks.items() if isinstance(attack, RandomSearch | Transfer)
     }
@@ -271,13 +265,7 @@ def _share(standing: Tensor) -> str:
 def num_classes(model: nn.Module, x: Tensor, y: Tensor) -> int:
     """Returns the number of classes; refuses a model and examples that no attack can be made on.
 
-    Args:
-        model: From `[n, ...]` pixels in [0, 1] to `[n, K]` logits.
-        x: `[n, ...]` floats in [0, 1], on the model's device.
-        y: `[n]` int64 classes, below K.
-
-    Raises:
-        InputError: With the reason.
+    Arguments are those of `engm.attacks.PGD.__call__`; an InputError gives the reason.
     """
     highest = check_batch(x, y)
     if len(y) == 0:
@@ -343,10 +331,8 @@ def before_attacks(
         repeats,
     ]
     if blind := missing_gradient(source, x):
-        meaning = (
-            f"{blind[0].upper()}{blind[1:]}. Only attacks by answers alone were run: what they "
-            "leave is an upper bound, and a loose one."
-        )
+        meaning = f"{blind[0].upper()}{blind[1:]}. Only attacks by answers alone were run: what "
+        meaning += "they leave is an upper bound, and a loose one."
         return [*made, Check("no gradient", False, meaning)]
     found = gradients(source, x[right], y[right])
     # what noise does to a single step says nothing
@@ -372,22 +358,18 @@ def model_state(model: nn.Module, logits: Tensor) -> Check:
 
 def logits_not_probabilities(logits: Tensor) -> Check:
     """Checks that the model gives finite logits, not probabilities."""
-    name = "logits"
     if not logits.isfinite().all():
         rows = int((~logits.isfinite()).any(1).sum())
-        meaning = f"{rows} of {len(logits)} clean images give logits that are nan or inf."
-        return Check(name, False, f"{meaning} They count as fooled; mend the model first.")
+        seen = f"{rows} of {len(logits)} clean images give logits that are nan or inf"
+        return _judged("logits", False, seen, "they count as fooled: mend the model first")
     low, high, sums = logits.min().item(), logits.max().item(), logits.double().sum(1)
     alike = (sums.max() - sums.min()).item() <= 1e-3 * abs(sums.mean().item())
     if low >= 0 and (high <= 1 + 1e-4 or alike):
         scaled = f", and add up to {sums.mean().item():.4g} for each image" * alike
-        return Check(
-            name,
-            False,
-            f"All outputs are from {low:.3g} to {high:.3g}{scaled}, so they seem to be "
-            "probabilities; a second softmax flattens the gradient: return logits.",
-        )
-    return Check(name, True, f"Outputs go from {low:.3g} to {high:.3g}: no probabilities.")
+        seen = f"All outputs are from {low:.3g} to {high:.3g}{scaled}, so they seem to be "
+        wrong = "a second softmax flattens the gradient: return logits"
+        return _judged("logits", False, f"{seen}probabilities", wrong)
+    return _judged("logits", True, f"Outputs go from {low:.3g} to {high:.3g}: no probabilities")
 
 
 def clean_accuracy(standing: Tensor, y: Tensor, classes: int) -> Check:
@@ -410,11 +392,8 @@ def pixel_scale(
     name = "pixel scale"
     span = images.max().item() - images.min().item()
     if span < 0.1:
-        return Check(
-            name,
-            False,
-            f"The pixels span {span:.4f} of [0, 1], as if divided by 255 twice; eps would be huge.",
-        )
+        seen = f"The pixels span {span:.4f} of [0, 1], as if divided by 255 twice"
+        return _judged(name, False, seen, "eps would be huge")
     others = [dim for dim in range(images.ndim) if dim != 1]
     std, mean = torch.std_mean(images, others, keepdim=True)
     std, put = std.clamp(min=1e-6), "put that into the model, if it was trained so"
@@ -428,18 +407,19 @@ def pixel_scale(
     }
     if images.ndim == 4 and images.shape[1] == 3:
         changed["with their channels in reverse order"] = (images.flip(1), "RGB, or BGR?")
-    best, seen = standing, None
+    best, found = standing, None
     for how, (x, remedy) in changed.items():
         better = correct(model, x, y, batch_size)
         # a network that is hardly trained, or with one-step attacks, may do a little better on
         # wider pixels: half of the errors must go
         fewer = remedy is not put or 2 * int((~better).sum()) <= int((~standing).sum())
         if fewer and clearly_more(better, standing, points=0.02) and better.sum() > best.sum():
-            best, seen = better, f"{how}, on {_share(standing)} as they are; {remedy}"
-    if seen:
-        right = f"The model is right on {_share(best)} of the images when pixels are {seen}"
-        return Check(name, False, right + "." * (seen[-1] != "?"))
-    return Check(name, True, "No other usual scale of the pixels gives a better clean accuracy.")
+            best, found = better, (how, remedy)
+    if found:
+        how, remedy = found
+        seen = f"The model is right on {_share(best)} of the images when pixels are {how}, on "
+        return _judged(name, False, f"{seen}{_share(standing)} as they are", remedy)
+    return _judged(name, True, "No other usual scale of the pixels gives a better clean accuracy")
 
 
 @torch.no_grad()
@@ -482,7 +462,7 @@ def repeatable(model: nn.Module, x: Tensor) -> Check:
         wrong = "the model draws random numbers, and each attack meets others: take them out, or "
         wrong += "attack the mean over many draws"
     if not moved and not unpacked and max(moves) <= allowed:
-        return Check("randomness", True, "Two passes, in other batches, give the same logits.")
+        return _judged("randomness", True, "Two passes, in other batches, give the same logits")
     return _judged(name, False, seen, wrong)
 
 
@@ -505,7 +485,6 @@ def gradients(model: nn.Module, x: Tensor, y: Tensor) -> list[Check]:
         falls = int((margin(model(there).float(), y) < losses - 1e-4 * losses.abs()).sum())
     n, alike = len(y), len(y) - len(logits.detach().unique(dim=0))
     gap = -losses.detach().median().item()
-    hidden, saturated, wrong = flat[0] > 0.01 * n, flat[1] - flat[0] > 0.01 * n, falls > 0.1 * n
     # a softmax that is all 0 and 1 gives the images of a class the very same outputs
     reason = (
         f"the outputs of {alike} images are those of another, as after a softmax that saturates: "
@@ -514,28 +493,21 @@ def gradients(model: nn.Module, x: Tensor, y: Tensor) -> list[Check]:
         else "rounding or a step in the model hides it from PGD: attack without that part, or give "
         "the model without it as surrogate="
     )
+    flat_at = f"The margin has no gradient at {flat[0]} of {n} images"
+    lowers = f"A step of {_SMALL:g} up the margin's gradient lowers it at {falls} of {n} images"
+    backwards = (
+        "that is not the gradient of what the model answers: look for a part whose backward pass "
+        "is another than its forward pass"
+    )
+    rounded = (
+        f"The cross-entropy alone has no gradient at {flat[1] - flat[0]} of {n} images, where the "
+        f"true logit leads by {gap:.3g} (median)"
+    )
+    large = "logits this large round it to 0: believe the margin and DLR attacks, or divide the "
     return [
-        _judged(
-            "zero gradients",
-            not hidden,
-            f"The margin has no gradient at {flat[0]} of {n} images",
-            reason,
-        ),
-        _judged(
-            "gradient direction",
-            not wrong,
-            f"A step of {_SMALL:g} up the margin's gradient lowers it at {falls} of {n} images",
-            "that is not the gradient of what the model answers: look for a part whose backward "
-            "pass is another than its forward pass",
-        ),
-        _judged(
-            "saturation",
-            not saturated,
-            f"The cross-entropy alone has no gradient at {flat[1] - flat[0]} of {n} images, where "
-            f"the true logit leads by {gap:.3g} (median)",
-            "logits this large round it to 0: believe the margin and DLR attacks, or divide the "
-            "logits",
-        ),
+        _judged("zero gradients", flat[0] <= 0.01 * n, flat_at, reason),
+        _judged("gradient direction", falls <= 0.1 * n, lowers, backwards),
+        _judged("saturation", flat[1] - flat[0] <= 0.01 * n, rounded, f"{large}logits"),
     ]
 
 

@@ -30,19 +30,25 @@ from engm.evaluation.accuracy import (
     recount,
     run_attack,
 )
+from engm.evaluation.attacks import (
+    RandomSearch,
+    StraightThrough,
+    TargetedPGD,
+    Transfer,
+    as_module,
+    on_margin,
+)
 from engm.evaluation.autoattack import AutoAttack
 from engm.evaluation.checks import Check
-from engm.evaluation.search import RandomSearch, TargetedPGD
-from engm.evaluation.sources import StraightThrough, Transfer, as_module
 from engm.report.statistics import Interval, wilson
-from engm.report.tables import to_markdown
+from engm.report.tables import markdown
 from engm.runs import (
     CHECKPOINTS,
-    atomic_path,
     environment,
     load_tensors,
     read_config,
     read_json,
+    write_bytes,
     write_json,
 )
 
@@ -51,12 +57,7 @@ from engm.runs import (
 
 @dataclass(frozen=True)
 class Accuracy:
-    """How many of n examples are classified rightly; only those may be quoted with an interval.
-
-    Attributes:
-        count: Right ones.
-        n: All.
-    """
+    """How many of `n` examples are classified rightly: `count`."""
 
     count: int
     n: int
@@ -88,14 +89,10 @@ class Accuracy:
 
 @dataclass(frozen=True)
 class AttackResult:
-    """What one attack left.
+    """What one attack left; the attack is `name` in the table, and `settings` says what it did.
 
-    Attributes:
-        name: Its name in the table.
-        accuracy: Recomputed from the adversarial examples.
-        settings: What it did, in words.
-        largest_perturbation: In pixel units, at most eps.
-        file: Where its adversarial examples are, in the folder that was asked for.
+    `largest_perturbation` is in pixel units, at most eps. `file`, in the folder that was asked for,
+    has the adversarial examples that `accuracy` was recomputed from.
     """
 
     name: str
@@ -171,15 +168,11 @@ class RobustnessReport:
 
     def to_markdown(self) -> str:
         """Returns the tables that a person reads: accuracies, curve, checks."""
-        found = [("clean", str(self.clean), "")]
-        found += [(r.name, str(r.accuracy), r.settings) for r in self.attacks]
-        found += [(name, "not run | ", reason) for name, reason in self.skipped.items()]
-        worst = "each example under the attack worst for it"
-        rows = []
-        for name, accuracy, settings in [*found, ("**worst case**", str(self.worst), worst)]:
-            right, interval = accuracy.split(" | ")
-            row = {"attack": name, "accuracy": right, "95% interval": interval}
-            rows.append(row | {"settings": settings})
+        rows: list[tuple[str, Any, str]] = [("clean", self.clean, "")]
+        rows += [(r.name, r.accuracy, r.settings) for r in self.attacks]
+        rows += [(name, "not run | ", reason) for name, reason in self.skipped.items()]
+        rows.append(("**worst case**", self.worst, "each example under the attack worst for it"))
+        head = ("attack", "accuracy", "95% interval", "settings")
         curve = "; ".join(f"{eps:.4g}: {a.fraction:.1%}" for eps, a in self.curve.items())
         marks = [
             f"- {'pass' if c.passed else 'FLAG'} **{c.name}**: {c.meaning}" for c in self.checks
@@ -193,7 +186,7 @@ class RobustnessReport:
             [
                 f"{self.clean.n} examples, {self.norm} eps {self.eps:.6g}, seed {self.seed}",
                 "",
-                to_markdown(rows),
+                markdown(head, [(name, *str(a).split(" | "), how) for name, a, how in rows]),
                 f"Accuracy over eps (PGD on the margin): {curve}",
                 "",
                 f"{verdict}:" if self.flags else f"All {len(self.checks)} checks pass:",
@@ -242,7 +235,7 @@ def standard_attacks(eps: float, norm: str = "linf", num_steps: int = _STEPS) ->
     2.5 eps / num_steps with which a run is watched and its `result.json` written.
     """
     eps = _budget(eps)
-    pgd, margin = f"PGD-{num_steps}", _on_margin(eps, norm, num_steps)
+    pgd, margin = f"PGD-{num_steps}", on_margin(eps, norm, num_steps)
     return {
         "FGSM": FGSM(eps=eps, norm=norm),
         f"{pgd} cross-entropy": replace(margin, loss="ce"),
@@ -323,7 +316,7 @@ def evaluate(
     counted = dict(suite)
 
     def standard(radius: float) -> Attack:
-        return RandomSearch(eps=radius, norm=norm) if blind else _on_margin(radius, norm, _STEPS)
+        return RandomSearch(eps=radius, norm=norm) if blind else on_margin(radius, norm, _STEPS)
 
     if standard(eps) not in suite.values():
         counted[f"{_BLACK_BOX if blind else f'PGD-{_STEPS} margin'} (always)"] = standard(eps)
@@ -332,11 +325,8 @@ def evaluate(
         counted[_EOT] = Transfer(
             standard(eps), lambda x: torch.stack([source(x) for _ in range(_DRAWS)]).mean(0)
         )
-    files: dict[str, str] = {}
-    paths: dict[str, Path] = {}
-    if save_to is not None:
-        files = _file_names([_AUTOATTACK, *counted])
-        paths = {name: save_to / file for name, file in files.items()}
+    files = {} if save_to is None else _file_names([_AUTOATTACK, *counted])
+    paths = {} if save_to is None else {name: save_to / file for name, file in files.items()}
     settings = {name: in_words(attack) for name, attack in counted.items()}
     how: dict[str, Any] = {"batch_size": batch_size, "progress": progress}
     strongest = broken = None
@@ -375,7 +365,7 @@ def evaluate(
     for radius in tqdm(radii, "evaluation", disable=not progress, leave=False):
         known = [found[name] for name, attack in counted.items() if attack == standard(radius)]
         curve[radius] = (known[0] if known else attacked_by(standard(radius))).correct
-    judged += checks.after_attacks(suite, found, clean, y, curve)
+    judged += checks.after_attacks(suite, found, clean, y, curve, eps)
     given = _worst(clean, *(found[name] for name in suite))
     for name in counted:
         if name not in suite and name != _EOT:
@@ -496,8 +486,8 @@ def evaluate_checkpoint(
         folder: A run directory.
         which: "best" or "last".
         dataset: The dataset of the run, on the device to use.
-        eps: Budget; by default, as `num_steps`, that of the run.
-        num_steps: PGD steps.
+        eps: Budget; by default, as `num_steps` of PGD, that of the run.
+        num_steps: See there.
         images: How many test images, evenly over the classes and always the same; by default all.
         autoattack: Also run AutoAttack; it goes on where an earlier call was cut off.
         progress: Show progress bars.
@@ -527,8 +517,7 @@ def evaluate_checkpoint(
     write_json(folder / f"evaluation-{name}.json", what | report.to_dict())
     from engm.plots import robustness_curve, to_png
 
-    with atomic_path(folder / f"robustness-{name}.png") as path:
-        path.write_bytes(to_png(robustness_curve(report)))
+    write_bytes(folder / f"robustness-{name}.png", to_png(robustness_curve(report)))
     if name == which:
         return report
     remark = (
@@ -548,7 +537,7 @@ def _has_more(path: Path, images: int, **how: Any) -> bool:
         more = old["num_examples"] > images or bool(old["autoattack"]) > how["autoattack"]
     except (InputError, KeyError, TypeError, AttributeError):
         return False  # no evaluation
-    attacks = [*how["attacks"].values(), _on_margin(how["eps"], how["norm"], _STEPS)]
+    attacks = [*how["attacks"].values(), on_margin(how["eps"], how["norm"], _STEPS)]
     new = {in_words(attack) for attack in attacks}
     return more or budget != (how["eps"], how["norm"]) or not settings <= new
 
@@ -561,15 +550,3 @@ def _file_names(names: list[str]) -> dict[str, str]:
             words += "-again"  # names that differ in signs alone
         files[name] = f"{words}.pt"
     return files
-
-
-def _on_margin(eps: float, norm: str, num_steps: int) -> PGD:
-    return PGD(
-        eps=eps,
-        step_size=min(2 * eps, 1.0) if norm == "linf" else 2 * eps,
-        num_steps=num_steps,
-        norm=norm,
-        loss="margin",
-        decay=True,
-        stop_early=True,
-    )

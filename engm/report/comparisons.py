@@ -3,13 +3,14 @@
 Or one value of any setting against its others, such as bfloat16 against float32.
 """
 
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Collection, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from statistics import mean
 from typing import Any
 
-from engm.config import TYPES, parse_number
+from engm.config import TYPES, choices
 from engm.errors import InputError
 from engm.report.records import (
     ALWAYS,
@@ -25,17 +26,12 @@ from engm.report.records import (
 from engm.report.statistics import Paired, paired_differences
 from engm.report.tables import text
 from engm.runs import read_metrics
+from engm.values import read
 
 # settings that one optimizer reads and another does not
 OF_OPTIMIZERS = ("optimizer", "scale", "floor", "max_norm")
-READ_BY = {
-    "msgd": (),
-    "msgd-clip": ("max_norm",),
-    "engm": ("scale", "floor"),
-    "engm-input": ("scale", "floor"),
-    "engm-input-only": ("scale", "floor"),
-    "engm-output": ("scale", "floor"),
-    "engm-both": ("scale", "floor"),
+READ_BY = {"msgd": (), "msgd-clip": ("max_norm",)} | {
+    name: ("scale", "floor") for name in choices(TYPES["optimizer"]) if name.startswith("engm")
 }
 # what has no value of its own, or another default, under another value of the setting named first
 _BELONGING = {
@@ -51,13 +47,13 @@ class Difference(Quantity):
     """A quantity that is shown with its sign, in percentage points."""
 
     def percent(self) -> str:
-        """Returns the mean with its sign, and the deviation where there is one."""
+        """As for `Quantity`, with the sign of the mean."""
         return f"{100 * self.mean:+.1f}{self._spread()}"
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """One optimizer, or value of a setting, against another over the seeds that both have.
+    """One optimizer, or value of a setting, against a baseline over the seeds that both have.
 
     Attributes:
         settings: What the first one's runs are, where runs differ.
@@ -73,10 +69,9 @@ class Comparison:
 
 
 def setting_of(baseline: str) -> tuple[str, str]:
-    """Reads what runs are compared by, such as `precision=float32`; `msgd` is an optimizer.
+    """Reads the setting that runs are compared by and the baseline's value, as text.
 
-    Returns:
-        The setting, and the value of the baseline as text.
+    That is `precision=float32`, or `msgd` for `optimizer=msgd`.
 
     Raises:
         InputError: If runs cannot be compared by it; the message lists the settings.
@@ -108,8 +103,7 @@ def choose(
 
     Returns:
         The runs that stay, and remarks: what lacks a seed that others have (it cannot be chosen),
-        whether some had more settings to choose from than others, and what lies at an end of its
-        grid.
+        where the search was unequal, and what lies at an end of its grid.
 
     Raises:
         InputError: If a name cannot be chosen, nothing has all seeds, or a run has no metrics.
@@ -119,7 +113,8 @@ def choose(
     known = [name for name in TYPES if name not in fixed]
     if wrong := [name for name in names if name not in known]:
         raise InputError(f"cannot choose {', '.join(wrong)}; choose of {', '.join(known)}")
-    kept, remarks, budgets = [], [], Counter[str]()
+    kept, remarks = [], []
+    budgets: dict[str, int] = {}
     for _, members in groups_of(records, without=names):
         seeds = {member.config.seed for member in members}
         scores: dict[tuple[float, int], list[Record]] = {}
@@ -137,42 +132,28 @@ def choose(
         kept += scores[max(scores)]
         config = members[0].config.to_dict()
         whose = in_words({name: config[name] for name in ("optimizer", compared)})
-        budgets[f"{whose} from {len(scores)}"] += 1
-    if len({budget.split()[-1] for budget in budgets}) > 1:
+        budgets[f"{whose} from {len(scores)}"] = len(scores)
+    if len(set(budgets.values())) > 1:
         remarks.append(f"unequal search: settings were chosen for {listed(sorted(budgets))}")
-    for (settings, _), end in zip(groups_of(kept), grid_ends(records, kept, names), strict=True):
-        if end:
+    for settings, members in groups_of(kept):
+        if end := grid_end(records, members, names):
             remarks.append(f"{in_words(settings)}: {end}; what lies beyond was not tried")
     return kept, remarks
 
 
-def grid_ends(
-    records: Sequence[Record], chosen: Sequence[Record], names: Collection[str]
-) -> list[str]:
-    """Says of each row of `summarise(chosen)` which choice lies at an end of the values tried.
+def grid_end(records: Sequence[Record], chosen: Sequence[Record], names: Collection[str]) -> str:
+    """Says which of the settings in `names` lies at an end of the values that were tried.
 
-    Args:
-        records: All runs.
-        chosen: Those that `choose` kept.
-        names: The settings that it chose.
-
-    Returns:
-        A phrase a row, such as "lr at an end of its grid"; empty where no choice does.
+    Of `records`, the runs `chosen` are those of a row. Empty where none lies at an end.
     """
-    tried: dict[tuple[str, str], set[Any]] = defaultdict(set)
-    for record in records:
-        for name in names:
-            tried[key_of(record, names), name].add(getattr(record.config, name))
-    ends = []
-    for _, members in groups_of(chosen):
-        found = []
-        for name in names:
-            values, value = tried[key_of(members[0], names), name], getattr(members[0].config, name)
-            ordered = len(values) > 1 and all(type(v) in (int, float) for v in values)
-            if ordered and value in (min(values), max(values)):
-                found.append(name)
-        ends.append(f"{listed(found)} at an end of its grid" if found else "")
-    return ends
+    key, found = key_of(chosen[0], names), []
+    searched = [record.config for record in records if key_of(record, names) == key]
+    for name in names:
+        tried = {getattr(config, name) for config in searched}
+        ordered = len(tried) > 1 and all(type(value) in (int, float) for value in tried)
+        if ordered and getattr(chosen[0].config, name) in (min(tried), max(tried)):
+            found.append(name)
+    return f"{listed(found)} at an end of its grid" if found else ""
 
 
 def compare(
@@ -180,11 +161,7 @@ def compare(
 ) -> tuple[list[Comparison], list[str]]:
     """Compares the values of a setting with one of them, seed by seed, where all else is the same.
 
-    Args:
-        records: Finished runs.
-        baseline: The optimizer to compare with, or a setting and its value as in
-            `precision=float32`.
-        chosen: Settings that each optimizer or value has its own value of, from `choose`.
+    `baseline` is as for `setting_of`; each value has its own of the settings in `chosen`.
 
     Returns:
         Robust accuracy (best, then last) of each optimizer and setting minus the baseline's; and
@@ -197,13 +174,15 @@ def compare(
     refuse_copies(records)
     setting, wanted = setting_of(baseline)
     there = {repr(v): v for v in (getattr(r.config, setting) for r in records)}
-    named = [v for v in there.values() if _is_named(v, wanted)]
-    if not named:
+    value: Any = wanted
+    with suppress(ValueError):
+        value = read(wanted.lower(), TYPES[setting])
+    if value not in there.values():
         raise InputError(
             f"no run has {setting} {wanted!r} to compare with; there is "
             f"{', '.join(sorted(map(str, there.values())))}"
         )
-    value, baseline = named[0], in_words({setting: named[0]})
+    baseline = in_words({setting: value})
     if len(there) == 1:
         raise InputError(f"all runs have {setting} {wanted}; there is none to compare with them")
     belonging = _BELONGING.get(setting, ())
@@ -256,15 +235,6 @@ def difference_rows(comparisons: Iterable[Comparison]) -> list[dict[str, Any]]:
         }
         for comparison in comparisons
     ]
-
-
-def _is_named(value: Any, text: str) -> bool:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return str(value).lower() == text.lower()
-    try:
-        return value == parse_number(text)
-    except InputError:
-        return False
 
 
 def _validation(record: Record) -> float:

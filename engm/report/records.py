@@ -1,4 +1,9 @@
-"""Run directories in; tables of means and spreads out."""
+"""Run directories in; tables of means and spreads out.
+
+What `engm evaluate` left beside runs becomes further columns. A column is of one checkpoint, one
+attack, one number of images and one budget, and its name says so. What was measured in another way
+gets a column of its own, so no mean is of two things.
+"""
 
 import re
 from collections import Counter, defaultdict
@@ -6,7 +11,7 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from statistics import mean, median, stdev
-from typing import Any
+from typing import Any, NamedTuple
 
 from engm.attacks import FGSM, PGD
 from engm.config import RunConfig
@@ -14,14 +19,17 @@ from engm.data import SPECS
 from engm.errors import InputError
 from engm.report import tables
 from engm.report.tables import text as short
-from engm.runs import CONFIG, RESULT, read_config, read_metrics, read_result
+from engm.runs import CONFIG, RESULT, read_config, read_json, read_metrics, read_result
 
 # columns that say what a run is, shown even where all runs agree
 ALWAYS = ("dataset", "method", "optimizer")
 # settings of the evaluation: runs that differ in one of them were not measured alike
 PROTOCOL = ("classes", "test_images", "eps", "norm", "eval_steps")
 CHECKPOINTS = ("best", "last")
+EVALUATIONS = {which: f"evaluation-{which}.json" for which in CHECKPOINTS}
+CHANCE = "near chance"
 _NEAR_CHANCE = 1.5  # times the accuracy of guessing
+_AUTOATTACK = "AutoAttack"
 
 
 @dataclass(frozen=True)
@@ -35,13 +43,7 @@ class Record:
 
 @dataclass(frozen=True)
 class Quantity:
-    """A number over several seeds.
-
-    Attributes:
-        mean: Their mean.
-        deviation: Their sample standard deviation; `None` for a single one.
-        n: How many they are.
-    """
+    """The mean of `n` seeds, and their sample standard deviation; `None` for a single one."""
 
     mean: float
     deviation: float | None
@@ -49,7 +51,7 @@ class Quantity:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> "Quantity":
-        """Makes the quantity of `values`, at least one."""
+        """Returns that of `values`, at least one."""
         return cls(mean(values), stdev(values) if len(values) > 1 else None, len(values))
 
     def percent(self) -> str:
@@ -81,8 +83,12 @@ def collect(root: Path) -> tuple[list[Record], list[Path]]:
         place = Path(root).resolve()
         raise InputError(f"there is no run in {place}; `engm train --out {root}` makes one")
     done = [folder for folder in folders if (folder / RESULT).exists()]
-    records = [Record(f, read_config(f), read_result(f)) for f in done]
-    return records, [folder for folder in folders if folder not in done]
+    return list(map(read_record, done)), [folder for folder in folders if folder not in done]
+
+
+def read_record(folder: Path) -> Record:
+    """Reads the finished run in `folder`."""
+    return Record(folder, read_config(folder), read_result(folder))
 
 
 def check_protocol(records: Iterable[Record]) -> None:
@@ -104,20 +110,14 @@ def check_protocol(records: Iterable[Record]) -> None:
 
 def provenance(records: Iterable[Record]) -> list[str]:
     """Returns a sentence for each of commit, versions and hardware in which the runs differ."""
-    origins = [_origin(record) for record in records]
-    return [f"the runs differ in {difference}" for difference in _differences(origins)]
+    return [f"the runs differ in {each}" for each in _differences(list(map(_origin, records)))]
 
 
 def costs(records: Sequence[Record]) -> list[dict[str, Any]]:
     """Says of each row of `summarise`, in their order, what its runs took and on what they ran.
 
-    Args:
-        records: Finished runs.
-
-    Returns:
-        A row for each config: the settings in which the runs differ; the median seconds of an epoch
-        over all epochs and seeds, training with validation, and how many an hour has; hardware,
-        versions and commits, as they were when the runs ended.
+    Seconds of an epoch are the median over all epochs and seeds, training with validation; versions
+    and commits are those when the runs ended.
     """
     rows = []
     for settings, members in groups_of(records):
@@ -137,10 +137,7 @@ def costs(records: Sequence[Record]) -> list[dict[str, Any]]:
 
 
 def summarise(records: Sequence[Record]) -> list[dict[str, Any]]:
-    """Puts runs that differ in nothing but their seed into one row.
-
-    Args:
-        records: Finished runs.
+    """Puts finished runs that differ in nothing but their seed into one row.
 
     Returns:
         A row for each config, sorted: the settings in which the runs differ, and the `Quantity` of
@@ -154,7 +151,7 @@ def summarise(records: Sequence[Record]) -> list[dict[str, Any]]:
     for settings, members in groups_of(records):
         found = [accuracies(member) for member in members]
         means = {name: Quantity.of([each[name] for each in found]) for name in found[0]}
-        rows.append({**settings, **means})
+        rows.append(settings | means)
     return rows
 
 
@@ -168,29 +165,19 @@ def accuracies(record: Record) -> dict[str, float]:
     return found | {"gap": record.result["robust_overfitting_gap"]}
 
 
-def near_chance(records: Sequence[Record]) -> list[str]:
-    """Says of each row of `summarise`, in their order, how many of its runs do as well as guessing.
+def near_chance(members: Sequence[Record]) -> str:
+    """Says how many of the runs of a row do as well as guessing; empty for most.
 
     That is a robust accuracy of at most 1.5 / K, with K classes; source: this kit. A network that
     gives one answer to all images has 1 / K, whatever the attack. Natural training, from which
     nothing else is expected, is left out.
-
-    Args:
-        records: Finished runs.
-
-    Returns:
-        A phrase a row, such as "near chance: last of 2 of 3 seeds"; empty for most.
     """
-    notes = []
-    for _, members in groups_of(records):
-        config, found = members[0].config, []
-        limit = _NEAR_CHANCE / SPECS[config.dataset].num_classes
-        for which in CHECKPOINTS if config.method != "natural" else ():
-            n = sum(member.result[which]["robust_accuracy"] <= limit for member in members)
-            if n:
-                found.append(f"{which} of {n}")
-        notes.append(f"near chance: {listed(found)} of {len(members)} seeds" if found else "")
-    return notes
+    config, found = members[0].config, []
+    limit = _NEAR_CHANCE / (config.classes or SPECS[config.dataset].num_classes)
+    for which in CHECKPOINTS if config.method != "natural" else ():
+        if n := sum(member.result[which]["robust_accuracy"] <= limit for member in members):
+            found.append(f"{which} of {n}")
+    return f"{CHANCE}: {listed(found)} of {len(members)} seeds" if found else ""
 
 
 def with_seeds(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -311,3 +298,140 @@ def in_words(settings: dict[str, Any], names: Collection[str] | None = None) -> 
 def listed(values: Iterable[Any]) -> str:
     """Returns values as text, with commas."""
     return ", ".join(map(short, values))
+
+
+# --- what `engm evaluate` found
+
+
+class Column(NamedTuple):
+    """What an accuracy was measured of; columns are sorted by their fields.
+
+    `place` is that among the columns of its checkpoint; `other`, such as ", linf eps 0.1", what was
+    not as the config of the run says.
+    """
+
+    which: str
+    place: int
+    attack: str
+    images: int
+    other: str
+
+    def head(self) -> str:
+        """Returns what stands above the column."""
+        return f"{self.attack} ({self.which}, {self.images} images{self.other})"
+
+
+def measured(record: Record) -> tuple[dict[Column, tuple[float, str]], Counter[str]]:
+    """Reads what `engm evaluate` wrote in a run directory; an InputError names a wrong file.
+
+    Returns:
+        Accuracy, and the settings of its attacks in words: of PGD on the margin, of AutoAttack
+        where it ran, and of the worst case over all attacks, for each checkpoint that was
+        evaluated; and the checks that raised a flag, with their number.
+    """
+    found: dict[Column, tuple[float, str]] = {}
+    flags = Counter[str]()
+    for which, name in EVALUATIONS.items():
+        path = record.folder / name
+        if not path.exists():
+            continue
+        facts = read_json(path)
+        try:
+            found |= _columns(record.config, which, facts)
+            names = [str(check["name"]) for check in facts["checks"] if not check["passed"]]
+            if facts["autoattack"] and facts["autoattack"]["warnings"]:
+                names.append("warnings of AutoAttack")  # itself a check, in newer files
+            flags.update(dict.fromkeys(names, 1))
+        except (KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError):
+            raise InputError(
+                f"{path} is not what `engm evaluate` writes; delete it, and evaluate the run again"
+            ) from None
+    return found, flags
+
+
+def evaluated(
+    records: Sequence[Record], *, mixed: bool = False
+) -> tuple[list[dict[str, Quantity | str]], list[str]]:
+    """Returns the further cells of each row of `summarise`, in their order, and remarks on them.
+
+    Args:
+        records: Finished runs; those without evaluations have no part in the means.
+        mixed: Allow other settings of the attacks in other rows; within a row they never mix.
+
+    Raises:
+        InputError: If accuracies of one column are of attacks with different settings.
+    """
+    groups, found = groups_of(records), {id(record): measured(record) for record in records}
+    columns = sorted({column for cells, _ in found.values() for column in cells})
+    for part in [members for _, members in groups] if mixed else [records]:
+        for column in columns:
+            _refuse_mixture(column, {r.folder: found[id(r)][0].get(column) for r in part})
+    rows: list[dict[str, Quantity | str]] = []
+    remarks = [_READING] if columns else []
+    for settings, members in groups:
+        row: dict[str, Quantity | str] = {}
+        lacking = defaultdict(list)
+        for column in columns:
+            cells = [found[id(member)][0].get(column) for member in members]
+            values = [cell[0] for cell in cells if cell is not None]
+            row[column.head()] = Quantity.of(values) if values else "-"
+            if 0 < len(values) < len(members):
+                lacking[len(values)].append(column.head())
+        rows.append(row)
+        remarks += [
+            f"{in_words(settings)}: {n} of {len(members)} seeds evaluated for {listed(names)}"
+            for n, names in lacking.items()
+        ]
+    if flags := sum((flags for _, flags in found.values()), Counter[str]()):
+        named = listed(f"{name} ({n})" for name, n in flags.items())
+        remarks.append(f"evaluations in which a check raised a flag: {named}")
+    return rows, remarks
+
+
+_READING = (
+    "worst case: each image under the attack that is worst for it, of those that `engm evaluate` "
+    "ran; means over the seeds that were evaluated"
+)
+
+
+def _columns(
+    config: RunConfig, which: str, facts: dict[str, Any]
+) -> dict[Column, tuple[float, str]]:
+    images, eps, norm = facts["num_examples"], facts["eps"], facts["norm"]
+    attacks = {name: f"{name}: {found['settings']}" for name, found in facts["attacks"].items()}
+    (margin,) = [name for name in attacks if re.fullmatch(r"PGD-\d+ margin", name)]
+    where = f"{norm} eps {float(eps)!r}"
+    other = "" if (eps, norm) == (config.eps, config.norm) else f", {norm} eps {eps:.4g}"
+    # the name of the margin has its steps, that of the worst case has not
+    steps = "" if margin == f"PGD-{config.eval_steps} margin" else f", {margin.split()[0]}"
+
+    def accuracy(counts: dict[str, Any]) -> float:
+        if not 0 <= counts["count"] <= images or counts["accuracy"] != counts["count"] / images:
+            raise ValueError("count and accuracy do not agree")
+        return float(counts["accuracy"])
+
+    found = {
+        Column(which, place, name, images, other): (
+            accuracy(facts["attacks"][name]),
+            f"{where}; {attacks[name]}",
+        )
+        for place, name in enumerate((margin, _AUTOATTACK))
+        if name in attacks
+    }
+    name = f"worst case with {_AUTOATTACK}" if _AUTOATTACK in attacks else "worst case"
+    how = "; ".join([where, *sorted(attacks.values())])
+    found[Column(which, 2, name, images, other + steps)] = accuracy(facts["worst"]), how
+    return found
+
+
+def _refuse_mixture(column: Column, cells: dict[Path, tuple[float, str] | None]) -> None:
+    ways: dict[str, Path] = {}
+    for folder, cell in cells.items():
+        if cell is not None:
+            ways.setdefault(cell[1], folder)
+    if len(ways) > 1:
+        (first, one), (second, other), *_ = ways.items()
+        raise InputError(
+            f"{one} and {other} were not attacked alike for {column.head()}: {first} against "
+            f"{second}. `engm evaluate` one of them again as the other was, or report them apart"
+        )

@@ -8,15 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 from engm.config import TYPES
 from engm.errors import InputError
-from engm.report import comparisons, evaluations, tables
+from engm.report import comparisons, tables
 from engm.report import records as results
 from engm.report.comparisons import OF_OPTIMIZERS, READ_BY
-from engm.report.evaluations import file_name
-from engm.report.records import Record, refuse_copies
+from engm.report.records import EVALUATIONS, Record, refuse_copies
 from engm.report.statistics import Paired
-from engm.runs import CONFIG, METRICS, RESULT, atomic_path, read_metrics, write_text
-
-# --- the report
+from engm.runs import CONFIG, METRICS, RESULT, read_metrics, write_bytes, write_text
 
 if TYPE_CHECKING:
     import pandas
@@ -43,34 +40,38 @@ class RunReport:
         notes: For each row of the summary what to beware of, empty for most.
     """
 
-    records: Sequence[results.Record]
+    records: Sequence[Record]
     summary: list[dict[str, Any]]
     compared: list[comparisons.Comparison]
     remarks: list[str]
-    costs: Sequence[dict[str, Any]] = ()
-    notes: Sequence[str] = ()
-
-    @property
-    def differences(self) -> list[dict[str, Any]]:
-        """The rows of the table of comparisons."""
-        return comparisons.difference_rows(self.compared)
+    costs: Sequence[dict[str, Any]]
+    notes: Sequence[str]
 
     def parts(self, kind: str) -> dict[str, Sequence[dict[str, Any]]]:
         """Returns the rows of "summary", and of "differences" and "costs" where there are any.
 
-        Notes on rows are a column of the summary, but in markdown, where remarks say the same.
+        Notes on rows are a column of the summary, but in markdown, where remarks say the same. On
+        paper and pages what goes along with the data or the method is no column, but a remark.
         """
         summary = self.summary
         if any(self.notes) and kind != "markdown":
             summary = [row | {"note": n} for row, n in zip(summary, self.notes, strict=True)]
-        further = {"differences": self.differences, "costs": self.costs}
-        return {"summary": summary} | {name: rows for name, rows in further.items() if rows}
+        further = {"differences": comparisons.difference_rows(self.compared), "costs": self.costs}
+        parts = {"summary": summary} | {name: rows for name, rows in further.items() if rows}
+        along = _along(self.summary)[1] if kind in ("latex", "html") else []
+        return {
+            name: [{n: cell for n, cell in row.items() if n not in along} for row in rows]
+            for name, rows in parts.items()
+        }
+
+    def all_remarks(self, kind: str) -> list[str]:
+        """Returns the remarks, and what `parts` leaves out of tables."""
+        tell, along = _along(self.summary) if kind in ("latex", "html") else ([], [])
+        said = {results.in_words(r, tell): results.in_words(r, along) for r in self.summary}
+        return self.remarks + [f"{which}: {what}" for which, what in said.items() if what]
 
     def text(self, kind: str) -> str:
-        """Returns the tables as "markdown", "csv", "latex" or "html" (a page with figures).
-
-        With a baseline the differences follow after an empty line, and likewise the costs.
-        """
+        """Returns the tables as "markdown", "csv", "latex" or "html" (a page with figures)."""
         if kind == "html":
             return self._page()
         if kind == "markdown" and not self.summary:
@@ -83,13 +84,6 @@ class RunReport:
         A CSV file holds one table: the others go beside it, as `NAME-differences.csv`. In a
         folder the files are called `report.md`, `report.csv` and so on, every format unless one is
         asked for, and `runs.csv` has one line a run.
-
-        Args:
-            out: A file with a known extension, or a folder.
-            kind: The format, if not that of the extension.
-
-        Returns:
-            What was written.
 
         Raises:
             InputError: If the extension is unknown, or another than that of `kind`.
@@ -111,8 +105,7 @@ class RunReport:
         files = []
         for name, (_, figure) in self.figures().items():
             files.append(folder / f"{name}.png")
-            with atomic_path(files[-1]) as temporary:
-                temporary.write_bytes(plots.to_png(figure))
+            write_bytes(files[-1], plots.to_png(figure))
         return files
 
     def figures(self) -> "dict[str, tuple[str, Figure]]":
@@ -123,18 +116,18 @@ class RunReport:
         """
         from engm import plots
 
-        drawn: dict[str, tuple[str, Figure]] = {}
         if not self.summary:
-            return drawn
+            return {}
         names = labels(self.summary)
         named = dict(zip(names, self.summary, strict=True))
         caption = "Robust accuracy of the best and the last checkpoint, mean and deviation"
-        drawn["best_and_last"] = caption, plots.best_and_last_rows(named)
+        drawn = {"best_and_last": (caption, plots.best_and_last_rows(named))}
         if self.compared:
             baseline = self.compared[0].baseline.split(",")[0]
             caption = f"Robust accuracy minus that of {baseline}: seeds, mean, Student's interval"
             panels: dict[str, dict[str, Paired]] = {}
-            for label, found in zip(labels(self.differences), self.compared, strict=True):
+            names_of = labels([found.settings for found in self.compared])
+            for label, found in zip(names_of, self.compared, strict=True):
                 panels.setdefault(found.quantity, {})[label] = found.paired
             drawn["differences"] = caption, plots.difference_intervals(panels, baseline)
         groups = [members for _, members in results.groups_of(self.records)]
@@ -154,8 +147,9 @@ class RunReport:
                 write_text(files[-1], tables.to_csv(rows))
             return files
         text, sign = self.text(kind), {"markdown": "-", "latex": "%"}.get(kind)
-        if sign and self.remarks:
-            text += "".join(f"\n{sign} {remark}" for remark in self.remarks) + "\n"
+        remarks = self.all_remarks(kind)
+        if sign and remarks:
+            text += "".join(f"\n{sign} {remark}" for remark in remarks) + "\n"
         write_text(path, text)
         return [path]
 
@@ -166,8 +160,7 @@ class RunReport:
             (_TITLES[name], tables.to_html(rows) or "<p>no finished run</p>")
             for name, rows in self.parts("html").items()
         ]
-        if self.remarks:
-            remarks = "".join(f"<li>{escape(remark)}</li>" for remark in self.remarks)
+        if remarks := "".join(f"<li>{escape(r)}</li>" for r in self.all_remarks("html")):
             parts.append(("Remarks", f"<ul>{remarks}</ul>"))
         pictures = {caption: plots.to_png(figure) for caption, figure in self.figures().values()}
         return tables.page("Runs", parts, pictures)
@@ -185,8 +178,7 @@ def build(
 
     Args:
         records: Finished runs.
-        compare: The optimizer that the others are compared with, seed by seed; or a setting and
-            its value, as in `precision=float32`.
+        compare: The baseline, see `comparisons.setting_of`.
         choose: Settings of which each optimizer (or value of the compared setting) keeps the value
             that the validation images prefer.
         mixed: Allow runs that were not evaluated alike.
@@ -205,18 +197,23 @@ def build(
     found: list[comparisons.Comparison] = []
     if compare is not None:
         found, alone = comparisons.compare(kept, compare, chosen=choose)
-        remarks += [*alone, *_reading(len(found))]
-    stronger, more = evaluations.columns(kept, mixed=mixed)
+        remarks += [*alone, *[_READING] * bool(found)]
+        if len(found) > 1:
+            remarks.append(
+                f"{len(found)} comparisons: of those without any difference one in 20 "
+                "looks settled by chance"
+            )
+    stronger, more = results.evaluated(kept, mixed=mixed)
     rows = [a | b for a, b in zip(results.summarise(kept), stronger, strict=True)]
     took = results.costs(kept) if costs else []
-    remarks += [*more, _TIMES] if took else more
-    chance = results.near_chance(kept)
-    for (settings, _), note in zip(results.groups_of(kept), chance, strict=True):
-        if note:
-            remarks.append(f"{results.in_words(settings)}: {note}")
-    remarks += [_CHANCE] if any(chance) else []
-    ends = comparisons.grid_ends(records, kept, choose)
-    notes = ["; ".join(filter(None, each)) for each in zip(ends, chance, strict=True)]
+    remarks += [*more, *[_TIMES] * bool(took)]
+    notes = []
+    for settings, members in results.groups_of(kept):
+        if chance := results.near_chance(members):
+            remarks.append(f"{results.in_words(settings)}: {chance}")
+        end = comparisons.grid_end(records, members, choose)
+        notes.append("; ".join(filter(None, (end, chance))))
+    remarks += [_CHANCE] * any(results.CHANCE in note for note in notes)
     return RunReport(kept, results.with_seeds(rows), found, remarks, took, notes)
 
 
@@ -228,24 +225,27 @@ def frame(runs: "Path | str | Sequence[Record]") -> "pandas.DataFrame":
 
         engm.report.frame("runs").groupby(["optimizer", "lr"])["robust (best)"].agg(["mean", "std"])
 
-    Args:
-        runs: The folder of the runs or one above it, or finished runs.
-
-    Raises:
-        InputError: If there is no run, or one cannot be read.
+    `runs` is the folder of the runs or one above it, or finished runs; an InputError says that
+    there is none, or that one cannot be read.
     """
     import pandas
 
     records = results.collect(Path(runs))[0] if isinstance(runs, Path | str) else runs
     rows = []
     for record in records:
-        found, _ = evaluations.measured(record)
-        further = {str(column): found[column].accuracy for column in sorted(found)}
+        found, _ = results.measured(record)
+        further = {column.head(): found[column][0] for column in sorted(found)}
         names = {"folder": str(record.folder), "data": record.result["data"]}
         rows.append(names | record.config.to_dict() | results.accuracies(record) | further)
     return pandas.DataFrame(rows)
 
 
+_READING = (
+    "differences: percentage points, mean ± standard deviation over the pairs. The outcome is "
+    "that of Student's 95% interval; the bootstrap's stays within the range of the pairs, and "
+    "covers less than 95% below six of them. p: sign-flip test, and the least it could be. "
+    "Not settled does not mean alike: every difference that Student's interval holds is open"
+)
 _CHANCE = "near chance: a robust accuracy of at most 1.5 times that of guessing"
 _TIMES = (
     "seconds an epoch: the median over epochs and seeds, validation included; times of runs that "
@@ -272,35 +272,31 @@ def format_of(path: Path, kind: str | None) -> str:
     return found
 
 
-def _reading(n: int) -> list[str]:
-    if n == 0:
-        return []
-    text = (
-        "differences: percentage points, mean ± standard deviation over the pairs. The outcome is "
-        "that of Student's 95% interval; the bootstrap's stays within the range of the pairs, and "
-        "covers less than 95% below six of them. p: sign-flip test, and the least it could be. "
-        "Not settled does not mean alike: every difference that Student's interval holds is open"
-    )
-    if n == 1:
-        return [text]
-    chance = f"{n} comparisons: of those without any difference one in 20 looks settled by chance"
-    return [text, chance]
-
-
 def labels(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """Names rows by the settings in which they differ and that their optimizer reads.
-
-    Args:
-        rows: Rows of `summarise`, or settings that have an optimizer among them.
-    """
-    names = [n for n in (*TYPES, "test images", "attack") if n in rows[0]]
-    differing = [n for n in names if len({repr(row[n]) for row in rows}) > 1]
+    """Names rows of `summarise`, by the settings that differ and that their optimizer reads."""
+    along = _along(rows)[1]
+    differing = [n for n in _SETTINGS if _values(rows, [n]) > 1 and n not in along]
     brief, full = [], []
     for row in rows:
         idle = set(OF_OPTIMIZERS[1:]) - set(READ_BY[row["optimizer"]])
         brief.append(results.in_words(row, [n for n in differing if n not in idle]) or "all runs")
         full.append(results.in_words(row, differing))
     return brief if len(set(brief)) == len(set(full)) else full
+
+
+_SETTINGS = (*TYPES, "test images", "attack")
+
+
+def _along(rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[str]]:
+    # which of data, method and AWP differ; and the settings, such as eps, that each has its own of
+    differing = [name for name in _SETTINGS if _values(rows, [name]) > 1]
+    tell = [name for name in differing if name in ("dataset", "method", "awp")]
+    others = [name for name in differing if name not in tell]
+    return tell, [name for name in others if _values(rows, [*tell, name]) == _values(rows, tell)]
+
+
+def _values(rows: Sequence[dict[str, Any]], names: Sequence[str]) -> int:
+    return len({tuple(repr(row.get(name)) for name in names) for row in rows})
 
 
 # --- copies of logs
@@ -311,13 +307,6 @@ def copy_logs(records: Sequence[Record], folder: Path) -> list[Path]:
 
     That is the config, metrics, result and evaluations, some 10 to 30 KB; weights and images stay
     where they are. A run that is there already gets what it lacks, and the newest evaluations.
-
-    Args:
-        records: Finished runs.
-        folder: Where the logs go, such as `results/cifar10`.
-
-    Returns:
-        The folder of each run.
 
     Raises:
         InputError: Before anything is written, if one of these folders holds another run, even one
@@ -338,9 +327,7 @@ def copy_logs(records: Sequence[Record], folder: Path) -> list[Path]:
             )
     for target, record in targets.items():
         # the result last: a run is complete when it is there
-        for name in (CONFIG, METRICS, file_name("best"), file_name("last"), RESULT):
+        for name in (CONFIG, METRICS, *EVALUATIONS.values(), RESULT):
             if (record.folder / name).exists():
-                content = (record.folder / name).read_bytes()
-                with atomic_path(target / name) as temporary:
-                    temporary.write_bytes(content)
+                write_bytes(target / name, (record.folder / name).read_bytes())
     return list(targets)

@@ -22,9 +22,9 @@ class NearBest:
     Attributes:
         best: The highest accuracy, a fraction; `None` where every run collapsed.
         inside: Whether a cell is near the best, bool, `[rows, columns]`.
-        fraction: Share of the cells that are, in [0, 1].
+        fraction: Share of the cells that are.
         decades: Their area with both axes in units of log10; see `near_best`.
-        whole: The area of the whole grid in the same units.
+        whole: The area of the whole grid.
     """
 
     best: float | None
@@ -48,14 +48,13 @@ def near_best(
     does. An axis of a single value counts as 1; then `decades` is a length along the other.
 
     Args:
-        lrs: The columns, rising, above 0, at least one.
+        lrs: The columns, rising, above 0.
         weight_decays: The rows, likewise.
         accuracies: Fractions, `[rows, columns]`; nan for a run that collapsed, which is outside.
         within: The margin, a fraction: 0.02 is two points.
 
     Raises:
-        InputError: If an axis is not rising or not above 0, the shapes do not fit, or an accuracy
-            is neither nan nor in [0, 1].
+        InputError: If one of these is not as above.
     """
     found = np.asarray(accuracies, dtype=np.float64)
     widths, heights = _lengths("lrs", lrs), _lengths("weight_decays", weight_decays)
@@ -64,16 +63,13 @@ def near_best(
             f"accuracies are {list(found.shape)}; {len(heights)} weight decays (rows) and "
             f"{len(widths)} learning rates (columns) need [{len(heights)}, {len(widths)}]"
         )
-    collapsed = np.isnan(found)
-    if not (collapsed | ((found >= 0) & (found <= 1))).all():
+    if not (np.isnan(found) | ((found >= 0) & (found <= 1))).all():
         raise InputError("accuracies must be fractions in [0, 1], or nan for a run that collapsed")
     if not within >= 0:
         raise InputError(f"within must be 0 or more, such as 0.02 for two points, got {within}")
     areas = np.outer(heights, widths)
-    if collapsed.all():
-        return NearBest(None, np.zeros(found.shape, bool), 0.0, 0.0, float(areas.sum()))
-    best = float(np.nanmax(found))
-    inside = ~collapsed & (np.where(collapsed, -1.0, found) >= best - within - _ROUNDING)
+    best = None if np.isnan(found).all() else float(np.nanmax(found))
+    inside = found >= (np.inf if best is None else best - within - _ROUNDING)  # a nan is not
     return NearBest(
         best, inside, float(inside.mean()), float(areas[inside].sum()), float(areas.sum())
     )
@@ -82,12 +78,8 @@ def near_best(
 def lessens_overfitting(msgd_gaps: Sequence[float], engm_gaps: Sequence[float]) -> str:
     """Decides whether ENGM's robust overfitting gap is smaller than MSGD's; source: this kit.
 
-    That is Student's interval for the differences, seed by seed. It holds only if MSGD overfits to
-    begin with: if the interval for MSGD's own gap is above 0 too.
-
-    Args:
-        msgd_gaps: Best minus last, one a seed.
-        engm_gaps: Likewise, for the same seeds.
+    Gaps are best minus last, one a seed. What decides is Student's interval for their differences.
+    The claim holds only if MSGD overfits to begin with: if the interval for its own gap is above 0.
     """
     outcome = verdicts.from_differences([m - e for m, e in zip(msgd_gaps, engm_gaps, strict=True)])
     if outcome == verdicts.HOLDS and verdicts.from_differences(msgd_gaps) != verdicts.HOLDS:
@@ -105,10 +97,7 @@ def lessens_sensitivity(
     holds only if in no seed the best of ENGM falls behind that of MSGD by more than `within`, and
     fails only if in none the best of MSGD falls behind that of ENGM.
 
-    Args:
-        msgd: The near-best part of each seed's grid.
-        engm: Likewise, for the same seeds and settings.
-        within: The margin that they were found with.
+    Both have a grid a seed, for the same seeds and settings; `within` is that of `near_best`.
     """
     pairs = list(zip(msgd, engm, strict=True))
     outcome = verdicts.from_differences([e.decades - m.decades for m, e in pairs])
@@ -124,10 +113,8 @@ def lessens_sensitivity(
 def _lengths(name: str, values: Sequence[float]) -> np.ndarray:
     x = np.asarray(values, dtype=np.float64)
     # a nan fails both comparisons
-    if x.ndim != 1 or len(x) < 1 or not (x > 0).all() or not (np.diff(x) > 0).all():
-        raise InputError(f"{name} must be rising numbers above 0, got {list(values)}")
-    if not np.isfinite(x).all():
-        raise InputError(f"{name} must be finite, got {list(values)}")
+    if len(x) < 1 or not (x > 0).all() or not (np.diff(x) > 0).all() or np.isinf(x).any():
+        raise InputError(f"{name} must be rising, finite numbers above 0, got {list(values)}")
     if len(x) == 1:
         return np.ones(1)
     log = np.log10(x)

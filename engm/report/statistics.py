@@ -49,7 +49,6 @@ class SignFlip:
     smallest: float
 
     def __str__(self) -> str:
-        """p, and how small it could have been."""
         return f"p {self.p:.3g} (least: {self.smallest:.2g})"
 
     def numbers(self) -> dict[str, float]:
@@ -64,15 +63,13 @@ class Paired:
     Attributes:
         seeds: The seeds that both have, sorted.
         differences: One a seed, the first minus the second.
-        level: Of the two intervals.
         student: Student's interval for the mean difference; `None` below `FEWEST` pairs.
-        bootstrap: The bootstrap's, for comparison; `None` below `FEWEST` pairs.
+        bootstrap: The bootstrap's, for comparison; likewise.
         test: The sign-flip test of "no difference".
     """
 
     seeds: tuple[int, ...]
     differences: tuple[float, ...]
-    level: float
     student: Interval | None
     bootstrap: Interval | None
     test: SignFlip
@@ -90,14 +87,10 @@ class Paired:
 def paired_differences(
     first: Mapping[int, float], second: Mapping[int, float], *, level: float = 0.95
 ) -> Paired:
-    """Compares two sets of numbers over the seeds that they share.
+    """Compares two sets of numbers, one a seed, over the seeds that they share.
 
     What a seed does to both (weights to start from, order of batches) is gone from the difference.
-
-    Args:
-        first: A number for each seed.
-        second: Likewise; a seed that only one of them has is left out.
-        level: Of the intervals.
+    `level` is that of the intervals.
 
     Raises:
         InputError: If they share no seed, or a number is not finite.
@@ -108,30 +101,22 @@ def paired_differences(
             f"there is no pair: the seeds are {sorted(first)} and {sorted(second)}; run the same "
             "seeds on both sides"
         )
-    differences = [first[seed] - second[seed] for seed in seeds]
-    enough = len(seeds) >= FEWEST
-    return Paired(
-        seeds,
-        tuple(differences),
-        level,
-        student_interval(differences, level) if enough else None,
-        bootstrap_interval(differences, level) if enough else None,
-        sign_flip_test(differences),
-    )
+    differences = tuple(first[seed] - second[seed] for seed in seeds)
+    student = bootstrap = None
+    if len(seeds) >= FEWEST:
+        student = student_interval(differences, level)
+        bootstrap = bootstrap_interval(differences, level)
+    return Paired(seeds, differences, student, bootstrap, sign_flip_test(differences))
 
 
 def student_interval(values: Sequence[float], level: float = 0.95) -> Interval:
-    """Returns Student's interval for the mean, exact where the values are normal.
-
-    Args:
-        values: At least two.
-        level: Probability to cover the true mean, in (0, 1).
+    """Returns Student's interval for the mean of two values or more; exact where they are normal.
 
     Raises:
-        InputError: If there are fewer, or `level` is out of range.
+        InputError: If there are fewer, one is not finite, or `level` is not in (0, 1).
     """
-    x = _check(values, level, 2)
-    half = _student_factor(len(x), level) * x.std(ddof=1) / len(x) ** 0.5
+    x, factor = _finite(values, 2), _student_factor(len(values), level)
+    half = factor * x.std(ddof=1) / len(x) ** 0.5
     return Interval(float(x.mean() - half), float(x.mean() + half))
 
 
@@ -146,17 +131,10 @@ def bootstrap_interval(
     as the values reach (Hesterberg 2015, The American Statistician 69, "expanded percentile").
     Below six values it still covers less than 95%, see above.
 
-    Args:
-        values: At least two.
-        level: Probability to cover the true mean, in (0, 1).
-        resamples: How many samples are drawn.
-        seed: Of the draws; the same values always give the same interval.
-
-    Raises:
-        InputError: If there are fewer, or `level` is out of range.
+    The same values and `seed` always give the same interval; errors are those of
+    `student_interval`.
     """
-    x = _check(values, level, 2)
-    n = len(x)
+    x, n = _finite(values, 2), len(values)
     drawn = np.random.default_rng(seed).integers(n, size=(resamples, n))
     tail = NormalDist().cdf(-_student_factor(n, level) * (n / (n - 1)) ** 0.5)
     low, high = np.quantile(x[drawn].mean(axis=1), [tail, 1 - tail])
@@ -173,7 +151,7 @@ def sign_flip_test(differences: Sequence[float]) -> SignFlip:
     Raises:
         InputError: If there is no difference, or one is not finite.
     """
-    x = _check(differences, 0.5, 1)
+    x = _finite(differences, 1)
     if len(x) == 1:
         return SignFlip(1.0, 1.0)
     from scipy import stats
@@ -194,13 +172,7 @@ def wilson(k: int, n: int, level: float = 0.95) -> Interval:
     """Returns Wilson's interval for a fraction of which `k` of `n` were seen (Wilson 1927).
 
     It stays in [0, 1] and has a width even where all or none were seen.
-
-    Raises:
-        InputError: If not 0 <= k <= n with n at least 1, or `level` is out of range.
     """
-    if not 0 <= k <= n or n < 1:
-        raise InputError(f"k of n must be 0 <= k <= n with n at least 1, got {k} of {n}")
-    _check([0.0], level, 1)
     from scipy.stats import binomtest
 
     found = binomtest(k, n).proportion_ci(level, method="wilson")
@@ -208,15 +180,15 @@ def wilson(k: int, n: int, level: float = 0.95) -> Interval:
 
 
 def _student_factor(n: int, level: float) -> float:
+    if not 0 < level < 1:
+        raise InputError(f"level must be between 0 and 1, such as 0.95, got {level!r}")
     from scipy.special import stdtrit
 
     return float(stdtrit(n - 1, 0.5 + level / 2))
 
 
-def _check(values: Sequence[float], level: float, fewest: int) -> np.ndarray:
+def _finite(values: Sequence[float], fewest: int) -> np.ndarray:
     x = np.asarray(values, dtype=np.float64)
     if x.ndim != 1 or len(x) < fewest or not np.isfinite(x).all():
         raise InputError(f"at least {fewest} finite numbers are needed, got {list(values)}")
-    if not 0 < level < 1:
-        raise InputError(f"level must be between 0 and 1, such as 0.95, got {level!r}")
     return x

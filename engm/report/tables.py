@@ -1,7 +1,7 @@
 """Tables as markdown, CSV, LaTeX and HTML. A table is a list of rows, a row maps columns to cells.
 
-A cell is text, a number, nothing, or something of several numbers (`Cell`), which a person reads as
-`str(cell)` and a CSV file gets as a column each, in full precision.
+A cell is text, a number, nothing, or several numbers, such as a mean and its deviation: a person
+reads those as `str(cell)`, and a CSV file gets a column for each of `cell.numbers()`, unrounded.
 """
 
 import math
@@ -9,21 +9,12 @@ import re
 from base64 import b64encode
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from html import escape
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import pandas
 
 Row = Mapping[str, Any]
-
-
-@runtime_checkable
-class Cell(Protocol):
-    """Several numbers in one cell, such as a mean and its deviation."""
-
-    def numbers(self) -> Mapping[str, float | None]:
-        """Returns them under what is added to the name of the column."""
-        ...
 
 
 def text(cell: Any) -> str:
@@ -39,12 +30,7 @@ def to_markdown(rows: Sequence[Row]) -> str:
 
 
 def markdown(head: Sequence[str], rows: Iterable[Iterable[Any]]) -> str:
-    """Writes a markdown table whose columns may share names.
-
-    Args:
-        head: Of each column.
-        rows: Their cells.
-    """
+    """Writes a markdown table whose columns may share names."""
     lines = [list(head), ["---"] * len(head)]
     lines += [[text(cell).replace("|", r"\|") for cell in row] for row in rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
@@ -53,9 +39,9 @@ def markdown(head: Sequence[str], rows: Iterable[Iterable[Any]]) -> str:
 def to_csv(rows: Sequence[Row]) -> str:
     """Writes comma-separated values, every number in a column of its own, unrounded.
 
-    Accuracies are fractions there, as in the code. What a row does not have is left empty.
+    What a row does not have is left empty.
     """
-    several = {name for row in rows for name, cell in row.items() if isinstance(cell, Cell)}
+    several = {name for row in rows for name, cell in row.items() if hasattr(cell, "numbers")}
     flat = [_flat(row, several) for row in rows]
     return _frame(flat).to_csv(index=False, lineterminator="\n") if rows else ""
 
@@ -90,10 +76,7 @@ def to_html(rows: Sequence[Row]) -> str:
 def without_columns_alike(rows: Sequence[Row]) -> tuple[str, list[dict[str, Any]]]:
     """Takes the columns out that say the same in all of several rows, so that tables fit a page.
 
-    The last column stays: it is what the table comes to.
-
-    Returns:
-        What these columns say, in words; empty where there are none. And the rows without them.
+    Returns what they say, in words, and the rest. The last column stays: the table comes to it.
     """
     names = list(rows[0])[:-1] if len(rows) > 1 else []
     texts = {name: {text(row[name]) for row in rows} for name in names}
@@ -104,13 +87,7 @@ def without_columns_alike(rows: Sequence[Row]) -> tuple[str, list[dict[str, Any]
 
 
 def page(title: str, parts: Sequence[tuple[str, str]], figures: Mapping[str, bytes]) -> str:
-    """Writes an HTML page that loads nothing.
-
-    Args:
-        title: What it is about.
-        parts: Heading and HTML of each part.
-        figures: PNG files under their captions, put into the page itself.
-    """
+    """Writes an HTML page that loads nothing: parts with headings, PNG files with captions."""
     body = [f"<h2>{escape(heading)}</h2>\n<div class=wide>{html}</div>" for heading, html in parts]
     for caption, png in figures.items():
         data, text = b64encode(png).decode(), escape(caption)
@@ -165,7 +142,9 @@ def _latex(text: str) -> str:
 
 
 def _is_number(cell: Any) -> bool:
-    return isinstance(cell, int | float | Cell) and not isinstance(cell, bool)
+    return (isinstance(cell, int | float) or hasattr(cell, "numbers")) and not isinstance(
+        cell, bool
+    )
 
 
 def _frame(rows: Sequence[Row]) -> "pandas.DataFrame":
@@ -177,7 +156,7 @@ def _frame(rows: Sequence[Row]) -> "pandas.DataFrame":
 def _flat(row: Row, several: set[str]) -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for name, cell in row.items():
-        if isinstance(cell, Cell):
+        if hasattr(cell, "numbers"):
             flat |= {f"{name} {part}": value for part, value in cell.numbers().items()}
         elif name not in several:
             flat[name] = cell

@@ -5,12 +5,12 @@ from collections.abc import Sequence
 import numpy as np
 
 from engm.errors import InputError
-from engm.report.statistics import Interval, student_interval
+from engm.report.statistics import FEWEST, Interval, student_interval
 
 HOLDS = "the claim holds here"
 DOES_NOT_HOLD = "the claim does not hold here"
 NOT_SETTLED = "not settled at this scale"
-FEWEST_SEEDS = 3
+FEWEST_SEEDS = FEWEST
 
 
 def from_seeds(holds: Sequence[bool]) -> str:
@@ -29,10 +29,7 @@ def from_differences(differences: Sequence[float], level: float = 0.95) -> str:
     """Returns the outcome of the claim that a difference is above 0.
 
     Settled where Student's interval for the mean difference is all above 0, or all below.
-
-    Args:
-        differences: One a seed: what the claim calls larger minus what it calls smaller.
-        level: Coverage of the interval.
+    Differences are one a seed: what the claim calls larger minus what it calls smaller.
     """
     if len(differences) < FEWEST_SEEDS:
         return NOT_SETTLED
@@ -45,12 +42,12 @@ def from_differences(differences: Sequence[float], level: float = 0.95) -> str:
 def from_interval(interval: Interval, allowed: tuple[float, float], num_seeds: int) -> str:
     """Returns the outcome of the claim that a quantity lies in a range.
 
-    All of the interval in the range: holds. None of it: does not hold. A part: not settled.
+    All of its interval in the range: holds. None of it: does not hold. A part: not settled.
 
     Args:
-        interval: Where the quantity lies, as far as the seeds can tell.
+        interval: Where the quantity lies, as far as `num_seeds` seeds can tell.
         allowed: The lowest and highest value that the claim allows; inf is no limit.
-        num_seeds: How many seeds the interval comes from.
+        num_seeds: Fewer than three settle nothing.
 
     Raises:
         InputError: If an end of the interval is nan.

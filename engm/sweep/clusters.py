@@ -62,14 +62,11 @@ class Needs:
 
 @contextmanager
 def local(workers: int, *, own_gpus: bool = True) -> Iterator[Any]:
-    """Starts workers on this machine, each a process with one task at a time.
+    """Starts workers on this machine, each a process with one task at a time; yields a dask client.
 
     They share the cores, unless OMP_NUM_THREADS says how many threads each has, and with `own_gpus`
     each sees one GPU only. A worker that dies is replaced. If the block raises, all of them are
     killed, with what they started.
-
-    Yields:
-        A dask client.
 
     Raises:
         InputError: If dask is not installed.
@@ -109,13 +106,10 @@ def local(workers: int, *, own_gpus: bool = True) -> Iterator[Any]:
 
 @contextmanager
 def remote(address: str, needs: Needs, patience: float) -> Iterator[Any]:
-    """Connects to a scheduler and its workers.
+    """Connects to a scheduler and its workers; yields a dask client.
 
     If the block is interrupted, workers that do nothing else are started anew, since a task that
     runs in one cannot be stopped in another way.
-
-    Yields:
-        A dask client.
 
     Raises:
         InputError: If there is no scheduler within `patience` seconds, a worker is not fit, or dask
@@ -147,8 +141,8 @@ def remote(address: str, needs: Needs, patience: float) -> Iterator[Any]:
 def task(needs: Needs, function: Callable[..., None] | None = None, *arguments: Any) -> Any:
     """Makes what a worker runs: first it looks at itself, then it calls `function`.
 
-    Neither the scheduler nor a worker needs the kit to take the task, so a worker without it can
-    say so. The error of a worker that is not fit has its address as `unfit_worker`.
+    Nobody needs the kit to take the task, so a worker without it can say so. The error of a worker
+    that is not fit has its address as `unfit_worker`.
     """
     content = pickle.dumps((needs, function, arguments))
 

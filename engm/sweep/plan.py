@@ -23,12 +23,9 @@ TRAIN = "train"
 
 @dataclass(frozen=True)
 class Task:
-    """One run of a sweep.
+    """One entry of a sweep: "train" with fields of `RunConfig`, or a notebook with parameters.
 
-    Attributes:
-        name: Its folder, named by what it does: the same settings mean the same folder.
-        target: "train", or the path of a notebook.
-        settings: Fields of `RunConfig`, or parameters of the notebook.
+    `name` is that of its folder: the same settings mean the same folder.
     """
 
     name: str
@@ -53,7 +50,7 @@ def plan(
     settings: Mapping[str, Any] | None = None,
     seeds: int | None = None,
 ) -> list[Task]:
-    """Makes one task for each combination of the grid's values and each seed.
+    """Makes one task for each combination of the grid's values and each seed, in their order.
 
     Args:
         target: "train", or a notebook as `engm.lab.batch.find` knows it.
@@ -61,9 +58,6 @@ def plan(
         settings: What is the same in all tasks.
         seeds: Runs the seeds 0 to `seeds` - 1. A notebook that takes a list `seeds` gets them all,
             since its verdict needs them; one that takes a `seed` runs once for each.
-
-    Returns:
-        The tasks, each of them once, in the order of the grid.
 
     Raises:
         InputError: If a name is unknown, a value is wrong or given twice, or there is none.
@@ -77,11 +71,11 @@ def plan(
             raise InputError(f"{name} is in the grid and fixed as well; leave one of them out")
         if not values:
             raise InputError(f"the grid has no value for {name}; write {name}=A,B")
-    tasks: dict[str, Task] = {}
-    for values in product(*axes.values()):
-        task = _task(target, fixed | dict(zip(axes, values, strict=True)))
-        tasks.setdefault(task.name, task)
-    return list(tasks.values())
+    made = (
+        _task(target, fixed | dict(zip(axes, each, strict=True)))
+        for each in product(*axes.values())
+    )
+    return list({task.name: task for task in made}.values())
 
 
 def read_plan(path: Path) -> tuple[list[Task], Path | None]:
@@ -129,12 +123,12 @@ def read_plan(path: Path) -> tuple[list[Task], Path | None]:
             raise InputError(f"{name} in {path} must be {in_words[known[name]]}, got {value!r}")
     what = dict(settings=values.get("settings"), seeds=values.get("seeds"))
     grids = values.get("grid", {})
-    tasks: dict[str, Task] = {}
+    tasks: list[Task] = []
     for grid in grids if isinstance(grids, list) else [grids]:
         lists = {k: v if isinstance(v, list) else [v] for k, v in grid.items()}
-        for task in plan(values["run"], lists, **what):
-            tasks.setdefault(task.name, task)
-    return list(tasks.values()), Path(values["out"]) if values.get("out") else None
+        tasks += plan(values["run"], lists, **what)
+    once = list({task.name: task for task in tasks}.values())
+    return once, Path(values["out"]) if values.get("out") else None
 
 
 def parse_grid(texts: Sequence[str]) -> dict[str, list[str]]:

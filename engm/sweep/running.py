@@ -16,7 +16,7 @@ import time
 import warnings
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import AbstractContextManager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -46,13 +46,10 @@ class Options:
         scheduler: Address of a running dask scheduler, such as "tcp://10.0.0.1:8786", whose
             workers are used in their place. They must see the same folders.
         timeout: Seconds that a notebook may take; training has no such limit.
-        device: As for `fit`; a notebook chooses its own.
-        data_root: As for `fit`; a notebook's data is where `ENGM_DATA` says.
-        save_adversarial: As for `fit`.
+        device: As for `fit`, as are the next two; a notebook takes what it finds.
+        data_root: See there.
+        save_adversarial: See there.
         progress: Show a progress bar.
-
-    Raises:
-        InputError: If a number is out of range.
     """
 
     workers: int = 1
@@ -64,11 +61,11 @@ class Options:
     progress: bool = True
 
     def __post_init__(self) -> None:
-        """Refuses numbers that are out of range, and makes a path one that workers understand."""
         check_count("workers", self.workers)
         if self.timeout is not None and not self.timeout > 0:
             raise InputError(f"timeout must be a number of seconds above 0, got {self.timeout}")
         if self.data_root is not None:
+            # one that workers in other folders understand
             object.__setattr__(self, "data_root", Path(self.data_root).resolve())
 
 
@@ -106,20 +103,12 @@ def superseded(folders: Collection[Path]) -> set[Path]:
 
 
 def run(tasks: Sequence[Task], out: Path, options: Options | None = None) -> list[Outcome]:
-    """Runs what is not done yet, and says how each task ended.
+    """Runs what is not done yet, and says how each task ended, in their order.
 
     A task that raises is run once more; if it fails again, its error is kept in its folder, and the
     others go on. A second call runs the failed ones again. Ctrl-C ends what runs and raises
     `KeyboardInterrupt`. A worker that joins while the sweep runs and is not fit for it is sent
     away, and its tasks go to others.
-
-    Args:
-        tasks: As `plan` makes them.
-        out: Folder of the sweep.
-        options: One worker on this machine, where left out.
-
-    Returns:
-        An outcome for each task, in their order.
 
     Raises:
         InputError: If an option has no meaning for the tasks, the scheduler cannot be reached or is
@@ -134,10 +123,21 @@ def run(tasks: Sequence[Task], out: Path, options: Options | None = None) -> lis
     left = [task for task in tasks if not is_done(task, folder)]
     errors: dict[str, str] = {}
     if left:
-        needs = _needs(left, options)
-        with _client(len(left), needs, options) as client:
+        needs = clusters.Needs(code_version())
+        if options.scheduler is None:  # of one machine, where a run says by itself what is missing
+            own_gpus = options.device in ("auto", "cuda")
+            cluster = clusters.local(min(options.workers, len(left)), own_gpus=own_gpus)
+        else:
+            datasets = {task.settings["dataset"] for task in left if task.target == TRAIN}
+            where = options.data_root, options.device
+            needs = clusters.Needs(code_version(), tuple(sorted(datasets)), *where)
+            cluster = clusters.remote(options.scheduler, needs, _PATIENCE)
+        pause = 0.1 if sys.stderr.isatty() else 60  # seldom where nobody watches it move
+        how: dict[str, Any] = dict(mininterval=pause, maxinterval=max(10, pause))
+        how |= dict(total=len(tasks), initial=len(tasks) - len(left), disable=not options.progress)
+        with cluster as client:
             _note_code(folder)
-            with _bar(len(tasks), len(tasks) - len(left), options.progress) as bar:
+            with tqdm(desc="sweep", unit="run", **how) as bar:
                 for task, error in _failed(left, folder, options, needs, client, bar):
                     errors[task.name] = error
                     note = {"error": error, "settings": task.settings}
@@ -171,35 +171,6 @@ def _note_code(folder: Path) -> None:
         write_json(path, {"code": [*used, ours]})
 
 
-def _needs(tasks: Sequence[Task], options: Options) -> clusters.Needs:
-    if options.scheduler is None:  # of one machine, where a run says by itself what is missing
-        return clusters.Needs(code_version())
-    datasets = {task.settings["dataset"] for task in tasks if task.target == TRAIN}
-    return clusters.Needs(
-        code_version(), tuple(sorted(datasets)), options.data_root, options.device
-    )
-
-
-def _client(tasks: int, needs: clusters.Needs, options: Options) -> AbstractContextManager[Any]:
-    if options.scheduler is not None:
-        return clusters.remote(options.scheduler, needs, _PATIENCE)
-    own_gpus = options.device in ("auto", "cuda")
-    return clusters.local(min(options.workers, tasks), own_gpus=own_gpus)
-
-
-def _bar(total: int, done: int, progress: bool) -> "tqdm[Any]":
-    pause = 0.1 if sys.stderr.isatty() else 60  # seldom where nobody watches it move
-    return tqdm(
-        total=total,
-        initial=done,
-        desc="sweep",
-        unit="run",
-        disable=not progress,
-        mininterval=pause,
-        maxinterval=max(10, pause),
-    )
-
-
 def _failed(
     tasks: Sequence[Task],
     folder: Path,
@@ -208,7 +179,7 @@ def _failed(
     client: Any,
     bar: "tqdm[Any]",
 ) -> Iterator[tuple[Task, str]]:
-    """Hands out the tasks that failed and why, until all have ended."""
+    # hands out the tasks that failed and why, until all have ended
     from distributed import CancelledError, wait
 
     def submit(task: Task) -> Any:
