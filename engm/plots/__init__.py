@@ -16,7 +16,6 @@ from engm.plots.curves import (
     robustness_curve,
     running_scale,
     seed_lines,
-    training_view,
 )
 from engm.plots.examples import (
     adversarial_examples,

@@ -19,7 +19,6 @@ from engm.plots.style import (
     ORANGE,
     SKY,
     finish,
-    open_axes,
     panels,
     percent_axis,
     seeds_and_mean,
@@ -87,38 +86,6 @@ def learning_curves(runs: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]]) -
     figure.set_layout_engine("constrained")
     figure.legend(*row[0].get_legend_handles_labels(), frameon=False, loc="outside lower left")
     return figure
-
-
-def training_view(
-    losses: Sequence[float], accuracies: Mapping[str, Sequence[float]], weights: Tensor
-) -> Figure:
-    """Draws loss and accuracies over the epochs so far, and how the example weights are spread.
-
-    The figure is not one of pyplot's, which belong to the main thread.
-
-    Args:
-        losses: Training loss of each epoch.
-        accuracies: Fractions, as many as `losses`, under the names of the legend.
-        weights: w_i of the examples of the last epoch, `[n]`.
-    """
-    figure = Figure(figsize=(9, 2.8))
-    left, middle, right = figure.subplots(1, 3)
-    epochs = range(1, len(losses) + 1)
-    left.plot(epochs, losses, "o-", color=BLUE, markersize=3)
-    left.set(ylim=(0, 1.1 * max(losses)), ylabel="training loss")
-    for colour, (name, values) in zip(cycle(COLOURS), accuracies.items(), strict=False):
-        percents = [100 * value for value in values]
-        middle.plot(epochs, percents, "o-", color=colour, markersize=3, label=name)
-    percent_axis(middle, "accuracy, validation (%)")
-    for axes in (left, middle):
-        axes.set_xlabel("epoch")
-        axes.xaxis.set_major_locator(_whole())
-    found = weights.detach().cpu().tolist()
-    right.hist(found, bins=20, range=(0, max(2, *found)), color=ORANGE)
-    right.set(xlabel="example weight $w_i$, last epoch", ylabel="examples")
-    for axes in (left, right):
-        open_axes(axes)
-    return finish(figure, middle)
 
 
 def seed_lines(
