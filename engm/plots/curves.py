@@ -16,8 +16,6 @@ from engm.plots.style import (
     BLUE,
     COLOURS,
     GREY,
-    ORANGE,
-    SKY,
     finish,
     panels,
     percent_axis,
@@ -111,46 +109,6 @@ def seed_lines(
         else:
             axes.set_ylim(bottom=0)
     return finish(figure, row[0])
-
-
-def against_loss(points: Mapping[str, tuple[Sequence[float], Sequence[float]]]) -> Figure:
-    """Draws mean example norms over mean losses, one point a moment of training.
-
-    Args:
-        points: Under the names of the legend the losses and the norms.
-    """
-    figure, [axes] = panels(size=(6, 3.2), grid="y", dpi=_DPI)
-    looks = zip(cycle(COLOURS), cycle("os^Dv"), points.items(), strict=False)
-    for colour, marker, (name, (losses, norms)) in looks:
-        axes.plot(losses, norms, marker, color=colour, markersize=5, alpha=0.7, label=name)
-    x_label = "mean loss (log scale; training goes to the left)"
-    axes.set(xscale="log", ylim=(0, None), xlabel=x_label, ylabel="mean example norm")
-    return finish(figure, axes)
-
-
-def batch_variance(
-    sizes: Sequence[int], measured: Sequence[Sequence[float]], predicted: Sequence[float]
-) -> Figure:
-    """Draws the variance of mini-batch gradients over the size of the mini-batch, on log axes.
-
-    Args:
-        sizes: Examples in a mini-batch.
-        measured: For each size the squared distances of single mini-batch gradients from the full
-            gradient; their mean is the variance.
-        predicted: For each size what the formula says.
-    """
-    figure, [axes] = panels(size=(6, 3.2), grid="both", dpi=_DPI)
-    for size, squares in zip(sizes, measured, strict=True):
-        axes.plot([size] * len(squares), squares, ".", color=SKY, markersize=3)
-    means = [np.mean(squares) for squares in measured]
-    axes.plot(sizes, means, "o", color=ORANGE, markersize=7, label="measured: mean of the draws")
-    axes.plot(sizes, predicted, color=BLUE, label="formula: variance / $n$")
-    axes.set_xscale("log", base=2)
-    axes.set_yscale("log")
-    axes.set_xticks(list(sizes), [str(size) for size in sizes])
-    axes.set_xlabel("examples in a mini-batch, $n$")
-    axes.set_ylabel("squared distance from\nthe full gradient")
-    return finish(figure, axes)
 
 
 def log_curves(
