@@ -1,5 +1,6 @@
 """The notebooks in their order: their exercises, and runs with other parameters than their own."""
 
+import asyncio
 import base64
 import io
 import re
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
+from jupyter_client.manager import AsyncKernelManager
 from nbclient import NotebookClient
 from PIL import Image
 
@@ -18,7 +20,8 @@ from engm.lab import notebook_map
 from engm.lab.parameters import check, parameters
 
 FOLDER = Path(__file__).parents[1] / "notebooks"
-# Other parameters for each notebook than its own, and cheap.
+# Other parameters for each notebook than its own, and cheap. What `fit` trains is kept in `out`,
+# and found there when the notebook runs again.
 PARAMETERS: dict[str, dict] = {
     "00_tour": dict(subset=300, epochs=8, eps=0.1, seed=1),
     "01_attacks": dict(subset=300, eps=0.1, epochs=5, seed=1),
@@ -90,7 +93,15 @@ def set_parameters(cells, values):
     given.source += "".join(f"\n{key} = {value!r}" for key, value in values.items())
 
 
-def answered(name):
+@pytest.fixture(scope="module")
+def kernel():
+    """One for all notebooks, so that what they import is imported once."""
+    manager = AsyncKernelManager(kernel_name="python3")
+    yield manager
+    asyncio.run(manager.shutdown_kernel(now=True))
+
+
+def answered(name, folder):
     """Run All, then a wrong answer and the solution of each exercise, then Run All, in one kernel.
 
     So the folded solutions work on what the whole notebook left behind, and so does the notebook.
@@ -102,7 +113,8 @@ def answered(name):
     for i in tagged(notebook.cells, "check"):
         for source in (next(wrong), solution_of(notebook.cells[i + 1])):
             answers += [nbformat.v4.new_code_cell(source), deepcopy(notebook.cells[i])]
-    notebook.cells += [*answers, *deepcopy(notebook.cells)]
+    fresh = nbformat.v4.new_code_cell(f"%reset -f\nimport os\nos.chdir({str(folder)!r})")
+    notebook.cells = [fresh, *notebook.cells, *answers, *deepcopy(notebook.cells)]
     for number, cell in enumerate(notebook.cells):
         cell.id = str(number)
     return notebook
@@ -152,10 +164,9 @@ def test_three_exercises_each_of_a_task_a_stub_a_check_and_a_folded_solution(nam
 
 
 @pytest.mark.parametrize("name", THERE)
-def test_run_all_then_the_solutions_then_run_all_again_with_other_parameters(name, tmp_path):
-    notebook = answered(name)
-    # the runs of fit are kept there (`out`), so that they are trained once
-    NotebookClient(notebook, resources={"metadata": {"path": tmp_path}}, timeout=600).execute()
+def test_run_all_then_the_solutions_then_run_all_again(name, kernel, tmp_path):
+    notebook = answered(name, tmp_path)
+    NotebookClient(notebook, kernel, timeout=600).execute()
     cells = notebook.cells
     before, told, after = (said(cells)[part] for part in (slice(3), slice(3, 9), slice(9, 12)))
     assert before == after == ["not answered yet\n"] * 3

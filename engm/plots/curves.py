@@ -1,4 +1,8 @@
-"""Curves over what was varied: epochs, steps, eps, noise."""
+"""Curves over what was varied: epochs, steps, eps, noise.
+
+`x` is what was varied, and labels say what is drawn, with its unit. Mappings have the names of the
+legend, and under them values as many as `x`; where there are seeds, so many for each.
+"""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -35,14 +39,7 @@ Curves = Mapping[str, Sequence[Sequence[float]]]
 def lines(
     x: Sequence[float], curves: Mapping[str, Sequence[float]], x_label: str, y_label: str
 ) -> Figure:
-    """Draws one line a name over `x`.
-
-    Args:
-        x: What was varied: eps, steps, epochs.
-        curves: Values, as many as `x`, under the names of the legend.
-        x_label: What `x` is, with its unit.
-        y_label: What the values are, with their unit.
-    """
+    """Draws one line a name over `x`."""
     figure, [axes] = panels(grid="y")
     for colour, (name, values) in zip(cycle(COLOURS), curves.items(), strict=False):
         axes.plot(x, values, "o-", color=colour, label=name, markersize=4)
@@ -66,7 +63,7 @@ def learning_curves(runs: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]]) -
     """Draws clean and robust validation accuracy over epochs; thin lines are single seeds.
 
     Args:
-        runs: The metrics of each seed's run, as in `metrics.jsonl`, under the names of the legend.
+        runs: The metrics of each seed's run, as in `metrics.jsonl`.
     """
     # long names stand below, where they have the whole width
     below = width_of(runs) > _SHORT
@@ -91,12 +88,8 @@ def seed_lines(
 ) -> Figure:
     """Draws quantities side by side; thin lines are single seeds, thick ones their mean.
 
-    Args:
-        x: What was varied, such as the epochs.
-        quantities: Under the label of each panel's y axis the curves; under the names of the legend
-            a curve for each seed, as long as `x`.
-        x_label: What `x` is, with its unit.
-        log: Whether the y axes are logarithmic; otherwise they start at 0.
+    Under the label of each panel's y axis stand its curves. The axes are logarithmic with `log`,
+    and otherwise start at 0.
     """
     size = (3.3 * len(quantities), 2.7)
     figure, row = panels([""] * len(quantities), size, grid="y", dpi=_DPI)
@@ -120,15 +113,9 @@ def log_curves(
 ) -> Figure:
     """Draws geometric means over the seeds on two logarithmic axes, and bands from low to high.
 
-    Power laws are straight lines there.
-
-    Args:
-        values: Under the title of each panel the values of its curves, above 0, `[seeds, len(x)]`,
-            under the names of the legend. A name has the same colour in all panels.
-        x: Above 0.
-        x_label: What `x` is.
-        y_label: What the values are.
-        guides: Values to compare with, as many as `x`, drawn thin and grey in all panels.
+    Power laws are straight lines there. Under the title of each panel stand the values of its
+    curves, above 0, `[seeds, len(x)]`; a name has the same colour in all panels. `guides` are
+    drawn thin and grey in all of them, to compare with.
     """
     names = list(dict.fromkeys(name for curves in values.values() for name in curves))
     styles = zip(cycle(COLOURS), cycle(("-", "--", "-.", ":")), strict=False)
@@ -154,12 +141,7 @@ def log_curves(
 
 
 def fits(runs: Mapping[str, Sequence[Fit]], steps_per_epoch: int) -> Figure:
-    """Draws how good each fit of the estimate was, over the steps; the first epoch is grey.
-
-    Args:
-        runs: The fits of each run under the names of the legend.
-        steps_per_epoch: How many steps the first epoch had.
-    """
+    """Draws how good each fit of the estimate was, over the steps; the first epoch is grey."""
     figure, row = panels(("", ""), (9, 3.4), grid="y", sharex=True, sharey=True)
     kinds = {"r_squared": "$R^2$ of the line", "rank_correlation": "rank correlation"}
     for axes, (kind, label) in zip(row, kinds.items(), strict=True):
@@ -174,11 +156,7 @@ def fits(runs: Mapping[str, Sequence[Fit]], steps_per_epoch: int) -> Figure:
 
 
 def robustness_curve(report: "RobustnessReport") -> Figure:
-    """Draws accuracy under PGD over eps with its 95% band, and what each attack left at its eps.
-
-    Args:
-        report: What `engm.evaluate` returned.
-    """
+    """Draws what `engm.evaluate` found: PGD over eps with its 95% band, each attack at its eps."""
     figure, [axes] = panels(size=(6, 3.8))
     radii, along = list(report.curve), list(report.curve.values())
     low, high = ([100 * getattr(found.interval, end) for found in along] for end in ("low", "high"))
@@ -210,8 +188,8 @@ def corrupted_steps(
 
     Args:
         factors: What the loss was multiplied by.
-        steps: Under the names of the legend the lengths of the batch's gradient, and its cosines
-            with what it is without that example, both as many as `factors`.
+        steps: The lengths of the batch's gradient, and its cosines with what it is without that
+            example, both as many as `factors`.
     """
     figure, (left, right) = panels(("", ""), (6.8, 2.6))
     looks = zip(cycle(COLOURS), cycle(("-", "--", "-.")), steps.items(), strict=False)
@@ -230,12 +208,7 @@ def corrupted_steps(
 
 
 def running_scale(means: Sequence[float], scales: Sequence[float]) -> Figure:
-    """Draws the scale c over the steps, and the mean |g_i| of each batch behind it.
-
-    Args:
-        means: Mean |g_i| of the batch of each step.
-        scales: c of each step.
-    """
+    """Draws the scale c over the steps, and the mean |g_i| of each batch behind it."""
     figure, [axes] = panels(size=(5.4, 2.6))
     steps = range(1, len(means) + 1)
     axes.plot(steps, means, color="#BBBBBB", linewidth=1, label="mean $|g_i|$ of the batch")

@@ -1,4 +1,9 @@
-"""Single examples: images under attack, who pulls how hard, and what ENGM makes of it."""
+"""Single examples: images under attack, who pulls how hard, and what ENGM makes of it.
+
+`x` are images `[n, c, h, w]` in [0, 1] with labels `y`, `[n]`; `x_adv` are the same under attack,
+`logits` and `logits_adv` the model's answers, `[n, K]`. `norms` are |g_i| and `weights` w_i of a
+batch, `[n]`; `scale` is ENGM's c and `floor` its f.
+"""
 
 from collections.abc import Mapping, Sequence
 
@@ -22,13 +27,7 @@ def adversarial_examples(
 ) -> Figure:
     """Shows images, perturbations and adversarial images in three rows, with the predictions.
 
-    Args:
-        x: Images, `[n, c, h, w]` in [0, 1].
-        x_adv: The same under attack.
-        logits: The model's answer to `x`, `[n, K]`.
-        logits_adv: Its answer to `x_adv`.
-        class_names: What the K classes are called.
-        size: Inches a side of each image.
+    An image has `size` inches a side.
     """
     n = len(x)
     figure, axes = plt.subplots(3, n, figsize=(size * n, 3 * size + 0.7), squeeze=False)
@@ -99,14 +98,6 @@ def strongest_and_weakest(
 
     Each stands there twice: clean, under its label, and under attack, under the model's answer,
     which is red where it is wrong. The length of the gradient is below.
-
-    Args:
-        x: Images, `[n, c, h, w]` in [0, 1].
-        x_adv: The same under attack.
-        y: Their labels, `[n]`.
-        logits_adv: The model's answer to `x_adv`, `[n, K]`.
-        norms: |g_i|, `[n]`.
-        class_names: What the K classes are called.
     """
     count = min(4, len(x))
     order = norms.argsort(descending=True).tolist()
@@ -138,11 +129,7 @@ def strongest_share(pulls: Tensor) -> float:
 
 
 def who_pulls(norms: Tensor) -> Figure:
-    """Draws what so many of the hardest pulling examples pull all together.
-
-    Args:
-        norms: |g_i|, `[n]`.
-    """
+    """Draws what so many of the hardest pulling examples pull all together."""
     pulls = norms.detach().double().cpu().sort(descending=True).values.numpy()
     percent = 100 * np.arange(len(pulls) + 1) / len(pulls)
     figure, [axes] = panels(size=(5, 3.2))
@@ -153,13 +140,7 @@ def who_pulls(norms: Tensor) -> Figure:
 
 
 def pulls(norms: Tensor, weights: Tensor, scale: float) -> Figure:
-    """Draws how hard each example pulls under MSGD, |g_i|, and under ENGM, w_i |g_i|, sorted.
-
-    Args:
-        norms: |g_i|, `[n]`.
-        weights: w_i, `[n]`.
-        scale: c, drawn as a line.
-    """
+    """Draws how hard each example pulls under MSGD, |g_i|, and under ENGM, w_i |g_i|, sorted."""
     lengths, order = (values.numpy() for values in norms.detach().cpu().sort())
     weighted = lengths * weights.detach().cpu().numpy()[order]
     figure, [axes] = panels(size=(7, 3.2))
@@ -206,10 +187,7 @@ def weighted_pulls(
 def weight_function(norms: Tensor, scale: float, floor: float) -> Figure:
     """Draws the weight (left) and the pull (right) of an example over the length of its gradient.
 
-    Args:
-        norms: |g_i| of a batch, `[n]`, drawn as ticks along the axis.
-        scale: c.
-        floor: f.
+    The `norms` of a batch are ticks along the axis.
     """
     points = norms.detach().double().cpu()
     lengths = points.new_tensor(np.linspace(0, float(points.max()), 400))
@@ -231,11 +209,7 @@ def weight_function(norms: Tensor, scale: float, floor: float) -> Figure:
 
 
 def weights_over_epochs(weights: Sequence[Tensor]) -> Figure:
-    """Draws how the example weights of each epoch are spread, as stacked bars.
-
-    Args:
-        weights: All w_i of each epoch, each `[n]`.
-    """
+    """Draws how the weights of all examples of each epoch are spread, as stacked bars."""
     edges = (0.0, 0.5, 1.0, 2.0, 10.0, np.inf)
     names = ("below 1/2", "1/2 to 1", "1 to 2", "2 to 10", "above 10")
     values = [epoch.detach().cpu().double().numpy() for epoch in weights]
@@ -254,11 +228,9 @@ def weights_over_epochs(weights: Sequence[Tensor]) -> Figure:
 
 
 def gram_matrices(patches: Tensor, outputs: Tensor) -> Figure:
-    """Draws two Gram matrices of one example and their product, whose sum is |share|^2.
+    """Draws two Gram matrices of one example and their product, whose sum is |g_i|^2.
 
-    Args:
-        patches: Inner products of the patches that a convolution sees, `[p, p]`.
-        outputs: Inner products of the output gradients at the same positions, `[p, p]`.
+    They are of the patches that a convolution sees, and of the output gradients, `[p, p]`.
     """
     product = patches * outputs
     matrices = {
