@@ -1,10 +1,7 @@
 """Moments of the gradients against a loop over single examples in float64, and closed forms."""
 
-import json
 import math
-from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -12,13 +9,11 @@ from torch.nn import functional as F
 
 from engm.attacks import PGD
 from engm.errors import InputError, NonFiniteLossError
-from engm.lab.diagnostics import Moments, gradient_statistics
+from engm.lab.diagnostics import Moments, c1_verdict, gradient_statistics
 from engm.methods import PGDAT, Natural
 from engm.models import preact_resnet18, small_cnn
-from engm.report import verdicts
 from engm.report.verdicts import DOES_NOT_HOLD, HOLDS, NOT_SETTLED
 
-NOTEBOOK = Path(__file__).parents[1] / "notebooks" / "02_gradient_variance.ipynb"
 N = 7
 FIELDS = ("mean_norm", "mean_square", "gradient_square", "variance", "signal_to_noise")
 
@@ -221,21 +216,12 @@ def test_bad_input_is_refused():
         gradient_statistics(frozen, Natural(), [(x, y)])
 
 
-# --- the verdict of notebook 02
-
-
-def c1_verdict(natural, adversarial):
-    """What the notebook's own rule says of runs; each has the (norm, variance) of each look."""
-    cells = json.loads(NOTEBOOK.read_text())["cells"]
-    [rule] = ["".join(cell["source"]) for cell in cells if "def rule(" in "".join(cell["source"])]
-    group = {"NT": natural, "AT": adversarial}
-    names = {"np": np, "verdicts": verdicts, "times": natural[0], "looks": group}
-    names["labels"] = {"mean_norm": 0, "variance": 1}
-    names["values_of"] = lambda kind, runs: [
-        [look[names["labels"][kind]] for look in run] for run in runs
-    ]
-    exec(rule.partition("for seed")[0], names)
-    return names["outcome"], names["ratios"], names["horizons"]
+def verdict(natural, adversarial):
+    """The verdict on runs that have the (norm, variance) of each moment."""
+    return c1_verdict(*(
+        [[Moments(norm, variance + 1.0, 1.0) for norm, variance in run] for run in runs]
+        for runs in (natural, adversarial)
+    ))  # fmt: skip
 
 
 LOW = [[(2.0, 4.0), (1.0, 2.0)], [(3.0, 5.0), (1.0, 1.0)], [(2.0, 2.0), (2.0, 2.0)]]
@@ -243,10 +229,10 @@ HIGH = [[(3.0, 8.0), (3.0, 4.0)], [(4.0, 6.0), (2.0, 6.0)], [(3.0, 3.0), (3.0, 3
 
 
 def test_the_claim_holds_where_norm_and_variance_are_higher_in_every_seed():
-    outcome, ratios, _ = c1_verdict(LOW, HIGH)
-    assert outcome == HOLDS
-    assert ratios["mean_norm"] == pytest.approx([6 / 3, 6 / 4, 6 / 4])
-    assert ratios["variance"] == pytest.approx([12 / 6, 12 / 6, 6 / 4])
+    found = verdict(LOW, HIGH)
+    assert found.outcome == HOLDS
+    assert found.norm_ratios == pytest.approx([6 / 3, 6 / 4, 6 / 4])
+    assert found.variance_ratios == pytest.approx([12 / 6, 12 / 6, 6 / 4])
 
 
 def mixed(norms, variances):
@@ -269,15 +255,24 @@ def mixed(norms, variances):
     ],
 )
 def test_other_data_other_verdicts(natural, adversarial, outcome):
-    assert c1_verdict(natural, adversarial)[0] == outcome
+    assert verdict(natural, adversarial).outcome == outcome
 
 
 def test_a_verdict_that_depends_on_when_training_stops_settles_nothing():
     low = [(1.0, 1.0)] * 9
     late = [(0.5, 0.5)] * 5 + [(0.9, 0.9), (2.0, 2.0), (9.0, 9.0), (9.0, 9.0)]
-    outcome, ratios, horizons = c1_verdict([low] * 3, [late] * 3)
-    assert horizons == [DOES_NOT_HOLD, HOLDS, HOLDS]  # after 7, 8 and all 9 looks
-    assert outcome == NOT_SETTLED
-    assert ratios["mean_norm"] == pytest.approx([23.4 / 9] * 3)
+    found = verdict([low] * 3, [late] * 3)
+    assert found.horizons == [DOES_NOT_HOLD, HOLDS, HOLDS]  # after 7, 8 and all 9 moments
+    assert found.outcome == NOT_SETTLED
+    assert found.norm_ratios == pytest.approx([23.4 / 9] * 3)
     early = [(9.0, 9.0)] * 2 + late[2:]
-    assert c1_verdict([low] * 3, [early] * 3)[0] == HOLDS
+    assert verdict([low] * 3, [early] * 3).outcome == HOLDS
+
+
+@pytest.mark.parametrize(
+    ("natural", "adversarial"),
+    [(LOW, LOW[:2]), (LOW, [run[:1] for run in HIGH]), ([[]] * 3, [[]] * 3), ([], [])],
+)
+def test_runs_that_do_not_match_are_refused(natural, adversarial):
+    with pytest.raises(InputError):
+        verdict(natural, adversarial)

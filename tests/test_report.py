@@ -291,7 +291,7 @@ def test_demo_goes_on_after_a_failure_and_reports_both(tmp_path, capsys):
         declared = nbformat.v4.new_code_cell("n: int = 1", metadata={"tags": ["parameters"]})
         save(tmp_path / f"{name}.ipynb", f"# {name}", declared, code(line))
     paths = sorted(tmp_path.glob("*.ipynb"))
-    runs = report.demo(tmp_path / "out", paths, progress=False)
+    runs = report.demo(tmp_path / "out", paths)
     output = capsys.readouterr().out
     page = Reader(tmp_path / "out" / "index.html")
 

@@ -12,6 +12,8 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from statistics import fmean
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +23,7 @@ from engm.errors import InputError, NonFiniteLossError
 from engm.methods import Method
 from engm.norms.measures import run_closure
 from engm.norms.watch import Watch
+from engm.report import verdicts
 
 
 @dataclass(frozen=True)
@@ -136,6 +139,66 @@ def gradient_statistics(
         count=sum(map(len, losses)),
         layers={name: _moments(own, every, sums) for name, own in layers.items()},
     )
+
+
+class C1Verdict(NamedTuple):
+    """Whether claim C1 holds, and what that was decided from.
+
+    Attributes:
+        outcome: One of those of `engm.report.verdicts`.
+        norm_ratios: For each seed the mean example norm of AT over that of NT.
+        variance_ratios: Likewise for the variance.
+        horizons: What the outcome would be, had training stopped earlier: one for each moment in
+            the last third, the end of training last.
+    """
+
+    outcome: str
+    norm_ratios: list[float]
+    variance_ratios: list[float]
+    horizons: list[str]
+
+
+def c1_verdict(
+    natural: Sequence[Sequence[Moments]], adversarial: Sequence[Sequence[Moments]]
+) -> C1Verdict:
+    """Decides claim C1: AT has a higher gradient norm and variance than NT (arXiv 2209.01199).
+
+    The rule (source: this kit): in each seed, mean example norm and variance are averaged over the
+    moments of training. The claim holds in a seed if both averages are higher under AT. It holds
+    if it does so in every seed, does not hold if it does so in none, and is not settled if the
+    seeds disagree or are fewer than three. How long one trains must not decide it: the outcome is
+    that of every horizon in the last third of the moments, and not settled where they differ.
+
+    Args:
+        natural: For each seed what was measured along natural training.
+        adversarial: The same for adversarial training, with the same seeds at the same moments.
+
+    Raises:
+        InputError: If the two do not match, or there is nothing.
+    """
+    count = min(map(len, natural), default=0)
+    if not count or [*map(len, natural)] != [*map(len, adversarial)]:
+        raise InputError("give both trainings with the same seeds, measured at the same moments")
+    horizons = []
+    for end in range(count - (count - 1) // 3, count + 1):
+        norms = _ratios("mean_norm", natural, adversarial, end)
+        variances = _ratios("variance", natural, adversarial, end)
+        held = [norm > 1 and variance > 1 for norm, variance in zip(norms, variances, strict=True)]
+        horizons.append(verdicts.from_seeds(held))
+    outcome = horizons[-1] if len(set(horizons)) == 1 else verdicts.NOT_SETTLED
+    return C1Verdict(outcome, norms, variances, horizons)
+
+
+def _ratios(
+    kind: str,
+    natural: Sequence[Sequence[Moments]],
+    adversarial: Sequence[Sequence[Moments]],
+    end: int,
+) -> list[float]:
+    def mean(run: Sequence[Moments]) -> float:
+        return fmean(getattr(moments, kind) for moments in run[:end])
+
+    return [mean(at) / mean(nt) for nt, at in zip(natural, adversarial, strict=True)]
 
 
 def _moments(

@@ -91,9 +91,7 @@ _TEMPLATE = """
 """
 
 
-def demo(
-    output_dir: Path, paths: Sequence[Path] | None = None, progress: bool = True
-) -> list[NotebookRun]:
+def demo(output_dir: Path, paths: Sequence[Path] | None = None) -> list[NotebookRun]:
     """Runs notebooks one after another, whatever fails, and writes `output_dir/index.html`.
 
     Prints a line per notebook: how long it took and whether it went well, or which cell stopped
@@ -102,7 +100,6 @@ def demo(
     Args:
         output_dir: For the executed notebooks, their results and files, and the report.
         paths: The notebooks; None for all the numbered ones.
-        progress: Whether a bar counts the cells.
 
     Returns:
         What happened to each notebook; all went well if every one is `ok`.
@@ -115,7 +112,7 @@ def demo(
         raise InputError("there are no notebooks to run; run this in a checkout of the kit")
     runs = []
     for path in paths:
-        runs.append(run(path, output_dir=output_dir, progress=progress))
+        runs.append(run(path, output_dir=output_dir))
         verdict = "ok" if runs[-1].ok else f"FAILED at {runs[-1].error}"
         print(f"{path.stem:<34}{runs[-1].seconds:7.1f} s  {verdict}", flush=True)
     print(f"report: {build(runs, Path(output_dir) / 'index.html')}", flush=True)
