@@ -8,7 +8,6 @@ import torch
 from engm import data, training
 from engm.config import TYPES, RunConfig, choices
 from engm.errors import NonFiniteLossError
-from engm.evaluation.accuracy import accuracy_under
 from engm.lab import live
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -83,10 +82,9 @@ def test_the_choices_start_where_the_config_is(lab):
     assert chosen == ["pgd_at", "engm", 0.05, 0.15, 3]
 
 
-def test_a_run_shows_each_epoch(lab, monkeypatch):
+def test_a_run_shows_each_epoch(lab):
     drawn = []
-    draw = live.view
-    monkeypatch.setattr(live, "view", lambda history: drawn.append(len(history)) or draw(history))
+    lab.picture.observe(lambda _: drawn.append(len(lab.history)), "value")
     figures = plt.get_fignums()
     finish(lab)
     assert drawn == [1, 2, 3]
@@ -112,20 +110,19 @@ def test_the_run_is_the_one_that_was_chosen(images, monkeypatch):
     assert (config.subset, config.width) == (100, 4)
 
 
-def test_the_stop_button_ends_a_run_and_another_can_follow(lab, monkeypatch):
+def test_the_stop_button_ends_a_run_and_another_can_follow(lab):
     drawn = threading.Event()
-    draw = live.view
-    monkeypatch.setattr(live, "view", lambda history: drawn.set() or draw(history))
+    lab.picture.observe(lambda _: drawn.set(), "value")
     lab.epochs.max = lab.epochs.value = 100_000
     lab.start.click()
     assert (lab.start.disabled, lab.stop.disabled) == (True, False)
     assert drawn.wait(60)
-    first = lab._thread
+    running = threading.active_count()
     lab.start.click()  # a second click changes nothing
-    assert lab._thread is first
+    assert threading.active_count() == running
     lab.stop.click()
     lab.join()
-    assert not first.is_alive()
+    assert threading.active_count() == running - 1
     assert 1 <= len(lab.history) < 100_000
     assert lab.message.value == f"Stopped; whole epochs: {len(lab.history)}."
     assert (lab.start.disabled, lab.stop.disabled) == (False, True)
@@ -156,6 +153,40 @@ def test_what_goes_wrong_is_said_in_one_sentence(lab, monkeypatch, error, said):
     assert len(lab.history) == 3
 
 
+def test_the_runs_before_stay_for_comparison(lab):
+    names = [f"pgd_at, {optimizer}, lr 0.05, eps 0.15" for optimizer in ("engm", "msgd")]
+    lab.epochs.value = 1
+    finish(lab)
+    assert lab.earlier == {}
+    first = lab.history
+    lab.optimizer.value, lab.epochs.value = "msgd", 2
+    finish(lab)
+    assert lab.earlier == {names[0]: first}
+    second = lab.history
+    lab.optimizer.value = "engm"
+    finish(lab)  # the same choices as at first: its curve is the new one from now on
+    assert list(lab.earlier.items()) == [(names[0], first), (names[1], second)]
+    for lr in (0.02, 0.1, 0.2):
+        lab.lr.value = lr
+        finish(lab)
+    assert [name.split("lr ")[1] for name in lab.earlier] == [
+        f"{lr}, eps 0.15" for lr in (0.05, 0.02, 0.1)
+    ]
+
+
+def test_runs_before_are_faint_and_have_their_names():
+    weights = torch.ones(3)
+    history, before = [live.Epoch(1.0, 0.75, 0.5, weights)], [live.Epoch(4.0, 0.5, 0.25, weights)]
+    loss, accuracy, _ = live.view(history, {"msgd, lr 1": before * 2}).axes
+    faint, now = loss.lines
+    assert (list(faint.get_ydata()), list(now.get_ydata())) == ([4, 4], [1])
+    assert faint.get_alpha() <= 0.5 and now.get_alpha() is None
+    assert [text.get_text() for text in loss.get_legend().get_texts()] == ["msgd, lr 1"]
+    assert loss.get_ylim()[1] > 4
+    assert [list(line.get_ydata()) for line in accuracy.lines] == [[50, 50], [25, 25], [75], [50]]
+    assert [text.get_text() for text in accuracy.get_legend().get_texts()] == ["clean", "robust"]
+
+
 def test_the_view_shows_loss_accuracies_and_weights():
     weights = torch.tensor([0.5, 1.0, 6.0])
     history = [live.Epoch(2.0, 0.5, 0.25, weights), live.Epoch(1.0, 0.75, 0.5, weights)]
@@ -168,16 +199,6 @@ def test_the_view_shows_loss_accuracies_and_weights():
 
 
 @pytest.mark.parametrize(("method", "steps"), [("pgd_at", 5), ("fast_at", 7)])
-def test_a_run_is_watched_with_many_steps_where_training_takes_one(
-    method, steps, images, monkeypatch
-):
-    seen = []
-
-    def spy(model, split, attack):
-        seen.append(attack.num_steps)
-        return accuracy_under(model, split, attack)
-
-    monkeypatch.setattr(training, "accuracy_under", spy)
-    config = RunConfig(subset=100, width=2, epochs=1, eval_steps=7, method=method)
-    assert len(list(live.train(images, config))) == 1
-    assert seen == [steps]
+def test_a_run_is_watched_with_many_steps_where_training_takes_one(method, steps):
+    config = RunConfig(eval_steps=7, method=method).resolved()
+    assert training.validation_attack(config).num_steps == steps

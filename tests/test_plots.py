@@ -123,7 +123,8 @@ def test_every_fit_of_every_run_is_drawn_in_both_panels():
 
 def test_the_true_class_is_blue_and_a_wrong_answer_red():
     image = torch.rand(1, 8, 8)
-    axes = plots.prediction(image, torch.tensor([0.2, 0.7, 0.1]), 0, list("abc"), "t").axes[1]
+    found = torch.tensor([0.2, 0.7, 0.1])
+    axes = plots.prediction(image, found, 0, list("abc"), "t", image).axes[3]
     assert heights(axes) == pytest.approx([20, 70, 10])
     assert [plots.COLOURS.index(c) for c in (plots.BLUE, plots.RED)] == [0, 5]
     colours = [bar.get_facecolor()[:3] for bar in axes.patches]
@@ -133,7 +134,8 @@ def test_the_true_class_is_blue_and_a_wrong_answer_red():
 def test_the_ten_likeliest_classes_are_shown_in_the_order_of_their_labels():
     probabilities = torch.tensor([0.2, 0.0, *[0.05] * 8, 0.35, 0.01])
     names = [f"class {k}" for k in range(12)]
-    axes = plots.prediction(torch.rand(3, 8, 8), probabilities, 0, names, "t").axes[1]
+    image = torch.rand(3, 8, 8)
+    axes = plots.prediction(image, probabilities, 0, names, "t", image).axes[3]
     shown = texts(axes.get_xticklabels())
     assert shown == [name for name in names if name not in ("class 1", "class 11")]
     assert heights(axes) == pytest.approx([20, *[5] * 8, 35])
@@ -219,54 +221,20 @@ def test_axes_may_be_logarithmic():
     assert figure.axes[0].get_ylim()[0] > 0
 
 
-def test_norms_stand_over_losses_with_a_mark_of_their_own():
-    axes = plots.against_loss({"NT": ([2.0, 1.0], [3.0, 4.0]), "AT": ([2.0], [5.0])}).axes[0]
-    assert [points(line) for line in axes.lines] == [[(2, 3), (1, 4)], [(2, 5)]]
-    assert len({line.get_marker() for line in axes.lines}) == 2
-    assert legend(axes) == ["NT", "AT"]
-    assert axes.get_xscale() == "log"
-
-
-def test_each_layer_has_a_bar_of_each_group_beside_each_other_and_the_first_is_on_top():
-    groups = {"NT": {"conv1": 1.0, "linear": 2.0}, "AT": {"linear": 4.0, "conv1": 3.0}}
-    axes = plots.layer_bars(groups, "norm").axes[0]
-    natural, adversarial = axes.containers
-    assert [bar.get_width() for bar in natural] == [1, 2]
-    assert [bar.get_width() for bar in adversarial] == [3, 4]
-    assert texts(axes.get_yticklabels()) == ["conv1", "linear"]
-    for tick, pair in enumerate(zip(natural, adversarial, strict=True)):
-        first, second = pair
-        assert first.get_y() + first.get_height() == pytest.approx(second.get_y())
-        assert second.get_y() == pytest.approx(tick)
-    assert axes.yaxis.get_inverted()
-    assert (axes.get_xlabel(), legend(axes)) == ("norm", ["NT", "AT"])
-
-
-def test_mini_batches_show_the_draws_their_mean_and_the_formula():
-    axes = plots.batch_variance([1, 4], [[2.0, 4.0], [1.0, 0.5]], [2.5, 0.6]).axes[0]
-    one, four, means, formula = axes.lines
-    assert points(one) == [(1, 2), (1, 4)]
-    assert points(four) == [(4, 1), (4, 0.5)]
-    assert points(means) == [(1, 3), (4, 0.75)]
-    assert points(formula) == [(1, 2.5), (4, 0.6)]
-    assert texts(axes.get_xticklabels()) == ["1", "4"]
-    assert (axes.get_xscale(), axes.get_yscale()) == ("log", "log")
-
-
 # --- example weights
 
 
 @pytest.mark.parametrize(
-    ("pulls", "part", "share"),
+    ("pulls", "share"),
     [
-        ([1.0] * 20, 0.1, 0.1),
-        ([0.0] * 9 + [5.0], 0.1, 1.0),
-        ([6.0, 1.0, 2.0, 1.0], 0.5, 0.8),
-        ([3.0, 1.0], 0.1, 0.75),  # at least one example
+        ([1.0] * 20, 0.1),
+        ([0.0] * 9 + [5.0], 1.0),
+        ([6.0, *[1.0] * 18, 2.0], 8 / 26),
+        ([3.0, 1.0], 0.75),  # at least one example
     ],
 )
-def test_the_share_of_the_strongest(pulls, part, share):
-    assert plots.strongest_share(torch.tensor(pulls), part) == pytest.approx(share)
+def test_the_share_of_the_strongest(pulls, share):
+    assert plots.strongest_share(torch.tensor(pulls)) == pytest.approx(share)
 
 
 def test_who_pulls_adds_up_the_hardest_first():

@@ -3,15 +3,14 @@ import pytest
 import torch
 from torch import nn
 
-from engm import plots
 from engm.attacks import PGD
-from engm.errors import InputError
 from engm.lab.widgets import EpsExplorer, WeightExplorer
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
 
-def linear_model():
+@pytest.fixture
+def model():
     # class 1 where the mean pixel is above one half
     model = nn.Sequential(nn.Flatten(), nn.Linear(16, 2), nn.Dropout(0.9))
     with torch.no_grad():
@@ -21,7 +20,7 @@ def linear_model():
 
 
 @pytest.fixture
-def explorer():
+def explorer(model):
     x = torch.cat([torch.full((1, 1, 4, 4), 0.55), torch.full((1, 1, 4, 4), 0.95)])
     y = torch.ones(2, dtype=torch.int64)
 
@@ -30,10 +29,10 @@ def explorer():
         # one short step: where it leads depends on the random start
         return PGD(eps=eps, step_size=eps / 2, num_steps=1)
 
-    return EpsExplorer(linear_model(), x, y, ["low", "high"], attack_of, largest_eps=0.2)
+    return EpsExplorer(model, x, y, ["low", "high"], attack_of, largest_eps=0.2)
 
 
-def test_the_eps_slider_attacks_and_redraws(explorer):
+def test_the_eps_slider_attacks_and_redraws(explorer, model):
     pictures = {}
     for eps, predicted in ((0.0, 1), (0.2, 0), (0.01, 1), (0.2, 0), (0.0, 1)):
         explorer.eps.value = eps
@@ -42,15 +41,7 @@ def test_the_eps_slider_attacks_and_redraws(explorer):
         assert picture.startswith(PNG)
         assert pictures.setdefault(eps, picture) == picture
     assert len(set(pictures.values())) == 3
-    assert all(module.training for module in explorer._model.modules())
-
-
-def test_the_title_tells_eps_and_the_answer(explorer, monkeypatch):
-    titles, draw = [], plots.prediction
-    monkeypatch.setattr(plots, "prediction", lambda *a: titles.append(a[4]) or draw(*a))
-    explorer.eps.value = 0.2
-    explorer.eps.value = 0.01
-    assert titles == ["eps 0.200: low", "eps 0.010: high"]
+    assert all(module.training for module in model.modules())
 
 
 def test_the_image_slider_changes_the_image(explorer):
@@ -72,13 +63,6 @@ def test_moving_a_slider_leaves_no_figure_open(explorer):
     assert plt.get_fignums() == before
 
 
-@pytest.mark.parametrize(("images", "labels", "eps"), [(0, 0, 0.1), (2, 1, 0.1), (1, 1, 0.0)])
-def test_nothing_to_explore_is_refused(images, labels, eps):
-    y = torch.ones(labels, dtype=torch.int64)
-    with pytest.raises(InputError, match=f"got {images} images, {labels} labels"):
-        EpsExplorer(linear_model(), torch.rand(images, 1, 4, 4), y, ["low", "high"], PGD, eps)
-
-
 @pytest.fixture
 def weights():
     return WeightExplorer(4 * torch.tensor([0.1] * 10 + [1.0] * 8 + [3.0, 8.0]))
@@ -94,20 +78,16 @@ def test_the_weights_follow_scale_and_floor(weights):
         (2.0, 1.0, [0.1] * 10 + [1.0] * 8 + [2.0, 2.0]),
     ):
         weights.scale.value, weights.floor.value = scale, floor
-        assert weights.share == pytest.approx(sum(pulls[-2:]) / sum(pulls))
-        assert f"{weights.share:.0%} under ENGM" in weights.readout.value
+        assert f"{sum(pulls[-2:]) / sum(pulls):.0%} under ENGM" in weights.readout.value
         assert "55% of the pull under MSGD" in weights.readout.value
     assert "weights from 0.25 to 1" in weights.readout.value
 
 
-def test_the_picture_follows_both_sliders(weights, monkeypatch):
-    drawn, draw = [], plots.weighted_pulls
-    monkeypatch.setattr(plots, "weighted_pulls", lambda *a: drawn.append(a[1]) or draw(*a))
+def test_the_picture_follows_both_sliders(weights):
     pictures = [bytes(weights.picture.value)]
     for slider, value in ((weights.scale, 0.5), (weights.floor, 0.5), (weights.scale, 1.0)):
         slider.value = value
         pictures.append(bytes(weights.picture.value))
-    assert drawn == [[(0.5, 0.05)], [(0.5, 0.5)], [(1.0, 0.5)]]
     assert len(set(pictures)) == 4
     assert all(picture.startswith(PNG) for picture in pictures)
 
@@ -123,20 +103,3 @@ def test_moving_a_slider_of_the_weights_leaves_no_figure_open(weights):
     before = plt.get_fignums()
     weights.floor.value = 0.5
     assert plt.get_fignums() == before
-
-
-@pytest.mark.parametrize(
-    ("norms", "got"),
-    [
-        (torch.tensor([]), r"got shape \[0\]"),
-        (torch.rand(2, 2), r"got shape \[2, 2\]"),
-        ([1.0, 2.0], "got <class 'list'>"),
-        (torch.tensor([1.0, float("inf")]), r"got shape \[2\] from 1.0 to inf"),
-        (torch.tensor([1.0, float("nan")]), "got .* nan"),
-        (torch.tensor([1.0, -1.0]), "from -1.0 to 1.0"),
-        (torch.zeros(2), "from 0.0 to 0.0"),
-    ],
-)
-def test_norms_that_are_none_are_refused(norms, got):
-    with pytest.raises(InputError, match=got):
-        WeightExplorer(norms)

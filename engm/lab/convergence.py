@@ -1,10 +1,10 @@
 """A problem with a dial for the noise, to see how a rate of convergence depends on it.
 
-The gradients of the examples are explicit: grad f(theta), known in closed form, and noise of size
+The gradients of the examples are explicit: grad F(theta), known in closed form, and noise of size
 sigma. Many runs (learning rates, sigmas, seeds) go side by side under the update of `engm.optim`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -12,58 +12,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engm.errors import InputError, check_choice, check_count
+from engm.errors import check_choice
 from engm.optim import SCALE_DECAY, example_weights
 
 _CHUNK = 64  # steps whose noise is drawn at once
 
 
 @dataclass(frozen=True)
-class Landscape:
-    """f(theta) = sum_j k_j (theta_j^2 / 2 + ripple sin^2 theta_j), lowest at 0 with f = 0.
-
-    Without ripple a quadratic; with more than 0.5 its curvature is below 0 in places.
-
-    Args:
-        curvatures: k_j, above 0, `[d]`. Their device and dtype are those of all runs.
-        ripple: 0 or more.
-    """
-
-    curvatures: Tensor
-    ripple: float = 0.0
-
-    def __post_init__(self) -> None:
-        """Checks the numbers."""
-        if self.curvatures.ndim != 1 or not bool((self.curvatures > 0).all()):
-            raise InputError(f"curvatures must be a row of numbers above 0, got {self.curvatures}")
-        if not self.ripple >= 0:
-            raise InputError(f"ripple must be 0 or more, got {self.ripple}")
-
-    @property
-    def smoothness(self) -> float:
-        """L: two gradients differ by at most L times the distance of their points."""
-        return float(self.curvatures.max()) * (1 + 2 * self.ripple)
-
-    def value(self, theta: Tensor) -> Tensor:
-        """Returns f at each of the points `[..., d]`."""
-        terms = theta.square() / 2 + self.ripple * theta.sin().square()
-        return (self.curvatures * terms).sum(-1)
-
-    def gradient(self, theta: Tensor) -> Tensor:
-        """Returns grad f at each of the points `[..., d]`."""
-        if not self.ripple:
-            return self.curvatures * theta
-        return self.curvatures * (theta + self.ripple * (2 * theta).sin())
-
-
-@dataclass(frozen=True)
 class Noise:
-    """How the gradients g_i of a batch scatter about grad f; their mean is grad f.
+    """How the gradients g_i of a batch scatter about grad F; their mean is grad F.
 
     Args:
-        kind: "gaussian": g_i = grad f + sigma xi_i, each coordinate of xi_i normal with variance 1.
+        kind: "gaussian": g_i = grad F + sigma xi_i, each coordinate of xi_i normal with variance 1.
             "student": likewise, and xi_i divided by a random length of its own, which makes it
-            Student's t in d dimensions. "lengths": g_i = a_i (grad f + xi_i) with xi_i as in
+            Student's t in d dimensions. "lengths": g_i = a_i (grad F + xi_i) with xi_i as in
             "gaussian" and a_i > 0 log-normal with mean 1 and standard deviation sigma: the dial
             turns the lengths alone.
         batch_size: n.
@@ -76,11 +38,8 @@ class Noise:
     degrees_of_freedom: float = 1.5
 
     def __post_init__(self) -> None:
-        """Checks the values."""
+        """Refuses other kinds, which would pass for "gaussian"."""
         check_choice("kind", self.kind, ("gaussian", "student", "lengths"))
-        check_count("batch_size", self.batch_size)
-        if not self.degrees_of_freedom > 0:
-            raise InputError(f"degrees_of_freedom must be above 0, got {self.degrees_of_freedom}")
 
     def draw(self, generator: np.random.Generator, steps: int, dimension: int) -> np.ndarray:
         """Draws what `gradients` needs for so many steps, `[steps, n, d + 1]`."""
@@ -94,7 +53,7 @@ class Noise:
         """Returns g_i, `[..., n, d]`.
 
         Args:
-            gradient: grad f, `[..., d]`.
+            gradient: grad F, `[..., d]`.
             sigma: The dial, a shape that broadcasts against `[..., n, d]`.
             drawn: One step of `draw`.
         """
@@ -122,10 +81,6 @@ class Rule:
     max_norm: float = 1.0
     scale: float | Literal["mean"] = "mean"
     floor: float = 0.05
-
-    def __post_init__(self) -> None:
-        """Checks the name."""
-        check_choice("optimizer", self.optimizer, ("msgd", "msgd-clip", "engm"))
 
     def combine(self, gradients: Tensor, mean_norm: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Returns u, which the momentum takes in, `[..., d]`, and the new running mean.
@@ -155,8 +110,8 @@ class Paths(NamedTuple):
     """Runs side by side, one a learning rate, sigma and seed: `[lrs, sigmas, seeds, steps]` each.
 
     Attributes:
-        gradient_norms: |grad f(theta_t)| before each step; inf where a run left all bounds.
-        progress: <grad f(theta_t), u_t>.
+        gradient_norms: |grad F(theta_t)| before each step; inf where a run left all bounds.
+        progress: <grad F(theta_t), u_t>.
     """
 
     gradient_norms: Tensor
@@ -164,35 +119,41 @@ class Paths(NamedTuple):
 
 
 def descend(
-    landscape: Landscape,
+    gradient_of: Callable[[Tensor], Tensor],
+    start: Tensor,
     noise: Noise,
     rule: Rule,
-    start: Tensor,
     *,
     lrs: Sequence[float],
     sigmas: Sequence[float],
     seeds: Sequence[int],
     steps: int,
 ) -> Paths:
-    """Runs an optimizer from theta_0 = `start`, `[d]`, with each learning rate, sigma and seed.
+    """Runs an optimizer with each learning rate, sigma and seed.
 
     A seed stands for the same draws whatever the rule, learning rate, sigma and other seeds are,
     so what is compared has met the same noise.
+
+    Args:
+        gradient_of: grad F, from points `[..., d]` to gradients `[..., d]`.
+        start: theta_0, `[d]`; its device and dtype are those of all runs.
+        noise: What is added to grad F.
+        rule: The optimizer.
+        lrs: Learning rates.
+        sigmas: Settings of the dial.
+        seeds: Of the noise.
+        steps: How many each run has.
     """
-    if not (len(lrs) and len(sigmas) and len(seeds) and steps >= 1):
-        raise InputError("give at least one learning rate, sigma, seed and step")
-    like = landscape.curvatures
-    eta = torch.tensor(lrs, dtype=torch.float64).to(like)[:, None, None, None]
-    sigma = torch.tensor(sigmas, dtype=torch.float64).to(like)[:, None, None, None]
+    eta, sigma = (start.new_tensor(values)[:, None, None, None] for values in (lrs, sigmas))
     generators = [np.random.default_rng(seed) for seed in seeds]
-    theta = start.to(like).expand(len(lrs), len(sigmas), len(seeds), -1)
+    theta = start.expand(len(lrs), len(sigmas), len(seeds), -1)
     velocity, mean_norm = torch.zeros_like(theta), None
-    found = like.new_empty(2, *theta.shape[:-1], steps)
+    found = start.new_empty(2, *theta.shape[:-1], steps)
     for step in range(steps):
         if step % _CHUNK == 0:
-            drawn = [noise.draw(g, min(_CHUNK, steps - step), len(like)) for g in generators]
-            chunk = torch.from_numpy(np.stack(drawn, 1)).to(like)  # [steps, seeds, n, d + 1]
-        gradient = landscape.gradient(theta)
+            drawn = [noise.draw(g, min(_CHUNK, steps - step), len(start)) for g in generators]
+            chunk = torch.from_numpy(np.stack(drawn, 1)).to(start)  # [steps, seeds, n, d + 1]
+        gradient = gradient_of(theta)
         gradients = noise.gradients(gradient, sigma, chunk[step % _CHUNK])
         u, mean_norm = rule.combine(gradients, mean_norm)
         found[0, ..., step] = gradient.norm(dim=-1)
@@ -200,40 +161,3 @@ def descend(
         velocity = rule.momentum * velocity + u
         theta = theta - eta * velocity
     return Paths(found[0].nan_to_num(torch.inf), found[1])
-
-
-def mean_so_far(values: Tensor, horizons: Sequence[int]) -> Tensor:
-    """Returns the mean of `values`, `[..., steps]`, over the first T steps for each T."""
-    sums = values.cumsum(-1)[..., [horizon - 1 for horizon in horizons]]
-    return sums / torch.tensor(horizons).to(sums)
-
-
-def best_rates(reached: Tensor) -> Tensor:
-    """Returns the index of the learning rate with the lowest geometric mean over seeds.
-
-    Args:
-        reached: What the runs of the tuning seeds reached, `[lrs, sigmas, seeds, ...]`.
-
-    Returns:
-        Indices, `[sigmas, ...]`.
-    """
-    return reached.log().mean(2).argmin(0)
-
-
-def at_rates(reached: Tensor, rates: Tensor) -> Tensor:
-    """Returns what the runs at the chosen learning rates reached, `[sigmas, seeds, ...]`.
-
-    Args:
-        reached: `[lrs, sigmas, seeds, ...]`.
-        rates: Indices, `[sigmas, ...]`.
-    """
-    return reached.gather(0, rates.unsqueeze(1).expand(reached.shape[1:]).unsqueeze(0))[0]
-
-
-def exponents(x: Sequence[float], y: Tensor) -> Tensor:
-    """Returns p of y = a x^p, the least-squares slope of log y over log x, for `[..., len(x)]`."""
-    if len(set(x)) < 2:
-        raise InputError(f"an exponent needs two different x, got {list(x)}")
-    log_x = torch.tensor(x, dtype=torch.float64).log()
-    log_x = log_x - log_x.mean()
-    return y.double().cpu().log() @ log_x / (log_x @ log_x)

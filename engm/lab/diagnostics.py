@@ -13,15 +13,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from statistics import fmean
-from typing import Literal
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from engm.attacks import eval_mode
-from engm.errors import InputError, NonFiniteLossError, check_choice
+from engm.errors import InputError, NonFiniteLossError
 from engm.methods import Method
-from engm.norms.measures import Closure, run_closure
+from engm.norms.measures import run_closure
 from engm.norms.watch import Watch
 from engm.report import verdicts
 
@@ -82,12 +82,7 @@ class GradientStatistics(Moments):
 
 
 def gradient_statistics(
-    model: nn.Module,
-    method: Method,
-    examples: Iterable[tuple[Tensor, Tensor]],
-    *,
-    norms: Literal["exact", "loop"] = "exact",
-    seed: int = 0,
+    model: nn.Module, method: Method, examples: Iterable[tuple[Tensor, Tensor]], *, seed: int = 0
 ) -> GradientStatistics:
     """Measures norm and variance of the gradients of `method`'s losses, over all `examples`.
 
@@ -99,21 +94,16 @@ def gradient_statistics(
         model: From pixels `[n, c, h, w]` in [0, 1] to logits `[n, K]`.
         method: Its attack makes `x_adv`, its losses are differentiated; `Natural()` for NT.
         examples: Batches `(x, y)`, such as `data.batches` makes.
-        norms: "exact": one backward pass a batch, see `Watch`. "loop": one an example, for models
-            that "exact" has no formula for.
         seed: Seed of the attack's random starts. The global generator is left as it was.
 
     Returns:
         The moments over all examples, of the network and of each layer.
 
     Raises:
-        InputError: If there are no examples, a model has a layer that "exact" has no formula for,
-            or the losses are not one an example.
+        InputError: If there are no examples, or the losses are not one an example.
         NonFiniteLossError: If a loss or a gradient is inf or nan.
     """
-    check_choice("norms", norms, ("exact", "loop"))
-    named = model.named_parameters()
-    names: dict[Tensor, str] = {p: name for name, p in named if p.requires_grad}
+    names: dict[Tensor, str] = {p: name for name, p in model.named_parameters() if p.requires_grad}
     if not names:
         raise InputError("the model has no parameter that requires a gradient")
     layers: dict[str, list[Tensor]] = defaultdict(list)
@@ -125,16 +115,15 @@ def gradient_statistics(
     devices = {p.device for p in names if p.device.type == "cuda"}
     with eval_mode(model), torch.random.fork_rng(devices=list(devices)):
         torch.manual_seed(seed)
-        for batch in examples:
-            if not isinstance(batch, tuple | list) or len(batch) != 2:
-                raise InputError("examples must be batches (x, y); a single one is [(x, y)]")
-            x, y = batch
+        for x, y in examples:
             x_adv = method.attack(model, x, y)
-            closure = partial(method.losses, model, x, x_adv, y)
-            found, lengths, gradients = (_exact if norms == "exact" else _loop)(model, closure)
-            losses.append(found)
+            with Watch(model) as watch:
+                found = run_closure(partial(method.losses, model, x, x_adv, y))
+            watch.backward(found)
+            losses.append(found.detach())
+            lengths, gradients = watch.squares(), watch.weighted(torch.ones_like(losses[-1]))
             for p, parts in squares.items():  # one without a part in the losses counts zero
-                parts.append(lengths.get(p, torch.zeros_like(found)))
+                parts.append(lengths.get(p, torch.zeros_like(losses[-1])))
                 if p in gradients:
                     sums[p] += gradients[p]
     if not losses:
@@ -152,8 +141,7 @@ def gradient_statistics(
     )
 
 
-@dataclass(frozen=True)
-class C1Verdict:
+class C1Verdict(NamedTuple):
     """Whether claim C1 holds, and what that was decided from.
 
     Attributes:
@@ -165,9 +153,9 @@ class C1Verdict:
     """
 
     outcome: str
-    norm_ratios: tuple[float, ...]
-    variance_ratios: tuple[float, ...]
-    horizons: tuple[str, ...]
+    norm_ratios: list[float]
+    variance_ratios: list[float]
+    horizons: list[str]
 
 
 def c1_verdict(
@@ -186,59 +174,31 @@ def c1_verdict(
         adversarial: The same for adversarial training, with the same seeds at the same moments.
 
     Raises:
-        InputError: If the two do not match, there is nothing, or NT's gradients are all zero.
+        InputError: If the two do not match, or there is nothing.
     """
-    lengths = [len(run) for run in natural]
-    if lengths != [len(run) for run in adversarial] or not all(lengths):
+    count = min(map(len, natural), default=0)
+    if not count or [*map(len, natural)] != [*map(len, adversarial)]:
         raise InputError("give both trainings with the same seeds, measured at the same moments")
-    last_third = range((min(lengths, default=1) - 1) // 3, -1, -1)  # moments left out at the end
-    horizons = [_c1_until(natural, adversarial, left_out) for left_out in last_third]
-    outcomes = tuple(outcome for outcome, _, _ in horizons)
-    stable = outcomes[-1] if len(set(outcomes)) == 1 else verdicts.NOT_SETTLED
-    return C1Verdict(stable, *horizons[-1][1:], outcomes)
+    horizons = []
+    for end in range(count - (count - 1) // 3, count + 1):
+        norms = _ratios("mean_norm", natural, adversarial, end)
+        variances = _ratios("variance", natural, adversarial, end)
+        held = [norm > 1 and variance > 1 for norm, variance in zip(norms, variances, strict=True)]
+        horizons.append(verdicts.from_seeds(held))
+    outcome = horizons[-1] if len(set(horizons)) == 1 else verdicts.NOT_SETTLED
+    return C1Verdict(outcome, norms, variances, horizons)
 
 
-def _c1_until(
-    natural: Sequence[Sequence[Moments]], adversarial: Sequence[Sequence[Moments]], left_out: int
-) -> tuple[str, tuple[float, ...], tuple[float, ...]]:
-    ratios: dict[str, list[float]] = {"mean_norm": [], "variance": []}
-    for runs in zip(natural, adversarial, strict=True):
-        for kind, found in ratios.items():
-            nt, at = (
-                fmean(getattr(moments, kind) for moments in run[: len(run) - left_out])
-                for run in runs
-            )
-            if not nt > 0:
-                raise InputError(f"{kind} of natural training is {nt}; there is no ratio to it")
-            found.append(at / nt)
-    norms, variances = map(tuple, ratios.values())
-    held = [norm > 1 and variance > 1 for norm, variance in zip(norms, variances, strict=True)]
-    return verdicts.from_seeds(held), norms, variances
+def _ratios(
+    kind: str,
+    natural: Sequence[Sequence[Moments]],
+    adversarial: Sequence[Sequence[Moments]],
+    end: int,
+) -> list[float]:
+    def mean(run: Sequence[Moments]) -> float:
+        return fmean(getattr(moments, kind) for moments in run[:end])
 
-
-Shares = tuple[Tensor, dict[Tensor, Tensor], dict[Tensor, Tensor]]
-
-
-def _exact(model: nn.Module, closure: Closure) -> Shares:
-    with Watch(model) as watch:
-        losses = run_closure(closure)
-    watch.backward(losses)
-    losses = losses.detach()
-    return losses, watch.squares(), watch.weighted(torch.ones_like(losses))
-
-
-def _loop(model: nn.Module, closure: Closure) -> Shares:
-    losses = run_closure(closure)
-    parameters: list[Tensor] = [p for p in model.parameters() if p.requires_grad]
-    squares = {p: torch.zeros_like(losses.detach()) for p in parameters}
-    sums = {p: torch.zeros_like(p, requires_grad=False) for p in parameters}
-    for i, loss in enumerate(losses):
-        gradients = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
-        for p, gradient in zip(parameters, gradients, strict=True):
-            if gradient is not None:
-                squares[p][i] = gradient.square().sum()
-                sums[p] += gradient
-    return losses.detach(), squares, sums
+    return [mean(at) / mean(nt) for nt, at in zip(natural, adversarial, strict=True)]
 
 
 def _moments(

@@ -1,18 +1,24 @@
 """A small training run that a reader of the notebooks starts, watches and stops."""
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import cycle
 from typing import Any
 
 import ipywidgets
 import torch
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
-from engm import data, plots
+from engm import data
 from engm.config import TYPES, RunConfig, choices
 from engm.optim import ENGM
+from engm.plots.style import BLUE, ORANGE, finish, open_axes, percent_axis, to_png
 from engm.training import Trainer
+
+_CHOICES = ("method", "optimizer", "lr", "eps", "epochs")
 
 
 @dataclass(frozen=True)
@@ -76,20 +82,46 @@ def _watched(
         weights.append(last.weights if last else torch.ones(len(y)))
 
 
-def view(history: list[Epoch]) -> Any:
-    """Draws the epochs so far, as `engm.plots.training_view`."""
-    accuracies = {
-        kind: [getattr(epoch, f"{kind}_accuracy") for epoch in history]
-        for kind in ("clean", "robust")
-    }
-    return plots.training_view([epoch.loss for epoch in history], accuracies, history[-1].weights)
+def view(history: Sequence[Epoch], earlier: Mapping[str, Sequence[Epoch]] | None = None) -> Figure:
+    """Draws loss and accuracies over the epochs so far, and how the example weights are spread.
+
+    The figure is not one of pyplot's, which belong to the main thread.
+
+    Args:
+        history: The epochs of the run.
+        earlier: Runs to compare it with, under their names: faint lines.
+    """
+    figure = Figure(figsize=(9, 2.8))
+    left, middle, right = figure.subplots(1, 3)
+    runs: list[tuple[str, Sequence[Epoch]]] = [*(earlier or {}).items(), ("", history)]
+    for (name, run), line in zip(runs, cycle(("--", "-.", ":")), strict=False):
+        look: Any = dict(linestyle=line, alpha=0.5) if name else dict(marker="o", markersize=3)
+        epochs = range(1, len(run) + 1)
+        left.plot(epochs, [epoch.loss for epoch in run], color=BLUE, label=name, **look)
+        for colour, kind in ((BLUE, "clean"), (ORANGE, "robust")):
+            percents = [100 * getattr(epoch, f"{kind}_accuracy") for epoch in run]
+            middle.plot(epochs, percents, color=colour, label="" if name else kind, **look)
+    if earlier:
+        left.legend(frameon=False, fontsize=7, loc="lower left")
+    left.set(ylim=(0, 1.1 * max(epoch.loss for _, run in runs for epoch in run)))
+    left.set_ylabel("training loss")
+    percent_axis(middle, "accuracy, validation (%)")
+    for axes in (left, middle):
+        axes.set_xlabel("epoch")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    weights = history[-1].weights.tolist()
+    right.hist(weights, bins=20, range=(0, max(2, *weights)), color=ORANGE)
+    right.set(xlabel="example weight $w_i$, last epoch", ylabel="examples")
+    for axes in (left, right):
+        open_axes(axes)
+    return finish(figure, middle)
 
 
 class TrainingLab(ipywidgets.VBox):
     """Choices of method, optimizer, lr, eps and epochs, a start and a stop button, a live picture.
 
     A run starts when the reader presses the button, and trains in a thread of its own, so that
-    the stop button is heard meanwhile.
+    the stop button is heard meanwhile. The curves of the last runs stay as faint lines.
 
     Args:
         images: What to train on, and on which device.
@@ -102,6 +134,7 @@ class TrainingLab(ipywidgets.VBox):
         message: How it goes, in one sentence.
         picture: The epochs so far, as a PNG.
         history: The epochs so far.
+        earlier: The runs before, each under what was chosen.
     """
 
     def __init__(self, images: data.Dataset, config: RunConfig) -> None:
@@ -135,11 +168,13 @@ class TrainingLab(ipywidgets.VBox):
         hidden = {"align_self": "flex-start", "display": "none"}  # until there is a picture
         self.picture = ipywidgets.Image(format="png", layout=hidden)
         self.history: list[Epoch] = []
+        self.earlier: dict[str, list[Epoch]] = {}
+        self._name = ""
         self._stopped = threading.Event()
         self._thread: threading.Thread | None = None
         self.start.on_click(self._on_start)
         self.stop.on_click(lambda _: self._on_stop())
-        choose = [self.method, self.optimizer, self.lr, self.eps, self.epochs]
+        choose = [getattr(self, name) for name in _CHOICES]
         buttons = ipywidgets.HBox([self.start, self.stop])
         super().__init__([*choose, buttons, self.message, self.picture])
 
@@ -152,6 +187,12 @@ class TrainingLab(ipywidgets.VBox):
         if self._thread is not None and self._thread.is_alive():
             return  # two clicks in a row
         self._stopped.clear()
+        if self.history:
+            self.earlier.pop(self._name, None)  # the same choices again
+            recent = [*self.earlier.items(), (self._name, self.history)][-3:]
+            self.earlier = dict(recent)
+        self._name = f"{self.method.value}, {self.optimizer.value}, lr {self.lr.value:.2g}"
+        self._name += f", eps {self.eps.value:.2g}"
         self.history = []
         self.start.disabled, self.stop.disabled = True, False
         self.message.value = "The first epoch is running."
@@ -165,19 +206,16 @@ class TrainingLab(ipywidgets.VBox):
 
     def _run(self) -> None:
         try:
-            config = replace(
-                self._config,
-                step_size=None,  # follows eps
-                **{
-                    name: getattr(self, name).value
-                    for name in ("method", "optimizer", "lr", "eps", "epochs")
-                },
-            )
+            chosen = {name: getattr(self, name).value for name in _CHOICES}
+            config = replace(self._config, step_size=None, **chosen)  # it follows eps
             for epoch in train(self._images, config, self._stopped.is_set):
                 self.history.append(epoch)
-                self.picture.value = plots.to_png(view(self.history))
+                self.picture.value = to_png(view(self.history, self.earlier))
                 self.picture.layout.display = None
-                self.message.value = self._progress(config.epochs)
+                self.message.value = (
+                    f"Epoch {len(self.history)} of {config.epochs}: loss {epoch.loss:.3f}, clean "
+                    f"accuracy {epoch.clean_accuracy:.1%}, robust {epoch.robust_accuracy:.1%}."
+                )
             if self._stopped.is_set():
                 self.message.value = f"Stopped; whole epochs: {len(self.history)}."
         except Exception as error:  # a thread has nobody else to tell
@@ -185,10 +223,3 @@ class TrainingLab(ipywidgets.VBox):
             self.message.value = f"The run ended early: {reason or type(error).__name__}"
         finally:
             self.start.disabled, self.stop.disabled = False, True
-
-    def _progress(self, epochs: int) -> str:
-        done, last = len(self.history), self.history[-1]
-        return (
-            f"Epoch {done} of {epochs}: loss {last.loss:.3f}, clean accuracy "
-            f"{last.clean_accuracy:.1%}, robust accuracy {last.robust_accuracy:.1%}."
-        )

@@ -3,20 +3,20 @@
 Formulas are MathML, figures are embedded, there are no scripts: nothing is loaded from anywhere.
 """
 
-import itertools
 import platform
 import re
 import time
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 from importlib import metadata, resources
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
+from xml.etree import ElementTree
 
 from engm.errors import InputError
 from engm.lab.batch import RESULT_TYPE, NotebookRun, available, even, run
-from engm.lab.offline_html import code_style, exporter, offline, slug
 from engm.lab.parameters import read_notebook
 from engm.report import tables, verdicts
 from engm.runs import write_text
@@ -58,10 +58,40 @@ _BADGES = {
     verdicts.NOT_SETTLED: ("open", "not settled"),
 }
 
+# What latex2mathml 3.81 gets wrong without a word, and what it gets right instead.
+_TEX = (
+    (r"\\(begin|end)\{(?:align|aligned|gather|gathered|eqnarray)\*?\}", r"\\\1{align*}"),
+    (r"(\\[bB]ig+[lrm]?)\s*(?:\\\||\\[lr]?Vert\b)", r"\1‖"),
+    (r"\\operatorname\*?\{(\w+)(?:\\[,;: ]\s*(\w+))?\}", r"\\operatorname{\1\2}"),
+    (r"\\mathbb\{1\}|\\mathbb\s*1", "𝟙"),
+)
+_UNDER = {"min", "max", "argmin", "argmax", "arg\u2009min", "arg\u2009max", "sup", "inf", "lim"}
+_CHILDREN = {"mfrac": 2, "msub": 2, "msup": 2, "munder": 2, "mover": 2, "msubsup": 3, "mroot": 2}
+_LOADING = ("src", "srcset", "poster", "data", "background", "action", "formaction")
 
-def demo(
-    output_dir: Path, paths: Sequence[Path] | None = None, progress: bool = True
-) -> list[NotebookRun]:
+
+# What nbconvert's bare template does not have: numbers, folds, and where the notebook stopped.
+_TEMPLATE = """
+{%- extends "basic/index.html.j2" -%}
+{%- block codecell -%}
+<section class="cell{{ "" if cell.execution_count or cell.metadata.stopped else " not-run" }}">
+<span class="number">[{{ cell.metadata.number }}]</span>{{ super.super() }}</section>
+{%- endblock -%}
+{%- block input_group -%}
+{%- set lines = cell.source.count("\n") + 1 -%}
+{%- if cell.metadata.stopped -%}
+{{ super() }}<p class="alert" id="error">The notebook stopped at this cell.
+{{ cell.metadata.stopped | escape_html }}</p>
+{%- elif lines > 20 -%}
+<details><summary>Code, {{ lines }} lines</summary>{{ super() }}</details>
+{%- else -%}{{ super() }}{%- endif -%}
+{%- endblock -%}
+{%- block markdowncell -%}<div class="prose">{{ cell.source | markdown2html }}</div>{%- endblock -%}
+{%- block data_latex -%}{{ output.data["text/latex"] | markdown2html }}{%- endblock -%}
+"""
+
+
+def demo(output_dir: Path, paths: Sequence[Path] | None = None) -> list[NotebookRun]:
     """Runs notebooks one after another, whatever fails, and writes `output_dir/index.html`.
 
     Prints a line per notebook: how long it took and whether it went well, or which cell stopped
@@ -70,7 +100,6 @@ def demo(
     Args:
         output_dir: For the executed notebooks, their results and files, and the report.
         paths: The notebooks; None for all the numbered ones.
-        progress: Whether a bar counts the cells.
 
     Returns:
         What happened to each notebook; all went well if every one is `ok`.
@@ -83,16 +112,14 @@ def demo(
         raise InputError("there are no notebooks to run; run this in a checkout of the kit")
     runs = []
     for path in paths:
-        runs.append(run(path, output_dir=output_dir, progress=progress))
+        runs.append(run(path, output_dir=output_dir))
         verdict = "ok" if runs[-1].ok else f"FAILED at {runs[-1].error}"
         print(f"{path.stem:<34}{runs[-1].seconds:7.1f} s  {verdict}", flush=True)
     print(f"report: {build(runs, Path(output_dir) / 'index.html')}", flush=True)
     return runs
 
 
-def build(
-    runs: Sequence[NotebookRun], path: Path, title: str = "ENGM, notebook by notebook"
-) -> Path:
+def build(runs: Sequence[NotebookRun], path: Path) -> Path:
     """Writes the report on `runs` to `path`, one HTML file with everything in it.
 
     The first screen has the paper's claims that the notebooks test, each with its verdict and a
@@ -102,7 +129,7 @@ def build(
     Warns:
         UserWarning: For a formula that has no MathML; its TeX is shown instead.
     """
-    with_mathml = exporter()
+    with_mathml = _exporter()
     from jinja2 import Environment
 
     pages = {each.name: _Page(each, with_mathml) for each in runs}
@@ -115,8 +142,8 @@ def build(
         files.joinpath("page.html").read_text("utf-8")
     )
     html = template.render(
-        title=title,
-        style=files.joinpath("page.css").read_text("utf-8") + code_style(),
+        title="ENGM, notebook by notebook",
+        style=files.joinpath("page.css").read_text("utf-8") + _code_style(),
         facts=[time.strftime("%Y-%m-%d %H:%M"), python, *versions, platform.machine()],
         failed=sum(not each.ok for each in runs),
         pages=list(pages.values()),
@@ -153,11 +180,11 @@ class _Page:
             tag["tabindex"] = "0"  # what scrolls can be reached by keys
 
     def _place(self, text: str) -> str:
-        name = f"{self.run.name}--{slug(text)}"
-        names = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
-        free = next(each for each in names if each not in self.ids)
-        self.ids.add(free)
-        return free
+        name = f"{self.run.name}--{_slug(text)}"
+        while name in self.ids:
+            name += "-again"
+        self.ids.add(name)
+        return name
 
     @property
     def section(self) -> str:
@@ -187,7 +214,7 @@ class _Page:
                 continue
             name = Path(file).stem if file.endswith(".ipynb") else "" if file else self.run.name
             if name in pages:
-                place = f"{name}--{slug(fragment)}"
+                place = f"{name}--{_slug(fragment)}"
                 link["href"] = f"#{place if place in pages[name].ids else name}"
             else:  # nothing else lies beside the report
                 del link["href"]
@@ -263,3 +290,121 @@ def _result(result: Mapping[str, Any]) -> str:
     table = tables.to_html(even(result.get("summary") or []))
     verdict = f'<p class="verdict">{escape(result["verdict"])}</p>' if result.get("verdict") else ""
     return f'<div class="html" tabindex="0">{verdict}{table}</div>'
+
+
+# --- pieces of a page that loads nothing
+
+
+def _exporter() -> Any:
+    """The exporter of nbconvert to the body of a page, with formulas as MathML.
+
+    A code cell's number is `metadata.number`; `metadata.stopped` says why the notebook ended there.
+    """
+    try:
+        from jinja2 import pass_context
+        from nbconvert.exporters import HTMLExporter
+        from nbconvert.filters.markdown_mistune import IPythonRenderer, MarkdownWithMath
+    except ImportError:
+        raise InputError('nbconvert is not installed: pip install "engm[batch]"') from None
+
+    class Formulas(IPythonRenderer):
+        def block_math(self, body: str) -> str:
+            return formula(body, "block")
+
+        def inline_math(self, body: str) -> str:
+            return formula(body, "inline")
+
+        def latex_environment(self, name: str, body: str) -> str:
+            return formula(rf"\begin{{{name}}}{body}\end{{{name}}}", "block")
+
+        def block_html(self, html: str) -> str:  # Jupyter sets formulas in <summary> as well
+            return re.sub(r"\$([^$<>]+)\$", lambda found: formula(found[1], "inline"), html)
+
+    @pass_context
+    def markdown(context: Any, source: str) -> str:
+        attachments = context["cell"].get("attachments", {})
+        renderer = Formulas(escape=False, attachments=attachments, exclude_anchor_links=True)
+        return str(MarkdownWithMath(renderer=renderer).render(source))
+
+    made = HTMLExporter(
+        template_name="basic",
+        raw_template=_TEMPLATE,
+        filters={"markdown2html": markdown},
+        preprocessors=["nbconvert.preprocessors.CoalesceStreamsPreprocessor"],
+        exclude_input_prompt=True,
+        exclude_output_prompt=True,
+    )
+    kinds = ["image/png", "image/jpeg", "image/svg+xml", "text/html", "text/markdown"]
+    made.config.NbConvertBase.display_data_priority = [*kinds, "text/latex", "text/plain"]
+    return made
+
+
+def formula(tex: str, display: str) -> str:
+    """MathML for `tex`; `display` is "block" or "inline".
+
+    Warns:
+        UserWarning: If there is none; what comes back then is the TeX itself, as code.
+    """
+    from latex2mathml.converter import convert
+
+    plain = tex.strip()
+    for pattern, better in _TEX:
+        plain = re.sub(pattern, better, plain)
+    try:
+        mathml = ElementTree.fromstring(convert(plain, display=display))
+        text = "".join(mathml.itertext())
+        if left_over := re.search(r"\\(?:[A-Za-z]+|\S)", text):
+            raise ValueError(f"{left_over[0]} is not known")
+        for node in mathml.iter():
+            name = node.tag = node.tag.rpartition("}")[2]  # HTML needs no namespace
+            if len(node) != _CHILDREN.get(name, len(node)):
+                raise ValueError(f"{name} has {len(node)} parts")
+            if name == "mo" and node.text in ("|", "‖"):  # browsers space them as relations
+                node.attrib.update(lspace="0", rspace="0")
+            elif name == "mi" and node.text in ("~", ":"):  # these two are relations
+                node.tag, node.text = "mo", node.text.replace("~", "∼")
+            elif name == "msub" and display == "block" and "".join(node[0].itertext()) in _UNDER:
+                node.tag = "munder"
+    except Exception as error:  # every fault in a formula has its own class there
+        warnings.warn(f"shown as TeX, not as a formula: {tex.strip()} ({error!r})", stacklevel=2)
+        return f'<code class="tex">{escape(tex.strip())}</code>'
+    html = ElementTree.tostring(mathml, encoding="unicode", short_empty_elements=False)
+    return f'<span class="formula" tabindex="0">{html}</span>' if display == "block" else html
+
+
+def offline(html: str) -> Any:
+    """`html` as a BeautifulSoup tree without scripts, handlers and whatever would load something.
+
+    Pictures that are not embedded are replaced by their alternative text. Links stay.
+    """
+    from bs4 import BeautifulSoup
+
+    soup = BeautifulSoup(html, "html.parser")
+    for tag in soup.find_all(["script", "link", "meta", "base", "iframe", "object", "embed"]):
+        tag.decompose()
+    for tag in soup.find_all(True):
+        for name, value in list(tag.attrs.items()):
+            text = " ".join(value) if isinstance(value, list) else str(value)
+            loads = name in _LOADING and not text.startswith("data:")
+            follows = name in ("href", "xlink:href") and tag.name != "a" and text[:1] != "#"
+            if loads or follows or name.startswith("on") or (name == "style" and "url(" in text):
+                del tag[name]
+        if tag.name == "style" and re.search(r"url\(|@import", tag.get_text()):
+            tag.decompose()
+        elif tag.name == "img" and "src" not in tag.attrs:
+            tag.replace_with(f"[picture: {tag.get('alt') or 'not part of the notebook'}]")
+    return soup
+
+
+def _code_style() -> str:
+    """The style sheet for the colours of code, light and dark."""
+    from pygments.formatters import HtmlFormatter
+
+    light = HtmlFormatter(style="default").get_style_defs(".highlight")
+    dark = HtmlFormatter(style="github-dark").get_style_defs(".highlight")
+    return f"{light}\n@media (prefers-color-scheme: dark) {{\n{dark}\n}}"
+
+
+def _slug(text: str) -> str:
+    """The name of a place in a page, from a heading or from a link to it."""
+    return re.sub(r"\W+", "-", text.lower()).strip("-")

@@ -9,6 +9,7 @@ import tokenize
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import GenericAlias
 from typing import Any, Literal
 
 from engm.errors import InputError
@@ -42,7 +43,8 @@ class Parameter:
 
     def __str__(self) -> str:
         """The line itself, as messages show it."""
-        return f"{self.name}: {self.type} = {self.default}" + f"  # {self.help}" * bool(self.help)
+        line = f"{self.name}: {self.type} = {self.default}"
+        return f"{line}  # {self.help}" if self.help else line
 
 
 def read_notebook(path: Path) -> Any:
@@ -178,9 +180,9 @@ def _kind(node: ast.expr) -> Any:
         case ast.Subscript(value=ast.Name(id="Literal"), slice=options):
             values = options.elts if isinstance(options, ast.Tuple) else [options]
             return Literal[tuple(ast.literal_eval(value) for value in values)]
+        case ast.Constant(value=dots) if dots is ...:  # the rest of tuple[int, ...]
+            return dots
         case ast.Subscript(value=ast.Name(id="list" | "tuple" as name), slice=inner):
             kinds = inner.elts if isinstance(inner, ast.Tuple) else [inner]
-            dots = ast.unparse(kinds[-1]) == "..."
-            items = [_kind(each) for each in (kinds[:-1] if dots else kinds)]
-            return _NAMES[name].__class_getitem__(tuple(items + [...] * dots))  # type: ignore
+            return GenericAlias(_NAMES[name], tuple(_kind(each) for each in kinds))
     raise ValueError(f"{ast.unparse(node)} is no type of a parameter")

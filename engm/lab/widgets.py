@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from engm import plots
 from engm.attacks import eval_mode
-from engm.errors import InputError
 from engm.optim import example_weights
 
 
@@ -22,6 +21,8 @@ class _Explorer(ipywidgets.VBox):
         super().__init__([*sliders, self.picture, *below])
         for slider in sliders:
             slider.continuous_update = False
+            slider.layout.width = "28rem"
+            slider.style.description_width = "initial"
             slider.observe(self._draw, names="value")
         self._draw()
 
@@ -46,9 +47,6 @@ class EpsExplorer(_Explorer):
         image: The slider over the images.
         picture: The figure, as a PNG.
         predicted: The class that the model sees at the moment.
-
-    Raises:
-        InputError: If there is no image, not one label for each, or no eps to slide to.
     """
 
     def __init__(
@@ -60,23 +58,12 @@ class EpsExplorer(_Explorer):
         attack_of: Callable[[float], Any],
         largest_eps: float,
     ) -> None:
-        if not (len(x) == len(y) > 0 and largest_eps > 0):
-            raise InputError(
-                f"the explorer needs images, a label for each and an eps above 0; got {len(x)} "
-                f"images, {len(y)} labels and largest_eps={largest_eps!r}"
-            )
         self._model, self._x, self._y = model, x, y
         self._class_names, self._attack_of = class_names, attack_of
         self.eps = ipywidgets.FloatSlider(
-            max=largest_eps,
-            step=largest_eps / 20,
-            description="eps",
-            readout_format=".3f",
-            layout={"width": "28rem"},
+            max=largest_eps, step=largest_eps / 20, description="eps", readout_format=".3f"
         )
-        self.image = ipywidgets.IntSlider(
-            max=len(x) - 1, description="image", layout={"width": "28rem"}
-        )
+        self.image = ipywidgets.IntSlider(max=len(x) - 1, description="image")
         self.predicted = -1
         super().__init__(self.eps, self.image)
 
@@ -91,8 +78,8 @@ class EpsExplorer(_Explorer):
         with eval_mode(self._model), torch.no_grad():
             probabilities = self._model(x).softmax(1)[0]
         self.predicted = int(probabilities.argmax())
-        title = f"eps {eps:.3f}: {self._class_names[self.predicted]}"
         names = self._class_names
+        title = f"eps {eps:.3f}: {names[self.predicted]}"
         figure = plots.prediction(x[0], probabilities, int(y), names, title, clean)
         self.picture.value = plots.to_png(figure)
 
@@ -101,48 +88,22 @@ class WeightExplorer(_Explorer):
     """Sliders over scale and floor: how hard each example of a batch pulls under ENGM.
 
     Args:
-        norms: |g_i| of a batch, `[n]`.
+        norms: |g_i| of a batch, `[n]`, such as `optimizer.last.norms`.
 
     Attributes:
         scale: The slider of c, in units of the mean |g_i|, on a log axis.
         floor: The slider of f.
         picture: The figure, as a PNG.
         readout: What the strongest tenth pulls, before and after, in words.
-        share: The part of all pulls that the strongest tenth of the examples has under ENGM.
-
-    Raises:
-        InputError: If the norms are not a row of finite numbers, 0 or more, of which one is not 0.
     """
 
     def __init__(self, norms: Tensor) -> None:
-        row = isinstance(norms, Tensor) and norms.dim() == 1 and len(norms) > 0
-        if not (row and norms.isfinite().all() and norms.min() >= 0 and norms.max() > 0):
-            got = f"shape {list(norms.shape)}" if isinstance(norms, Tensor) else type(norms)
-            raise InputError(
-                "the explorer needs the norms of a batch, a tensor [n] of finite numbers, 0 or "
-                f"more, not all 0, such as optimizer.last.norms; got {got}"
-                + (f" from {norms.min()} to {norms.max()}" if row else "")
-            )
         self._norms = norms.detach().double().cpu()
         self.scale = ipywidgets.FloatLogSlider(
-            value=1.0,
-            base=10,
-            min=-1,
-            max=1,
-            step=0.05,
-            description="scale / mean",
-            style={"description_width": "initial"},
-            readout_format=".2f",
-            layout={"width": "28rem"},
+            value=1.0, min=-1, max=1, step=0.05, description="scale / mean", readout_format=".2f"
         )
         self.floor = ipywidgets.FloatSlider(
-            value=0.05,
-            min=0.01,
-            max=1.0,
-            step=0.01,
-            description="floor",
-            readout_format=".2f",
-            layout={"width": "28rem"},
+            value=0.05, min=0.01, max=1.0, step=0.01, description="floor", readout_format=".2f"
         )
         self.readout = ipywidgets.Label()
         super().__init__(self.scale, self.floor, below=[self.readout])
@@ -150,11 +111,10 @@ class WeightExplorer(_Explorer):
     def _draw(self, change: Any = None) -> None:
         scale, floor = self.scale.value, self.floor.value
         weights = example_weights(self._norms, scale * self._norms.mean().item(), floor)
-        self.share = plots.strongest_share(weights * self._norms)
+        before, after = map(plots.strongest_share, (self._norms, weights * self._norms))
         self.readout.value = (
-            f"The strongest tenth has {plots.strongest_share(self._norms):.0%} of the pull under "
-            f"MSGD, {self.share:.0%} under ENGM; weights from {weights.min():.2g} to "
-            f"{weights.max():.2g}."
+            f"The strongest tenth has {before:.0%} of the pull under MSGD, {after:.0%} under ENGM; "
+            f"weights from {weights.min():.2g} to {weights.max():.2g}."
         )
         figure = plots.weighted_pulls(self._norms, [(scale, floor)], True)
         self.picture.value = plots.to_png(figure)

@@ -6,8 +6,6 @@ shown in percent.
 
 from engm.plots.curves import (
     accuracy_curves,
-    against_loss,
-    batch_variance,
     corrupted_steps,
     fits,
     learning_curves,
@@ -16,12 +14,10 @@ from engm.plots.curves import (
     robustness_curve,
     running_scale,
     seed_lines,
-    training_view,
 )
 from engm.plots.examples import (
     adversarial_examples,
     gram_matrices,
-    layer_bars,
     norms_from_inputs,
     prediction,
     pulls,

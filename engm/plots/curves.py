@@ -1,4 +1,8 @@
-"""Curves over what was varied: epochs, steps, eps, noise."""
+"""Curves over what was varied: epochs, steps, eps, noise.
+
+`x` is what was varied, and labels say what is drawn, with its unit. Mappings have the names of the
+legend, and under them values as many as `x`; where there are seeds, so many for each.
+"""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -16,10 +20,7 @@ from engm.plots.style import (
     BLUE,
     COLOURS,
     GREY,
-    ORANGE,
-    SKY,
     finish,
-    open_axes,
     panels,
     percent_axis,
     seeds_and_mean,
@@ -38,14 +39,7 @@ Curves = Mapping[str, Sequence[Sequence[float]]]
 def lines(
     x: Sequence[float], curves: Mapping[str, Sequence[float]], x_label: str, y_label: str
 ) -> Figure:
-    """Draws one line a name over `x`.
-
-    Args:
-        x: What was varied: eps, steps, epochs.
-        curves: Values, as many as `x`, under the names of the legend.
-        x_label: What `x` is, with its unit.
-        y_label: What the values are, with their unit.
-    """
+    """Draws one line a name over `x`."""
     figure, [axes] = panels(grid="y")
     for colour, (name, values) in zip(cycle(COLOURS), curves.items(), strict=False):
         axes.plot(x, values, "o-", color=colour, label=name, markersize=4)
@@ -69,7 +63,7 @@ def learning_curves(runs: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]]) -
     """Draws clean and robust validation accuracy over epochs; thin lines are single seeds.
 
     Args:
-        runs: The metrics of each seed's run, as in `metrics.jsonl`, under the names of the legend.
+        runs: The metrics of each seed's run, as in `metrics.jsonl`.
     """
     # long names stand below, where they have the whole width
     below = width_of(runs) > _SHORT
@@ -89,49 +83,13 @@ def learning_curves(runs: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]]) -
     return figure
 
 
-def training_view(
-    losses: Sequence[float], accuracies: Mapping[str, Sequence[float]], weights: Tensor
-) -> Figure:
-    """Draws loss and accuracies over the epochs so far, and how the example weights are spread.
-
-    The figure is not one of pyplot's, which belong to the main thread.
-
-    Args:
-        losses: Training loss of each epoch.
-        accuracies: Fractions, as many as `losses`, under the names of the legend.
-        weights: w_i of the examples of the last epoch, `[n]`.
-    """
-    figure = Figure(figsize=(9, 2.8))
-    left, middle, right = figure.subplots(1, 3)
-    epochs = range(1, len(losses) + 1)
-    left.plot(epochs, losses, "o-", color=BLUE, markersize=3)
-    left.set(ylim=(0, 1.1 * max(losses)), ylabel="training loss")
-    for colour, (name, values) in zip(cycle(COLOURS), accuracies.items(), strict=False):
-        percents = [100 * value for value in values]
-        middle.plot(epochs, percents, "o-", color=colour, markersize=3, label=name)
-    percent_axis(middle, "accuracy, validation (%)")
-    for axes in (left, middle):
-        axes.set_xlabel("epoch")
-        axes.xaxis.set_major_locator(_whole())
-    found = weights.detach().cpu().tolist()
-    right.hist(found, bins=20, range=(0, max(2, *found)), color=ORANGE)
-    right.set(xlabel="example weight $w_i$, last epoch", ylabel="examples")
-    for axes in (left, right):
-        open_axes(axes)
-    return finish(figure, middle)
-
-
 def seed_lines(
     x: Sequence[float], quantities: Mapping[str, Curves], x_label: str, *, log: bool = False
 ) -> Figure:
     """Draws quantities side by side; thin lines are single seeds, thick ones their mean.
 
-    Args:
-        x: What was varied, such as the epochs.
-        quantities: Under the label of each panel's y axis the curves; under the names of the legend
-            a curve for each seed, as long as `x`.
-        x_label: What `x` is, with its unit.
-        log: Whether the y axes are logarithmic; otherwise they start at 0.
+    Under the label of each panel's y axis stand its curves. The axes are logarithmic with `log`,
+    and otherwise start at 0.
     """
     size = (3.3 * len(quantities), 2.7)
     figure, row = panels([""] * len(quantities), size, grid="y", dpi=_DPI)
@@ -146,46 +104,6 @@ def seed_lines(
     return finish(figure, row[0])
 
 
-def against_loss(points: Mapping[str, tuple[Sequence[float], Sequence[float]]]) -> Figure:
-    """Draws mean example norms over mean losses, one point a moment of training.
-
-    Args:
-        points: Under the names of the legend the losses and the norms.
-    """
-    figure, [axes] = panels(size=(6, 3.2), grid="y", dpi=_DPI)
-    looks = zip(cycle(COLOURS), cycle("os^Dv"), points.items(), strict=False)
-    for colour, marker, (name, (losses, norms)) in looks:
-        axes.plot(losses, norms, marker, color=colour, markersize=5, alpha=0.7, label=name)
-    x_label = "mean loss (log scale; training goes to the left)"
-    axes.set(xscale="log", ylim=(0, None), xlabel=x_label, ylabel="mean example norm")
-    return finish(figure, axes)
-
-
-def batch_variance(
-    sizes: Sequence[int], measured: Sequence[Sequence[float]], predicted: Sequence[float]
-) -> Figure:
-    """Draws the variance of mini-batch gradients over the size of the mini-batch, on log axes.
-
-    Args:
-        sizes: Examples in a mini-batch.
-        measured: For each size the squared distances of single mini-batch gradients from the full
-            gradient; their mean is the variance.
-        predicted: For each size what the formula says.
-    """
-    figure, [axes] = panels(size=(6, 3.2), grid="both", dpi=_DPI)
-    for size, squares in zip(sizes, measured, strict=True):
-        axes.plot([size] * len(squares), squares, ".", color=SKY, markersize=3)
-    means = [np.mean(squares) for squares in measured]
-    axes.plot(sizes, means, "o", color=ORANGE, markersize=7, label="measured: mean of the draws")
-    axes.plot(sizes, predicted, color=BLUE, label="formula: variance / $n$")
-    axes.set_xscale("log", base=2)
-    axes.set_yscale("log")
-    axes.set_xticks(list(sizes), [str(size) for size in sizes])
-    axes.set_xlabel("examples in a mini-batch, $n$")
-    axes.set_ylabel("squared distance from\nthe full gradient")
-    return finish(figure, axes)
-
-
 def log_curves(
     values: Mapping[str, Mapping[str, Tensor]],
     x: Sequence[float],
@@ -195,15 +113,9 @@ def log_curves(
 ) -> Figure:
     """Draws geometric means over the seeds on two logarithmic axes, and bands from low to high.
 
-    Power laws are straight lines there.
-
-    Args:
-        values: Under the title of each panel the values of its curves, above 0, `[seeds, len(x)]`,
-            under the names of the legend. A name has the same colour in all panels.
-        x: Above 0.
-        x_label: What `x` is.
-        y_label: What the values are.
-        guides: Values to compare with, as many as `x`, drawn thin and grey in all panels.
+    Power laws are straight lines there. Under the title of each panel stand the values of its
+    curves, above 0, `[seeds, len(x)]`; a name has the same colour in all panels. `guides` are
+    drawn thin and grey in all of them, to compare with.
     """
     names = list(dict.fromkeys(name for curves in values.values() for name in curves))
     styles = zip(cycle(COLOURS), cycle(("-", "--", "-.", ":")), strict=False)
@@ -229,12 +141,7 @@ def log_curves(
 
 
 def fits(runs: Mapping[str, Sequence[Fit]], steps_per_epoch: int) -> Figure:
-    """Draws how good each fit of the estimate was, over the steps; the first epoch is grey.
-
-    Args:
-        runs: The fits of each run under the names of the legend.
-        steps_per_epoch: How many steps the first epoch had.
-    """
+    """Draws how good each fit of the estimate was, over the steps; the first epoch is grey."""
     figure, row = panels(("", ""), (9, 3.4), grid="y", sharex=True, sharey=True)
     kinds = {"r_squared": "$R^2$ of the line", "rank_correlation": "rank correlation"}
     for axes, (kind, label) in zip(row, kinds.items(), strict=True):
@@ -249,11 +156,7 @@ def fits(runs: Mapping[str, Sequence[Fit]], steps_per_epoch: int) -> Figure:
 
 
 def robustness_curve(report: "RobustnessReport") -> Figure:
-    """Draws accuracy under PGD over eps with its 95% band, and what each attack left at its eps.
-
-    Args:
-        report: What `engm.evaluate` returned.
-    """
+    """Draws what `engm.evaluate` found: PGD over eps with its 95% band, each attack at its eps."""
     figure, [axes] = panels(size=(6, 3.8))
     radii, along = list(report.curve), list(report.curve.values())
     low, high = ([100 * getattr(found.interval, end) for found in along] for end in ("low", "high"))
@@ -285,8 +188,8 @@ def corrupted_steps(
 
     Args:
         factors: What the loss was multiplied by.
-        steps: Under the names of the legend the lengths of the batch's gradient, and its cosines
-            with what it is without that example, both as many as `factors`.
+        steps: The lengths of the batch's gradient, and its cosines with what it is without that
+            example, both as many as `factors`.
     """
     figure, (left, right) = panels(("", ""), (6.8, 2.6))
     looks = zip(cycle(COLOURS), cycle(("-", "--", "-.")), steps.items(), strict=False)
@@ -305,12 +208,7 @@ def corrupted_steps(
 
 
 def running_scale(means: Sequence[float], scales: Sequence[float]) -> Figure:
-    """Draws the scale c over the steps, and the mean |g_i| of each batch behind it.
-
-    Args:
-        means: Mean |g_i| of the batch of each step.
-        scales: c of each step.
-    """
+    """Draws the scale c over the steps, and the mean |g_i| of each batch behind it."""
     figure, [axes] = panels(size=(5.4, 2.6))
     steps = range(1, len(means) + 1)
     axes.plot(steps, means, color="#BBBBBB", linewidth=1, label="mean $|g_i|$ of the batch")

@@ -1,7 +1,11 @@
-"""Single examples: images under attack, who pulls how hard, and what ENGM makes of it."""
+"""Single examples: images under attack, who pulls how hard, and what ENGM makes of it.
+
+`x` are images `[n, c, h, w]` in [0, 1] with labels `y`, `[n]`; `x_adv` are the same under attack,
+`logits` and `logits_adv` the model's answers, `[n, K]`. `norms` are |g_i| and `weights` w_i of a
+batch, `[n]`; `scale` is ENGM's c and `floor` its f.
+"""
 
 from collections.abc import Mapping, Sequence
-from itertools import cycle
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -10,9 +14,7 @@ from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from engm.optim import example_weights
-from engm.plots.style import BLUE, COLOURS, ORANGE, RED, SKY, finish, open_axes, panels, show_image
-
-_GREY = "#555555"
+from engm.plots.style import BLUE, GREY, ORANGE, RED, SKY, finish, open_axes, panels, show_image
 
 
 def adversarial_examples(
@@ -25,13 +27,7 @@ def adversarial_examples(
 ) -> Figure:
     """Shows images, perturbations and adversarial images in three rows, with the predictions.
 
-    Args:
-        x: Images, `[n, c, h, w]` in [0, 1].
-        x_adv: The same under attack.
-        logits: The model's answer to `x`, `[n, K]`.
-        logits_adv: Its answer to `x_adv`.
-        class_names: What the K classes are called.
-        size: Inches a side of each image.
+    An image has `size` inches a side.
     """
     n = len(x)
     figure, axes = plt.subplots(3, n, figsize=(size * n, 3 * size + 0.7), squeeze=False)
@@ -54,28 +50,26 @@ def prediction(
     y: int,
     class_names: Sequence[str],
     title: str,
-    clean: Tensor | None = None,
+    clean: Tensor,
 ) -> Figure:
-    """Shows one image beside bars of the model's probabilities; the true class is blue.
+    """Shows an image under attack beside the clean one, the change, and the model's answer.
 
     Args:
         image: `[c, h, w]` in [0, 1].
-        probabilities: `[K]`; at most the ten largest are shown.
-        y: The true class.
+        probabilities: What the model makes of it, `[K]`; at most the ten largest are shown.
+        y: The true class, whose bar is blue.
         class_names: What the K classes are called.
         title: What stands above the image.
-        clean: The image before the attack; it and the change, stretched, then stand to the left.
+        clean: The image before the attack.
     """
-    pictures = [(image, title)]
-    if clean is not None:
-        change = image - clean
-        stretched = f"change, at most {float(change.abs().max()):.3f}"
-        before = (clean, f"clean: {class_names[y]}")
-        pictures = [before, (_stretched(change), stretched), *pictures]
-    widths = [*[1] * len(pictures), 1.6]
-    size = (7 if clean is None else 10.5, 2.8)
-    figure, (*lefts, right) = plt.subplots(1, len(widths), figsize=size, width_ratios=widths)
-    for axes, (pixels, name) in zip(lefts, pictures, strict=True):
+    change = image - clean
+    pictures = {
+        f"clean: {class_names[y]}": clean,
+        f"change, at most {float(change.abs().max()):.3f}": _stretched(change),
+        title: image,
+    }
+    figure, (*lefts, right) = plt.subplots(1, 4, figsize=(10.5, 2.8), width_ratios=(1, 1, 1, 1.6))
+    for axes, (name, pixels) in zip(lefts, pictures.items(), strict=True):
         show_image(axes, pixels)
         axes.set_title(name, fontsize=10)
     shown = sorted(probabilities.topk(min(10, len(probabilities))).indices.tolist())
@@ -104,14 +98,6 @@ def strongest_and_weakest(
 
     Each stands there twice: clean, under its label, and under attack, under the model's answer,
     which is red where it is wrong. The length of the gradient is below.
-
-    Args:
-        x: Images, `[n, c, h, w]` in [0, 1].
-        x_adv: The same under attack.
-        y: Their labels, `[n]`.
-        logits_adv: The model's answer to `x_adv`, `[n, K]`.
-        norms: |g_i|, `[n]`.
-        class_names: What the K classes are called.
     """
     count = min(4, len(x))
     order = norms.argsort(descending=True).tolist()
@@ -133,47 +119,34 @@ def strongest_and_weakest(
     return finish(figure)
 
 
-def strongest_share(pulls: Tensor, part: float = 0.1) -> float:
-    """Returns which part of the sum of all pulls the strongest `part` of the examples has.
+def strongest_share(pulls: Tensor) -> float:
+    """Returns the part of the sum of all pulls, `[n]`, that the strongest tenth has.
 
-    Args:
-        pulls: |g_i| or w_i |g_i|, `[n]`.
-        part: Fraction of the examples, rounded to whole ones, at least one.
+    A tenth is a whole number of examples, at least one.
     """
-    count = max(1, round(part * len(pulls)))
-    pulls = pulls.double()
-    return (pulls.topk(count).values.sum() / pulls.sum()).item()
+    count = max(1, round(len(pulls) / 10))
+    return float(pulls.double().topk(count).values.sum() / pulls.double().sum())
 
 
 def who_pulls(norms: Tensor) -> Figure:
-    """Draws what so many of the hardest pulling examples pull all together.
-
-    Args:
-        norms: |g_i|, `[n]`.
-    """
+    """Draws what so many of the hardest pulling examples pull all together."""
     pulls = norms.detach().double().cpu().sort(descending=True).values.numpy()
     percent = 100 * np.arange(len(pulls) + 1) / len(pulls)
     figure, [axes] = panels(size=(5, 3.2))
     axes.plot(percent, 100 * np.cumsum([0, *pulls]) / pulls.sum(), color=ORANGE, linewidth=2)
-    axes.plot([0, 100], [0, 100], "--", color=_GREY, label="if all pulled alike")
+    axes.plot([0, 100], [0, 100], "--", color=GREY, label="if all pulled alike")
     axes.set(xlabel="examples, hardest first (%)", ylabel="part of all pulls (%)")
     return finish(figure, axes, loc="lower right")
 
 
 def pulls(norms: Tensor, weights: Tensor, scale: float) -> Figure:
-    """Draws how hard each example pulls under MSGD, |g_i|, and under ENGM, w_i |g_i|, sorted.
-
-    Args:
-        norms: |g_i|, `[n]`.
-        weights: w_i, `[n]`.
-        scale: c, drawn as a line.
-    """
+    """Draws how hard each example pulls under MSGD, |g_i|, and under ENGM, w_i |g_i|, sorted."""
     lengths, order = (values.numpy() for values in norms.detach().cpu().sort())
     weighted = lengths * weights.detach().cpu().numpy()[order]
     figure, [axes] = panels(size=(7, 3.2))
     axes.plot(lengths, "o", color=ORANGE, markersize=4, label="MSGD: $|g_i|$")
     axes.plot(weighted, "o", color=BLUE, markersize=4, label="ENGM: $w_i|g_i|$")
-    axes.axhline(scale, color=_GREY, linewidth=1, linestyle="--", label="$c$")
+    axes.axhline(scale, color=GREY, linewidth=1, linestyle="--", label="$c$")
     x_label = "examples of the batch, by their norm"
     axes.set(xlabel=x_label, ylabel="pull on the weights")
     return finish(figure, axes)
@@ -197,7 +170,7 @@ def weighted_pulls(
         after = before * example_weights(before, scale, floor)
         axes.plot(before, color=ORANGE, linewidth=2, label="MSGD: $|g_i|$")
         axes.plot(after, "--", color=BLUE, linewidth=2, label="ENGM: $w_i|g_i|$")
-        axes.axhline(scale, color=_GREY, linewidth=1, linestyle=":", label="$c$")
+        axes.axhline(scale, color=GREY, linewidth=1, linestyle=":", label="$c$")
         shares = [100 * strongest_share(pulls) for pulls in (before, after)]
         axes.set_title(
             f"scale {scale:.2g}, floor {floor:.2g}\ntenth: {shares[0]:.0f}% → {shares[1]:.0f}%",
@@ -214,10 +187,7 @@ def weighted_pulls(
 def weight_function(norms: Tensor, scale: float, floor: float) -> Figure:
     """Draws the weight (left) and the pull (right) of an example over the length of its gradient.
 
-    Args:
-        norms: |g_i| of a batch, `[n]`, drawn as ticks along the axis.
-        scale: c.
-        floor: f.
+    The `norms` of a batch are ticks along the axis.
     """
     points = norms.detach().double().cpu()
     lengths = points.new_tensor(np.linspace(0, float(points.max()), 400))
@@ -227,7 +197,7 @@ def weight_function(norms: Tensor, scale: float, floor: float) -> Figure:
     right.plot(lengths, weights * lengths, color=BLUE, linewidth=2, label="ENGM")
     left.plot(lengths, lengths * 0 + 1, "--", color=ORANGE, label="MSGD")
     right.plot(lengths, lengths, "--", color=ORANGE, label="MSGD")
-    right.axhline(scale, color=_GREY, linewidth=1, linestyle="--", label="$c$")
+    right.axhline(scale, color=GREY, linewidth=1, linestyle="--", label="$c$")
     right.plot(points, points * 0, "|", color="black", markersize=8, alpha=0.4)
     for axes in (left, right):
         axes.axvline(floor * scale, color="#999999", linewidth=1, linestyle=":", label="$fc$")
@@ -239,11 +209,7 @@ def weight_function(norms: Tensor, scale: float, floor: float) -> Figure:
 
 
 def weights_over_epochs(weights: Sequence[Tensor]) -> Figure:
-    """Draws how the example weights of each epoch are spread, as stacked bars.
-
-    Args:
-        weights: All w_i of each epoch, each `[n]`.
-    """
+    """Draws how the weights of all examples of each epoch are spread, as stacked bars."""
     edges = (0.0, 0.5, 1.0, 2.0, 10.0, np.inf)
     names = ("below 1/2", "1/2 to 1", "1 to 2", "2 to 10", "above 10")
     values = [epoch.detach().cpu().double().numpy() for epoch in weights]
@@ -262,11 +228,9 @@ def weights_over_epochs(weights: Sequence[Tensor]) -> Figure:
 
 
 def gram_matrices(patches: Tensor, outputs: Tensor) -> Figure:
-    """Draws two Gram matrices of one example and their product, whose sum is |share|^2.
+    """Draws two Gram matrices of one example and their product, whose sum is |g_i|^2.
 
-    Args:
-        patches: Inner products of the patches that a convolution sees, `[p, p]`.
-        outputs: Inner products of the output gradients at the same positions, `[p, p]`.
+    They are of the patches that a convolution sees, and of the output gradients, `[p, p]`.
     """
     product = patches * outputs
     matrices = {
@@ -304,29 +268,6 @@ def norms_from_inputs(fitted: Mapping[str, tuple[Tensor, Tensor, float, float]])
         axes.set(xlabel=r"input gradient $|\partial\ell_i/\partial x_i|$", ylim=(0, None))
     row[0].set_ylabel("example norm $|g_i|$")
     return finish(figure)
-
-
-def layer_bars(groups: Mapping[str, Mapping[str, float]], x_label: str) -> Figure:
-    """Draws one bar a layer and group, first layer on top.
-
-    Args:
-        groups: Under the names of the legend the value of each layer; all have the same layers.
-        x_label: What the values are, with their unit.
-    """
-    layers = list(next(iter(groups.values())))
-    thick = 0.8 / len(groups)
-    height = 1.2 + 0.2 * len(layers) * len(groups) ** 0.5
-    figure, [axes] = panels(size=(6, height), dpi=80)
-    for index, (colour, (name, values)) in enumerate(
-        zip(cycle(COLOURS), groups.items(), strict=False)
-    ):
-        places = np.arange(len(layers)) + (index - (len(groups) - 1) / 2) * thick
-        axes.barh(places, [values[layer] for layer in layers], thick, color=colour, label=name)
-    axes.set_yticks(range(len(layers)), layers, fontsize=10 if len(layers) < 15 else 7)
-    axes.invert_yaxis()
-    axes.margins(y=0.01)
-    axes.set_xlabel(x_label)
-    return finish(figure, axes)
 
 
 def _answer(logits: Tensor, class_names: Sequence[str]) -> str:

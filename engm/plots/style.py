@@ -44,13 +44,7 @@ def panels(
 
 
 def finish(figure: Figure, legend: Axes | None = None, **options: Any) -> Figure:
-    """Gives `legend` its legend, lays the figure out and returns it.
-
-    Args:
-        figure: With all that is to be seen.
-        legend: The axes whose lines are named in a legend.
-        options: For the legend, such as `loc`.
-    """
+    """Gives the axes `legend` a legend with these `options`, lays the figure out, returns it."""
     if legend is not None:
         legend.legend(frameon=False, **options)
     figure.tight_layout()
@@ -108,12 +102,7 @@ def seeds_and_mean(
 ) -> None:
     """Draws a thin line for each of several seeds, and a thick one for their mean.
 
-    Args:
-        axes: Where.
-        x: What was varied.
-        seeds: For each seed a value for each of `x`.
-        colour: Of all these lines.
-        look: For the mean's line, such as its label.
+    `look` is for that of the mean, such as its label.
     """
     for values in seeds if len(seeds) > 1 else []:
         axes.plot(x, values, color=colour, linewidth=0.8, alpha=0.5)
