@@ -68,6 +68,20 @@ def test_training_can_be_stopped_at_any_batch(images):
         assert len(done) == batches // 2  # two batches an epoch
 
 
+def test_earlier_runs_stay_as_faint_lines(lab):
+    for lr in (0.05, 0.01, 0.2):
+        lab.lr.value = lr
+        finish(lab)
+    assert [len(epochs) for epochs in lab.earlier] == [3, 3]
+    losses, accuracies, _ = live.view(lab.history, lab.earlier).axes
+    drawn = [list(line.get_ydata()) for line in losses.lines]
+    assert drawn == [[e.loss for e in each] for each in (*lab.earlier, lab.history)]
+    assert drawn[0] != drawn[1] != drawn[2]
+    assert losses.get_ylim()[1] >= max(map(max, drawn))
+    assert len(accuracies.lines) == 6
+    assert len(accuracies.get_legend().get_texts()) == 2
+
+
 def test_nothing_runs_before_the_button_is_pressed(lab, images):
     before = threading.active_count()
     other = live.TrainingLab(images, SMALL)
@@ -86,7 +100,7 @@ def test_the_choices_start_where_the_config_is(lab):
 def test_a_run_shows_each_epoch(lab, monkeypatch):
     drawn = []
     draw = live.view
-    monkeypatch.setattr(live, "view", lambda history: drawn.append(len(history)) or draw(history))
+    monkeypatch.setattr(live, "view", lambda now, _: drawn.append(len(now)) or draw(now))
     figures = plt.get_fignums()
     finish(lab)
     assert drawn == [1, 2, 3]
@@ -115,7 +129,7 @@ def test_the_run_is_the_one_that_was_chosen(images, monkeypatch):
 def test_the_stop_button_ends_a_run_and_another_can_follow(lab, monkeypatch):
     drawn = threading.Event()
     draw = live.view
-    monkeypatch.setattr(live, "view", lambda history: drawn.set() or draw(history))
+    monkeypatch.setattr(live, "view", lambda history, earlier: drawn.set() or draw(history))
     lab.epochs.max = lab.epochs.value = 100_000
     lab.start.click()
     assert (lab.start.disabled, lab.stop.disabled) == (True, False)

@@ -1,7 +1,7 @@
 """A small training run that a reader of the notebooks starts, watches and stops."""
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -76,13 +76,19 @@ def _watched(
         weights.append(last.weights if last else torch.ones(len(y)))
 
 
-def view(history: list[Epoch]) -> Any:
-    """Draws the epochs so far, as `engm.plots.training_view`."""
+def view(history: list[Epoch], earlier: Sequence[list[Epoch]] = ()) -> Any:
+    """Draws the epochs so far, and earlier runs beside them, as `engm.plots.training_view`."""
+    return plots.training_view(
+        *_curves(history), history[-1].weights, [_curves(epochs) for epochs in earlier]
+    )
+
+
+def _curves(history: list[Epoch]) -> tuple[list[float], dict[str, list[float]]]:
     accuracies = {
         kind: [getattr(epoch, f"{kind}_accuracy") for epoch in history]
         for kind in ("clean", "robust")
     }
-    return plots.training_view([epoch.loss for epoch in history], accuracies, history[-1].weights)
+    return [epoch.loss for epoch in history], accuracies
 
 
 class TrainingLab(ipywidgets.VBox):
@@ -102,6 +108,7 @@ class TrainingLab(ipywidgets.VBox):
         message: How it goes, in one sentence.
         picture: The epochs so far, as a PNG.
         history: The epochs so far.
+        earlier: Those of the runs before, oldest first; they stay as faint lines.
     """
 
     def __init__(self, images: data.Dataset, config: RunConfig) -> None:
@@ -135,6 +142,7 @@ class TrainingLab(ipywidgets.VBox):
         hidden = {"align_self": "flex-start", "display": "none"}  # until there is a picture
         self.picture = ipywidgets.Image(format="png", layout=hidden)
         self.history: list[Epoch] = []
+        self.earlier: list[list[Epoch]] = []
         self._stopped = threading.Event()
         self._thread: threading.Thread | None = None
         self.start.on_click(self._on_start)
@@ -152,6 +160,8 @@ class TrainingLab(ipywidgets.VBox):
         if self._thread is not None and self._thread.is_alive():
             return  # two clicks in a row
         self._stopped.clear()
+        if self.history:
+            self.earlier.append(self.history)
         self.history = []
         self.start.disabled, self.stop.disabled = True, False
         self.message.value = "The first epoch is running."
@@ -175,7 +185,7 @@ class TrainingLab(ipywidgets.VBox):
             )
             for epoch in train(self._images, config, self._stopped.is_set):
                 self.history.append(epoch)
-                self.picture.value = plots.to_png(view(self.history))
+                self.picture.value = plots.to_png(view(self.history, self.earlier))
                 self.picture.layout.display = None
                 self.message.value = self._progress(config.epochs)
             if self._stopped.is_set():

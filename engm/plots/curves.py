@@ -90,7 +90,10 @@ def learning_curves(runs: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]]) -
 
 
 def training_view(
-    losses: Sequence[float], accuracies: Mapping[str, Sequence[float]], weights: Tensor
+    losses: Sequence[float],
+    accuracies: Mapping[str, Sequence[float]],
+    weights: Tensor,
+    earlier: Sequence[tuple[Sequence[float], Mapping[str, Sequence[float]]]] = (),
 ) -> Figure:
     """Draws loss and accuracies over the epochs so far, and how the example weights are spread.
 
@@ -100,12 +103,19 @@ def training_view(
         losses: Training loss of each epoch.
         accuracies: Fractions, as many as `losses`, under the names of the legend.
         weights: w_i of the examples of the last epoch, `[n]`.
+        earlier: Losses and accuracies of earlier runs, which are drawn as faint lines.
     """
     figure = Figure(figsize=(9, 2.8))
     left, middle, right = figure.subplots(1, 3)
+    for before, others in earlier:
+        left.plot(range(1, len(before) + 1), before, color="lightgrey", linewidth=1)
+        for values in others.values():
+            percents = [100 * value for value in values]
+            middle.plot(range(1, len(values) + 1), percents, color="lightgrey", linewidth=1)
     epochs = range(1, len(losses) + 1)
     left.plot(epochs, losses, "o-", color=BLUE, markersize=3)
-    left.set(ylim=(0, 1.1 * max(losses)), ylabel="training loss")
+    highest = max(max(each) for each in (losses, *(before for before, _ in earlier)))
+    left.set(ylim=(0, 1.1 * highest), ylabel="training loss")
     for colour, (name, values) in zip(cycle(COLOURS), accuracies.items(), strict=False):
         percents = [100 * value for value in values]
         middle.plot(epochs, percents, "o-", color=colour, markersize=3, label=name)
