@@ -220,12 +220,14 @@ WRONG |= {
     ],
     ("07_tiny_imagenet", 2): [2, 4, 8, 64, 256, 1],
     ("07_tiny_imagenet", 3): [
-        0.05,
-        4 * 0.05,
-        0.95**4,
-        0.05**4,
-        4 * 0.05 * 0.95**3,  # exactly one
-        18.5,
+        list("abcdef"),
+        list("acdef"),
+        list("abcdf"),
+        ["c", "d", "f"],  # longer runs overlooked
+        ["a", "c", "f"],  # the interval overlooked
+        ["f"],
+        [],
+        ["a", "a", "c", "d", "f"],
     ],
     (OVERFITTING, 1): [
         lambda validation, test: test[1] - test[-1],

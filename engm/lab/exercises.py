@@ -215,7 +215,7 @@ def expected(notebook: str, number: int) -> Any:
         ("06", 3): _flips_signs,
         ("07", 1): (3 * 64 * 64) ** 0.5 * 8 / 255,
         ("07", 2): 16,  # (64 / 32) ** 4
-        ("07", 3): 1 - 0.95**4,
+        ("07", 3): lambda letters: sorted(letters) == ["a", "c", "d", "f"],
         ("08", 1): _is_the_gap,
         ("08", 2): 2.5,
         ("08", 3): 1.0,
