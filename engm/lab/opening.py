@@ -19,8 +19,8 @@ from engm.training import train_one_epoch
 def draw(epochs: int = 15, seed: int = 0) -> Figure:
     """Draws an image that fools a network, and how hard attacked images pull on another's weights.
 
-    On the left the first test image, after natural training, whose answer a small change turns;
-    on the right one step's pulls |g_i| (MSGD) and w_i |g_i| (ENGM) after adversarial training.
+    On the left the test image whose answer a small change turns most clearly, after natural
+    training; on the right one step's pulls |g_i| (MSGD) and w_i |g_i| (ENGM) after adversarial training.
 
     Args:
         epochs: How long both networks are trained.
@@ -50,10 +50,10 @@ def draw(epochs: int = 15, seed: int = 0) -> Figure:
     x_adv = attack(little)(natural, x, y)
     before, after = (natural(pixels).detach().softmax(1) for pixels in (x, x_adv))
     turned = (before.argmax(1) == y) & (after.argmax(1) != y)
-    i = int((turned * after.amax(1)).argmax())
+    i = int((turned * before.amax(1) * after.amax(1)).argmax())
     shown = {
         f"network: {says(before[i])}": (x[i], "black"),
-        f"+ a change of at most {little:.2f}": ((x_adv - x)[i] / (2 * little) + 0.5, "black"),
+        f"change, at most {little:.2f}": ((x_adv - x)[i] / (2 * little) + 0.5, "black"),
         f"network: {says(after[i])}": (x_adv[i], RED),
     }
     for axes, (title, (pixels, colour)) in zip(left.subplots(1, 3), shown.items(), strict=True):
@@ -74,6 +74,7 @@ def draw(epochs: int = 15, seed: int = 0) -> Figure:
     axes.set_title("how hard each of 50 images pulls on the weights", fontsize=9)
     axes.set_xlabel("attacked images, sorted", fontsize=9)
     axes.set_xticks([])
+    axes.tick_params(labelsize=8)
     axes.legend(frameon=False, fontsize=9)
     open_axes(axes)
     return figure
