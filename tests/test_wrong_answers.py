@@ -58,7 +58,7 @@ WRONG = {
         ["own", "transferred"],
         ["own", "own", "clean"],
         ["own", "transferred", "clean", "clean"],
-        "own",
+        "'own'",
     ],
     ("00_tour", 3): [[1, 20], [0.05, 1], [20, 0], [20, 20], 20, [float("inf"), 1]],
     ("01_attacks", 1): [

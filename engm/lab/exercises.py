@@ -1,6 +1,6 @@
 """The exercises of the notebooks: `check`, which never raises, and what it compares with."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -55,10 +55,10 @@ def success_rate(logits: Tensor, logits_adv: Tensor, y: Tensor) -> float:
     return float((correct & (logits_adv.argmax(1) != y)).sum() / correct.sum())
 
 
-def ascending(measured: Mapping[str, float]) -> Callable[[Any], bool]:
+def ascending(measured: Mapping[str, float]) -> Callable[[Sequence[str]], bool]:
     """Returns what tells whether an answer lists the names in `measured`, lowest value first."""
 
-    def holds(answer: Any) -> bool:
+    def holds(answer: Sequence[str]) -> bool:
         values = [measured[name] for name in answer]
         return len(values) == len(set(answer)) == len(measured) and values == sorted(values)
 
@@ -114,7 +114,8 @@ def defences(fragile: nn.Module, robust: nn.Module) -> dict[str, nn.Module]:
 
 def names_the_flaws(answer: Any) -> bool:
     """Tells whether `answer` says what is wrong with the four `defences`, from A to D."""
-    return list(answer) == ["turned gradient", "nothing", "no gradient", "saturation"]
+    found = answer if isinstance(answer, list | tuple) else []  # a set has no order
+    return [*found] == ["turned gradient", "nothing", "no gradient", "saturation"]
 
 
 def variance_from_lengths(answer: Callable[[Tensor, Tensor], Any]) -> bool:
@@ -160,7 +161,7 @@ def trims(answer: Callable[..., torch.optim.Optimizer]) -> bool:
         for n in (20, 43, 8, 20):
             a = torch.randn(n, 5, generator=draw, dtype=torch.float64)
             optimizer.zero_grad()
-            optimizer.step(lambda a=a: (a @ theta - 1).square())
+            optimizer.step(lambda a=a, theta=theta: (a @ theta - 1).square())
             losses = (a @ by_hand - 1).square()
             sgd.zero_grad()
             losses.sort().values[: n - round(0.1 * n)].mean().backward()
@@ -287,9 +288,7 @@ def _is_a_plan(answer: Any) -> bool:
     # how often Student's interval leaves out 0 if the mean difference is one deviation
     t = stats.t.ppf(0.975, new_seeds - 1)
     law = stats.nct(new_seeds - 1, new_seeds**0.5)
-    return bool(
-        runs <= 40 and rates >= 4 and seeds >= 2 and law.sf(t) + law.cdf(-t) >= 0.8
-    )
+    return bool(runs <= 40 and rates >= 4 and seeds >= 2 and law.sf(t) + law.cdf(-t) >= 0.8)
 
 
 def _corrects_the_level(answer: Any) -> bool:

@@ -1,7 +1,4 @@
-"""The picture at the top of README.md, of the tour's networks on the digits.
-
-    python -m engm.lab.opening notebooks/pictures/opening.png
-"""
+"""The picture at the top of README.md: `python -m engm.lab.opening OUT.png`."""
 
 import sys
 from pathlib import Path
@@ -20,7 +17,8 @@ def draw(epochs: int = 15, seed: int = 0) -> Figure:
     """Draws an image that fools a network, and how hard attacked images pull on another's weights.
 
     On the left the test image whose answer a small change turns most clearly, after natural
-    training; on the right one step's pulls |g_i| (MSGD) and w_i |g_i| (ENGM) after adversarial training.
+    training; on the right the pulls of one step, |g_i| (MSGD) and w_i |g_i| (ENGM), after
+    adversarial training. The networks are those of the tour.
 
     Args:
         epochs: How long both networks are trained.
