@@ -1,6 +1,7 @@
 """The exercises of the notebooks: `check`, which never raises, and what it compares with."""
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -149,22 +150,26 @@ def clips(answer: Callable[[Tensor, float], Tensor]) -> bool:
     )
 
 
-def trims(answer: Callable[..., torch.optim.Optimizer]) -> bool:
+def trims(answer: Callable[..., Any]) -> bool:
     """Tells whether `answer` is SGD that leaves out the tenth of the losses that are largest.
 
     It is made as `answer(parameters, lr=..., ...)` and called as `step(closure)`.
     """
     draw = torch.Generator().manual_seed(0)
-    for settings in (dict(lr=0.1), dict(lr=0.02, momentum=0.9, weight_decay=0.1)):
+    tried: list[dict[str, Any]] = [dict(lr=0.1), dict(lr=0.02, momentum=0.9, weight_decay=0.1)]
+    for settings in tried:
         theta, by_hand = (torch.ones(5, dtype=torch.float64, requires_grad=True) for _ in range(2))
         optimizer, sgd = answer([theta], **settings), torch.optim.SGD([by_hand], **settings)
         for n in (20, 43, 8, 20):
             a = torch.randn(n, 5, generator=draw, dtype=torch.float64)
+
+            def losses(weights: Tensor, a: Tensor = a) -> Tensor:
+                return (a @ weights - 1).square()
+
             optimizer.zero_grad()
-            optimizer.step(lambda a=a, theta=theta: (a @ theta - 1).square())
-            losses = (a @ by_hand - 1).square()
+            optimizer.step(partial(losses, theta))
             sgd.zero_grad()
-            losses.sort().values[: n - round(0.1 * n)].mean().backward()
+            losses(by_hand).sort().values[: n - round(0.1 * n)].mean().backward()
             sgd.step()
         if not torch.allclose(theta, by_hand):
             return False

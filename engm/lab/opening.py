@@ -26,6 +26,7 @@ def draw(epochs: int = 15, seed: int = 0) -> Figure:
     """
     config = RunConfig(dataset="digits").resolved()
     assert config.eps and config.batch_size
+    batch_size = config.batch_size
     images = data.load("digits")
     x, y = next(data.batches(images.test, 200, seed=seed, epoch=0))
 
@@ -34,7 +35,7 @@ def draw(epochs: int = 15, seed: int = 0) -> Figure:
         model = build_model(config, images)
         optimizer = MSGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=5e-4)
         for epoch in range(epochs):
-            examples = data.batches(images.train, config.batch_size, seed=seed, epoch=epoch)
+            examples = data.batches(images.train, batch_size, seed=seed, epoch=epoch)
             train_one_epoch(model, method, optimizer, examples)
         return model.eval()
 
@@ -42,7 +43,7 @@ def draw(epochs: int = 15, seed: int = 0) -> Figure:
         return PGD(eps=eps, step_size=eps / 4, num_steps=10)
 
     figure = Figure(figsize=(9, 2.5), layout="constrained")
-    left, right = figure.subfigures(1, 2, width_ratios=(5.2, 3.8))
+    places = figure.add_gridspec(1, 4, width_ratios=(1, 1, 1, 2.1))
 
     natural, little = trained(Natural()), 0.4 * config.eps
     x_adv = attack(little)(natural, x, y)
@@ -54,7 +55,8 @@ def draw(epochs: int = 15, seed: int = 0) -> Figure:
         f"change, at most {little:.2f}": ((x_adv - x)[i] / (2 * little) + 0.5, "black"),
         f"network: {says(after[i])}": (x_adv[i], RED),
     }
-    for axes, (title, (pixels, colour)) in zip(left.subplots(1, 3), shown.items(), strict=True):
+    for place, (title, (pixels, colour)) in enumerate(shown.items()):
+        axes = figure.add_subplot(places[0, place])
         plots.show_image(axes, pixels)
         axes.set_title(title, fontsize=9, color=colour)
 
@@ -65,7 +67,7 @@ def draw(epochs: int = 15, seed: int = 0) -> Figure:
     optimizer.step(lambda: losses(robust(few), labels, reduction="none"))
     assert optimizer.last is not None
     norms, order = optimizer.last.norms, optimizer.last.norms.argsort()
-    axes = right.subplots()
+    axes = figure.add_subplot(places[0, 3])
     axes.plot(norms[order].cpu(), "o", color=ORANGE, markersize=3, label="MSGD")
     pulls = optimizer.last.weights * norms
     axes.plot(pulls[order].cpu(), "o", color=BLUE, markersize=3, label="ENGM")
