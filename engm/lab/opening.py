@@ -18,7 +18,7 @@ def draw(epochs: int = 15, seed: int = 0) -> Figure:
 
     On the left the test image whose answer a small change turns most clearly, after natural
     training; on the right the pulls of one step, |g_i| (MSGD) and w_i |g_i| (ENGM), after
-    adversarial training. The networks are those of the tour.
+    adversarial training. Both networks are small ones on the digits, as in the tour.
 
     Args:
         epochs: How long both networks are trained.
