@@ -63,6 +63,7 @@ test-colab: .venv-colab/ready  ## run the notebooks under the versions that Cola
 
 map: demo  ## measure the times in notebooks/README.md, and renew its pictures
 	$(BIN)/python -m engm.lab.notebook_map $(OUT)
+	$(BIN)/python -m engm.lab.opening notebooks/pictures/opening.png
 
 lab: .venv/ready  ## open the notebooks in JupyterLab
 	$(BIN)/jupyter lab notebooks

@@ -1,7 +1,9 @@
 import pytest
 import torch
+from torch import nn
+from torch.nn import functional as F
 
-from engm.lab.exercises import check
+from engm.lab.exercises import check, defences
 
 
 @pytest.mark.parametrize(
@@ -33,3 +35,29 @@ def test_an_answer_of_a_wrong_kind_is_told_so_and_nothing_is_raised(answer, caps
     check(answer, 3, hint="count")
     said = capsys.readouterr().out
     assert said.startswith("not yet: count (your answer gave ")
+
+
+def test_three_of_the_defences_have_the_flaws_that_the_exercise_names():
+    torch.manual_seed(0)
+    fragile, robust = (nn.Sequential(nn.Flatten(), nn.Linear(64, 10)) for _ in range(2))
+    x = torch.rand(30, 1, 8, 8)
+    y = fragile(x).argmax(1)
+
+    def slope(model, loss=F.cross_entropy):
+        pixels = x.clone().requires_grad_()
+        return torch.autograd.grad(loss(model(pixels), y), pixels)[0]
+
+    def margin(logits, y):
+        return (logits.topk(2).values[:, 1] - logits.amax(1)).sum()
+
+    found = defences(fragile, robust)
+    assert found["B"] is robust
+    assert torch.equal(found["A"](x), fragile(x)) and torch.equal(
+        slope(found["A"]), -slope(fragile)
+    )
+    assert not slope(found["C"]).any() and not slope(found["C"], margin).any()
+    assert (found["C"](x).argmax(1) == y).float().mean() > 0.5
+    assert torch.equal(found["D"](x).argmax(1), y)
+    assert (slope(found["D"]) == 0).flatten(1).all(1).float().mean() > 0.5
+    assert slope(found["D"], margin).flatten(1).any(1).all()
+    assert all(torch.equal(model(x), model(x)) for model in found.values())  # none is random

@@ -1,10 +1,11 @@
 """The exercises of the notebooks: `check`, which never raises, and what it compares with."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from engm.optim import example_weights
 
@@ -55,9 +56,14 @@ def success_rate(logits: Tensor, logits_adv: Tensor, y: Tensor) -> float:
     return float((correct & (logits_adv.argmax(1) != y)).sum() / correct.sum())
 
 
-def part_of_longest(lengths: Tensor, count: int) -> float:
-    """Returns the part of the sum of `lengths`, `[n]`, that its `count` largest have."""
-    return float(lengths.sort().values[-count:].sum() / lengths.sum())
+def ascending(measured: Mapping[str, float]) -> Callable[[Sequence[str]], bool]:
+    """Returns what tells whether an answer lists the names in `measured`, lowest value first."""
+
+    def holds(answer: Sequence[str]) -> bool:
+        values = [measured[name] for name in answer]
+        return len(values) == len(set(answer)) == len(measured) and values == sorted(values)
+
+    return holds
 
 
 def pull(length: float, estimate: float, floor: float) -> float:
@@ -76,14 +82,41 @@ def worst_case(answer: Callable[[Tensor], Any]) -> bool:
     )
 
 
-def projects(answer: Callable[[Tensor, float], Tensor]) -> bool:
-    """Tells whether `answer` brings changes `[n, c, h, w]` into the l2 ball of a radius."""
-    changes = torch.randn(6, 3, 4, 4, generator=torch.Generator().manual_seed(0))
-    changes *= torch.tensor([0.001, 0.05, 0.1, 0.3, 1.0, 10.0]).reshape(6, 1, 1, 1)
-    return all(
-        torch.allclose(answer(changes, radius).flatten(1), changes.flatten(1).renorm(2, 0, radius))
-        for radius in (0.2, 1.0, 4.0)
-    )
+class _Around(nn.Module):
+    """A classifier with something before it or after it."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        before: Callable[[Tensor], Tensor] = lambda pixels: pixels,
+        after: Callable[[Tensor], Tensor] = lambda logits: logits,
+    ) -> None:
+        super().__init__()
+        self.model, self.before, self.after = model, before, after
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        return self.after(self.model(self.before(pixels)))
+
+
+def defences(fragile: nn.Module, robust: nn.Module) -> dict[str, nn.Module]:
+    """Returns four defences under the names A to D; one is what it seems to be.
+
+    Args:
+        fragile: A classifier after natural training, which three of them are built on.
+        robust: One after adversarial training.
+    """
+    return {
+        "A": _Around(fragile, before=lambda pixels: 2 * pixels.detach() - pixels),
+        "B": robust,
+        "C": _Around(fragile, before=lambda pixels: (4 * pixels).round() / 4),
+        "D": _Around(fragile, after=lambda logits: 1e3 * logits),
+    }
+
+
+def names_the_flaws(answer: Any) -> bool:
+    """Tells whether `answer` says what is wrong with the four `defences`, from A to D."""
+    found = answer if isinstance(answer, list | tuple) else []  # a set has no order
+    return [*found] == ["turned gradient", "nothing", "no gradient", "saturation"]
 
 
 def variance_from_lengths(answer: Callable[[Tensor, Tensor], Any]) -> bool:
@@ -115,6 +148,32 @@ def clips(answer: Callable[[Tensor, float], Tensor]) -> bool:
     return all(
         torch.allclose(answer(lengths, c), example_weights(lengths, c, 1.0)) for c in (2.0, 0.7)
     )
+
+
+def trims(answer: Callable[..., Any]) -> bool:
+    """Tells whether `answer` is SGD that leaves out the tenth of the losses that are largest.
+
+    It is made as `answer(parameters, lr=..., ...)` and called as `step(closure)`.
+    """
+    draw = torch.Generator().manual_seed(0)
+    tried: list[dict[str, Any]] = [dict(lr=0.1), dict(lr=0.02, momentum=0.9, weight_decay=0.1)]
+    for settings in tried:
+        theta, by_hand = (torch.ones(5, dtype=torch.float64, requires_grad=True) for _ in range(2))
+        optimizer, sgd = answer([theta], **settings), torch.optim.SGD([by_hand], **settings)
+        for n in (20, 43, 8, 20):
+            a = torch.randn(n, 5, generator=draw, dtype=torch.float64)
+
+            def losses(weights: Tensor, a: Tensor = a) -> Tensor:
+                return (a @ weights - 1).square()
+
+            optimizer.zero_grad()
+            optimizer.step(partial(losses, theta))
+            sgd.zero_grad()
+            losses(by_hand).sort().values[: n - round(0.1 * n)].mean().backward()
+            sgd.step()
+        if not torch.allclose(theta, by_hand):
+            return False
+    return True
 
 
 def norms_of_gamma(answer: Callable[[Tensor, Tensor], Tensor]) -> bool:
@@ -162,12 +221,12 @@ def expected(notebook: str, number: int) -> Any:
         ("06", 3): _flips_signs,
         ("07", 1): (3 * 64 * 64) ** 0.5 * 8 / 255,
         ("07", 2): 16,  # (64 / 32) ** 4
-        ("07", 3): 1 - 0.95**4,
+        ("07", 3): lambda letters: sorted(letters) == ["a", "c", "d", "f"],
         ("08", 1): _is_the_gap,
         ("08", 2): 2.5,
         ("08", 3): 1.0,
         ("09", 1): [0.73, 0.0013**0.5, (0.0013 / 3) ** 0.5],
-        ("09", 2): 8,  # 2 / 2**8 < 0.01 < 2 / 2**7
+        ("09", 2): _is_a_plan,
         ("09", 3): _corrects_the_level,
     }[notebook, number]
 
@@ -223,6 +282,18 @@ def _is_the_gap(answer: Any) -> bool:
         ([0.2, 0.5], [0.6, 0.4], 0.0),
     ]
     return all(abs(answer(validation, test) - gap) < 1e-9 for validation, test, gap in tried)
+
+
+def _is_a_plan(answer: Any) -> bool:
+    from scipy import stats
+
+    rates, seeds, new_seeds = map(int, answer)
+    assert [rates, seeds, new_seeds] == list(answer)
+    runs = 2 * (rates * seeds + new_seeds)  # two optimizers
+    # how often Student's interval leaves out 0 if the mean difference is one deviation
+    t = stats.t.ppf(0.975, new_seeds - 1)
+    law = stats.nct(new_seeds - 1, new_seeds**0.5)
+    return bool(runs <= 40 and rates >= 4 and seeds >= 2 and law.sf(t) + law.cdf(-t) >= 0.8)
 
 
 def _corrects_the_level(answer: Any) -> bool:
