@@ -747,6 +747,19 @@ class TwoScales(nn.Module):
         return (self.p + self.q) * x
 
 
+class Repeated(nn.Module):
+    """A table that is repeated for every example, and a scale with its shift in one operation."""
+
+    def __init__(self):
+        super().__init__()
+        self.table, self.shift = nn.Parameter(torch.randn(1, 6)), nn.Parameter(torch.randn(6))
+        self.scale = nn.Parameter(torch.randn(3, 1))
+
+    def forward(self, x):
+        x = torch.addcmul(self.shift, self.scale, x, value=2) + self.table.tanh().repeat(N, 3, 1)
+        return x.tanh() + self.table.repeat(N, 1)[:, None]
+
+
 ANY = {
     "embedding": (lambda: on_words(nn.Embedding(4, 6, padding_idx=1)), (24,)),
     "embedding, counted": (lambda: on_words(nn.Embedding(4, 6, scale_grad_by_freq=True)), None),
@@ -779,6 +792,7 @@ ANY = {
     "used once, and behind its back": (lambda: Functional(1, True), (6,)),
     "used twice, and behind its back": (lambda: Functional(2, False), (6,)),
     "only behind its back": (lambda: Functional(0, True), (6,)),
+    "repeated": (lambda: nn.Sequential(nn.Linear(6, 6), Repeated()), (3, 6)),
     "forward of an instance": (
         lambda: with_forward(nn.Linear(6, 6), lambda f: lambda x: f(x).clamp(-1, 1)), (6,)
     ),
@@ -827,6 +841,14 @@ def test_any_model(case):
     assert_exact(model, lambda: squares(model(x)))
     # and where it is not the first, so that the images' side has a gradient
     assert_exact(model, lambda: squares(model(x.clone().requires_grad_())))
+
+
+@pytest.mark.filterwarnings("error:the norms of")
+@pytest.mark.parametrize("case", ["tokens", "windows", "repeated"])
+def test_what_has_a_formula_is_not_taken_one_at_a_time(case):
+    build, size = ANY[case]
+    model, x = made(build), random(N, *size)
+    assert_exact(model, lambda: squares(model(x)))
 
 
 def test_a_layer_that_gradients_reach_late_is_looked_at_then():

@@ -120,6 +120,21 @@ def _times(node: Any, b: Tensor, rows: Rows, size: torch.Size, other: str) -> _R
     return _summed(b * getattr(node, other), rows, size)
 
 
+def _product(node: Any, b: Tensor, rows: Rows, size: torch.Size, other: str) -> _Result:
+    return _summed(b * (node._saved_value * getattr(node, other)), rows, size)
+
+
+def _repeated(node: Any, b: Tensor, rows: Rows, size: torch.Size) -> _Result:
+    whole = [1] * (b.dim() - len(size)) + list(size)
+    if whole[rows.dim] > 1:
+        return None
+    # [copies, length] in place of each dimension
+    apart = [v for have, one in zip(b.shape, whole, strict=True) for v in (have // one, one)]
+    copies = [2 * d for d in range(b.dim()) if d != rows.dim]
+    total = b.reshape(apart).sum(copies, keepdim=True).movedim(2 * rows.dim, 0)
+    return Rows(0, rows.n, rows.blocks).split(total).sum(1).reshape(rows.n, *size)
+
+
 def _matrix(node: Any, b: Tensor, rows: Rows, size: torch.Size, other: str) -> _Result:
     if getattr(node, "_saved_alpha", 1) != 1 or rows.dim:
         return None
@@ -176,6 +191,10 @@ _FORMULAS: dict[tuple[str, int], _Formula] = {
     ("Expand", 0): _itself,
     ("Mul", 0): partial(_times, other="_saved_other"),
     ("Mul", 1): partial(_times, other="_saved_self"),
+    ("Addcmul", 0): _itself,
+    ("Addcmul", 1): partial(_product, other="_saved_tensor2"),
+    ("Addcmul", 2): partial(_product, other="_saved_tensor1"),
+    ("Repeat", 0): _repeated,
     ("Mm", 1): partial(_matrix, other="_saved_self"),
     ("Addmm", 0): partial(_shift, channels=False),
     ("Addmm", 2): partial(_matrix, other="_saved_mat1"),
