@@ -100,10 +100,10 @@ def measure(name: str, size: int, repeats: int) -> dict[str, Any]:
     torch.manual_seed(0)
     model = build(name, size)
     shape = (3, size, size)
-    _move(model, torch.rand(BATCH, *shape))
+    move_off(model, torch.rand(BATCH, *shape))
     count = sum(p.numel() for p in model.parameters())
     entry = {"name": name, "image_size": size, "parameters": count}
-    entry |= _agreement(model.double().eval(), torch.rand(FEW, *shape, dtype=torch.float64))
+    entry |= agreement(model.double().eval(), torch.rand(FEW, *shape, dtype=torch.float64))
     entry |= {"coupled": any(map(_couples, model.modules())), "batch_size": BATCH}
     return entry | {
         "cost": _cost(model.float().train(), torch.rand(BATCH, *shape), entry["works"], repeats),
@@ -111,7 +111,8 @@ def measure(name: str, size: int, repeats: int) -> dict[str, Any]:
     }
 
 
-def _losses(model: nn.Module, x: Tensor) -> Tensor:
+def losses_of(model: nn.Module, x: Tensor) -> Tensor:
+    """Returns a loss for each image, `[n]`."""
     return cross_entropy(model(x), torch.arange(len(x)) % CLASSES, reduction="none")
 
 
@@ -119,7 +120,8 @@ def _couples(module: nn.Module) -> bool:
     return isinstance(module, nn.modules.batchnorm._BatchNorm)
 
 
-def _move(model: nn.Module, x: Tensor) -> None:
+def move_off(model: nn.Module, x: Tensor) -> None:
+    """Moves weights off values that they all share; BatchNorms take the statistics of x."""
     with torch.no_grad():
         for parameter in model.parameters():
             if bool((parameter == parameter.flatten()[0]).all()):
@@ -133,10 +135,10 @@ def _move(model: nn.Module, x: Tensor) -> None:
             norm.momentum = momentum
 
 
-def _agreement(model: nn.Module, x: Tensor) -> dict[str, Any]:
+def agreement(model: nn.Module, x: Tensor) -> dict[str, Any]:
     """Returns how the norms are found, and how far they are from the loop's."""
     with Watch(model) as watch:
-        losses = _losses(model, x)
+        losses = losses_of(model, x)
     expected = loop_norms(losses, [p for p in model.parameters() if p.requires_grad])
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -153,7 +155,7 @@ def _agreement(model: nn.Module, x: Tensor) -> dict[str, Any]:
 def _instead(model: nn.Module, x: Tensor) -> dict[str, Any]:
     try:
         ENGM(model, 0.0, norms="input", refresh_every=None).step(
-            lambda: _losses(model, x), inputs=x
+            lambda: losses_of(model, x), inputs=x
         )
     except InputError:
         return {"works": "loop"}
@@ -172,7 +174,7 @@ def _cost(model: nn.Module, x: Tensor, works: str, repeats: int) -> dict[str, An
 
     def step(optimizer: MSGD | ENGM) -> None:
         optimizer.zero_grad()
-        optimizer.step(lambda: _losses(model, x), inputs=x)
+        optimizer.step(lambda: losses_of(model, x), inputs=x)
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
