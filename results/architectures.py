@@ -40,7 +40,7 @@ from engm.runs import environment
 sys.path.append(str(Path(__file__).parents[1] / "data_scripts"))  # for `vision`
 LOG = Path(__file__).parent / "architectures.jsonl"
 CLASSES = 10
-BATCH = 4  # of the cost
+BATCH = 8  # of the cost
 FEW = 2  # images in float64
 TOLERANCE = 1e-8
 
@@ -66,8 +66,10 @@ _LISTED = {
         convit_tiny mvitv2_tiny test_vit2 beit_base_patch16_224""",
     ("timm", 112): "eva02_tiny_patch14_224 swin_tiny_patch4_window7_224 sequencer2d_s",
     ("timm", 128): """
-        levit_128s gcvit_xxtiny maxvit_pico_rw_256 lambda_resnet26rpt_256 botnet26t_256 halonet26t
-        efficientformer_l1 mobilenetv4_hybrid_medium""",
+        levit_128s gcvit_xxtiny maxvit_pico_rw_256 lambda_resnet26rpt_256 botnet26t_256
+        mobilenetv4_hybrid_medium""",
+    ("timm", 224): "efficientformer_l1",
+    ("timm", 256): "halonet26t",
 }  # fmt: skip
 SIZES = {
     f"{library}/{name}": size
