@@ -747,6 +747,24 @@ class TwoScales(nn.Module):
         return (self.p + self.q) * x
 
 
+class Axes(nn.Module):
+    """Attention's tables of places for each axis, and rows of columns: [T, n, columns] in one."""
+
+    def __init__(self):
+        super().__init__()
+        self.high = nn.Parameter(torch.randn(2, 4, 3))
+        self.wide = nn.Parameter(torch.randn(2, 4, 3))
+        self.linear = nn.Linear(3, 3)
+
+    def forward(self, x):
+        x = x.view(N, 2, 4, 3)
+        high = torch.einsum("nhwc,hkc->nhwk", x, self.high).sum(-1)
+        flat = torch.bmm(self.wide, x.permute(1, 3, 0, 2).reshape(2, 3, -1))  # [2, 4, n * 4]
+        wide = flat.square().sum(1).view(2, N, 4).transpose(0, 1)
+        columns = self.linear(x.transpose(0, 1).reshape(-1, 3)).tanh().view(2, N, 4, 3)
+        return high + wide + columns.transpose(0, 1).sum(-1)
+
+
 class Repeated(nn.Module):
     """A table that is repeated for every example, and a scale with its shift in one operation."""
 
@@ -793,6 +811,7 @@ ANY = {
     "used twice, and behind its back": (lambda: Functional(2, False), (6,)),
     "only behind its back": (lambda: Functional(0, True), (6,)),
     "repeated": (lambda: nn.Sequential(nn.Linear(6, 6), Repeated()), (3, 6)),
+    "axes": (lambda: nn.Sequential(nn.Linear(24, 24), Axes()), (24,)),
     "forward of an instance": (
         lambda: with_forward(nn.Linear(6, 6), lambda f: lambda x: f(x).clamp(-1, 1)), (6,)
     ),
@@ -844,7 +863,7 @@ def test_any_model(case):
 
 
 @pytest.mark.filterwarnings("error:the norms of")
-@pytest.mark.parametrize("case", ["tokens", "windows", "repeated"])
+@pytest.mark.parametrize("case", ["tokens", "windows", "repeated", "axes"])
 def test_what_has_a_formula_is_not_taken_one_at_a_time(case):
     build, size = ANY[case]
     model, x = made(build), random(N, *size)

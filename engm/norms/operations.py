@@ -8,6 +8,7 @@ running the node once an example.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -132,7 +133,7 @@ def _repeated(node: Any, b: Tensor, rows: Rows, size: torch.Size) -> _Result:
     apart = [v for have, one in zip(b.shape, whole, strict=True) for v in (have // one, one)]
     copies = [2 * d for d in range(b.dim()) if d != rows.dim]
     total = b.reshape(apart).sum(copies, keepdim=True).movedim(2 * rows.dim, 0)
-    return Rows(0, rows.n, rows.blocks).split(total).sum(1).reshape(rows.n, *size)
+    return replace(rows, dim=0).split(total).sum(1).reshape(rows.n, *size)
 
 
 def _matrix(node: Any, b: Tensor, rows: Rows, size: torch.Size, other: str) -> _Result:
@@ -140,6 +141,15 @@ def _matrix(node: Any, b: Tensor, rows: Rows, size: torch.Size, other: str) -> _
         return None
     # from a @ q comes the gradient a^T b of q
     return rows.split(b), rows.split(getattr(node, other).to(b.dtype))
+
+
+def _matrices(node: Any, b: Tensor, rows: Rows, size: torch.Size, slot: int) -> _Result:
+    if rows.dim != 2 - slot:
+        return None
+    # of a @ q, for each matrix of a stack: the gradient of q is a^T b, that of a is b q^T
+    other = node._saved_self if slot else node._saved_mat2
+    pair = (rows.split(other), rows.split(b)) if slot else (rows.split(b), rows.split(other))
+    return torch.einsum("nksi,nkso->nsio", pair)
 
 
 def _shift(node: Any, b: Tensor, rows: Rows, size: torch.Size, channels: bool) -> _Result:
@@ -196,6 +206,8 @@ _FORMULAS: dict[tuple[str, int], _Formula] = {
     ("Addcmul", 2): partial(_product, other="_saved_tensor1"),
     ("Repeat", 0): _repeated,
     ("Mm", 1): partial(_matrix, other="_saved_self"),
+    ("Bmm", 0): partial(_matrices, slot=0),
+    ("Bmm", 1): partial(_matrices, slot=1),
     ("Addmm", 0): partial(_shift, channels=False),
     ("Addmm", 2): partial(_matrix, other="_saved_mat1"),
     ("Convolution", 1): _conv,
