@@ -16,7 +16,6 @@ import gc
 import json
 import sys
 import warnings
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
@@ -237,23 +236,23 @@ def read(log: Path) -> list[dict[str, Any]]:
 
 def summary(entries: Sequence[Mapping[str, Any]]) -> str:
     """Returns in a few lines how many architectures work, and at what cost."""
-    counts = Counter(entry["works"] for entry in entries)
-    lines = [f"- {len(entries)} architectures: {_listed(counts)}."]
+    names: dict[str, list[str]] = {kind: [] for kind in ("exact", *(e["works"] for e in entries))}
+    for entry in entries:
+        names[entry["works"]].append(entry["name"])
+    exact = len(names.pop("exact"))
+    rest = "".join(f"; {kind}: {', '.join(sorted(those))}" for kind, those in names.items())
+    lines = [f"- {len(entries)} architectures, {exact} exact{rest}."]
     worst = max((entry["error"] for entry in entries if "error" in entry), default=0)
-    lines.append(f"- Norms differ from the loop's in float64 by at most {worst:.0e}, relatively.")
+    lines.append(f"- Norms differ from the loop's in float64 by at most {worst:.0e} of their size.")
     for title, coupled in (("without", False), ("with", True)):
         costs = [e["cost"]["ratio"] for e in entries if "cost" in e and e["coupled"] is coupled]
         if costs:
             low, median, high = np.quantile(costs, [0, 0.5, 1])
             lines.append(
-                f"- {len(costs)} {title} BatchNorm in train mode: an outer step takes {median:.2f} "
-                f"times as long as MSGD's in the median, from {low:.2f} to {high:.2f}."
+                f"- {len(costs)} are {title} BatchNorm: an outer step takes {median:.2f} times as "
+                f"long as MSGD's in the median, from {low:.2f} to {high:.2f}."
             )
     return "\n".join(lines) + "\n"
-
-
-def _listed(counts: Mapping[str, int]) -> str:
-    return ", ".join(f"{count} {works}" for works, count in counts.items())
 
 
 def table(entries: Sequence[Mapping[str, Any]]) -> str:

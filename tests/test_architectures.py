@@ -96,7 +96,7 @@ def test_the_script_goes_on_where_it_stopped_and_past_what_fails(
     entries = architectures.read(log)
     assert [entry["works"] for entry in entries] == ["exact", "exact", "failed"]
     assert entries[0]["environment"]["packages"]["torch"] == torch.__version__
-    assert "- 3 architectures: 2 exact, 1 failed." in result.output
+    assert "- 3 architectures, 2 exact; failed: c." in result.output
     assert "| c |  |  | failed |  |  |  | RuntimeError: too small for 4 stages |" in result.output
 
 

@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from engm.errors import InputError
 from engm.models import preact_resnet18, small_cnn
 from engm.norms import layers as layer_shares
-from engm.norms.rows import Rows
+from engm.norms.rows import Rows, Summary
 from engm.norms.watch import Checked, Watch, loop_norms
 from engm.optim import ENGM
 
@@ -868,6 +868,15 @@ def test_what_has_a_formula_is_not_taken_one_at_a_time(case):
     build, size = ANY[case]
     model, x = made(build), random(N, *size)
     assert_exact(model, lambda: squares(model(x)))
+
+
+def test_rows_are_found_though_their_gradients_underflow():
+    weights = torch.tensor([2.0, 8.0, 1.0])
+    first = torch.tensor([[1.0, -2.0], [1e-45, 1e-45], [3.0, 1.0]])
+    plain, probe = (0.3 * factor * first for factor in (torch.ones(3, 1), weights[:, None]))
+    assert not plain[1].any() and probe[1].any()
+    assert Summary.of(plain, 3).rows(Summary.of(probe, 3), weights) == Rows(0, 3)
+    assert Summary.of(plain, 3).rows(Summary.of(probe.flip(0), 3), weights) is None
 
 
 def test_a_layer_that_gradients_reach_late_is_looked_at_then():

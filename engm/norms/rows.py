@@ -95,8 +95,10 @@ class Summary:
             plain, size = self.sums[rows.dim], self.sizes[rows.dim]
             factor = weights.to(plain.dtype)[rows.owners(len(plain), plain.device)]
             off = (probe.sums[rows.dim] - factor * plain).abs()
-            # what a loss that is 0 but for rounding leaves is rounding, too
-            allowed = factor * (tolerance * size + rounding * size.nan_to_num(0, 0, 0).max())
+            # what a loss that is 0 but for rounding leaves is rounding, too, and numbers that
+            # underflow are no multiples any more
+            least = rounding * size.nan_to_num(0, 0, 0).max() + torch.finfo(size.dtype).tiny
+            allowed = factor * (tolerance * size + least)
             # an example that is not finite tells nothing
             if bool(((off <= allowed) | ~off.isfinite()).all()):
                 return rows
