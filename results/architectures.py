@@ -61,13 +61,14 @@ _LISTED = {
         mambaout_femto efficientvit_b0 repvit_m0_9 starnet_s050 resnest14d skresnet18 xception41
         lcnet_035 caformer_s18 swiftformer_xs coat_lite_tiny visformer_tiny hrnet_w18_small
         tiny_vit_5m_224 pit_ti_224 swinv2_tiny_window8_256 volo_d1_224 coatnet_nano_rw_224
-        tnt_s_patch16_224 nest_tiny crossvit_tiny_240 davit_tiny twins_svt_small hiera_tiny_224
+        tnt_s_patch16_224 nest_tiny davit_tiny twins_svt_small hiera_tiny_224
         convit_tiny mvitv2_tiny test_vit2 beit_base_patch16_224""",
     ("timm", 112): "eva02_tiny_patch14_224 swin_tiny_patch4_window7_224 sequencer2d_s",
     ("timm", 128): """
         levit_128s gcvit_xxtiny maxvit_pico_rw_256 lambda_resnet26rpt_256 botnet26t_256
         mobilenetv4_hybrid_medium""",
     ("timm", 224): "efficientformer_l1",
+    ("timm", 240): "crossvit_tiny_240",
     ("timm", 256): "halonet26t",
 }  # fmt: skip
 SIZES = {
