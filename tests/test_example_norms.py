@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from engm.errors import InputError
 from engm.models import preact_resnet18, small_cnn
 from engm.norms import layers as layer_shares
-from engm.norms.rows import Rows
+from engm.norms.rows import Rows, Summary
 from engm.norms.watch import Checked, Watch, loop_norms
 from engm.optim import ENGM
 
@@ -747,6 +747,37 @@ class TwoScales(nn.Module):
         return (self.p + self.q) * x
 
 
+class Axes(nn.Module):
+    """Attention's tables of places for each axis, and rows of columns: [T, n, columns] in one."""
+
+    def __init__(self):
+        super().__init__()
+        self.high = nn.Parameter(torch.randn(2, 4, 3))
+        self.wide = nn.Parameter(torch.randn(2, 4, 3))
+        self.linear = nn.Linear(3, 3)
+
+    def forward(self, x):
+        x = x.view(N, 2, 4, 3)
+        high = torch.einsum("nhwc,hkc->nhwk", x, self.high).sum(-1)
+        flat = torch.bmm(self.wide, x.permute(1, 3, 0, 2).reshape(2, 3, -1))  # [2, 4, n * 4]
+        wide = flat.square().sum(1).view(2, N, 4).transpose(0, 1)
+        columns = self.linear(x.transpose(0, 1).reshape(-1, 3)).tanh().view(2, N, 4, 3)
+        return high + wide + columns.transpose(0, 1).sum(-1)
+
+
+class Repeated(nn.Module):
+    """A table that is repeated for every example, and a scale with its shift in one operation."""
+
+    def __init__(self):
+        super().__init__()
+        self.table, self.shift = nn.Parameter(torch.randn(1, 6)), nn.Parameter(torch.randn(6))
+        self.scale = nn.Parameter(torch.randn(3, 1))
+
+    def forward(self, x):
+        x = torch.addcmul(self.shift, self.scale, x, value=2) + self.table.tanh().repeat(N, 3, 1)
+        return x.tanh() + self.table.repeat(N, 1)[:, None]
+
+
 ANY = {
     "embedding": (lambda: on_words(nn.Embedding(4, 6, padding_idx=1)), (24,)),
     "embedding, counted": (lambda: on_words(nn.Embedding(4, 6, scale_grad_by_freq=True)), None),
@@ -779,6 +810,8 @@ ANY = {
     "used once, and behind its back": (lambda: Functional(1, True), (6,)),
     "used twice, and behind its back": (lambda: Functional(2, False), (6,)),
     "only behind its back": (lambda: Functional(0, True), (6,)),
+    "repeated": (lambda: nn.Sequential(nn.Linear(6, 6), Repeated()), (3, 6)),
+    "axes": (lambda: nn.Sequential(nn.Linear(24, 24), Axes()), (24,)),
     "forward of an instance": (
         lambda: with_forward(nn.Linear(6, 6), lambda f: lambda x: f(x).clamp(-1, 1)), (6,)
     ),
@@ -827,6 +860,23 @@ def test_any_model(case):
     assert_exact(model, lambda: squares(model(x)))
     # and where it is not the first, so that the images' side has a gradient
     assert_exact(model, lambda: squares(model(x.clone().requires_grad_())))
+
+
+@pytest.mark.filterwarnings("error:the norms of")
+@pytest.mark.parametrize("case", ["tokens", "windows", "repeated", "axes"])
+def test_what_has_a_formula_is_not_taken_one_at_a_time(case):
+    build, size = ANY[case]
+    model, x = made(build), random(N, *size)
+    assert_exact(model, lambda: squares(model(x)))
+
+
+def test_rows_are_found_though_their_gradients_underflow():
+    weights = torch.tensor([2.0, 8.0, 1.0])
+    first = torch.tensor([[1.0, -2.0], [1e-45, 1e-45], [3.0, 1.0]])
+    plain, probe = (0.3 * factor * first for factor in (torch.ones(3, 1), weights[:, None]))
+    assert not plain[1].any() and probe[1].any()
+    assert Summary.of(plain, 3).rows(Summary.of(probe, 3), weights) == Rows(0, 3)
+    assert Summary.of(plain, 3).rows(Summary.of(probe.flip(0), 3), weights) is None
 
 
 def test_a_layer_that_gradients_reach_late_is_looked_at_then():

@@ -231,6 +231,9 @@ def _conv2d(module: Any, calls: Calls, measure: bool) -> Share:
     groups, (height, width) = module.groups, module.kernel_size
     outputs, inputs = module.out_channels // groups, module.in_channels // groups
 
+    if measure and inputs == outputs == 1:  # channels apart: there are no matrices to multiply
+        return _conv(module, calls, measure)
+
     def product(a: Tensor, b: Tensor) -> Tensor:
         return conv2d_weight(
             _padded(module, a),

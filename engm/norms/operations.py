@@ -8,6 +8,7 @@ running the node once an example.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -120,11 +121,35 @@ def _times(node: Any, b: Tensor, rows: Rows, size: torch.Size, other: str) -> _R
     return _summed(b * getattr(node, other), rows, size)
 
 
+def _product(node: Any, b: Tensor, rows: Rows, size: torch.Size, other: str) -> _Result:
+    return _summed(b * (node._saved_value * getattr(node, other)), rows, size)
+
+
+def _repeated(node: Any, b: Tensor, rows: Rows, size: torch.Size) -> _Result:
+    whole = [1] * (b.dim() - len(size)) + list(size)
+    if whole[rows.dim] > 1:
+        return None
+    # [copies, length] in place of each dimension
+    apart = [v for have, one in zip(b.shape, whole, strict=True) for v in (have // one, one)]
+    copies = [2 * d for d in range(b.dim()) if d != rows.dim]
+    total = b.reshape(apart).sum(copies, keepdim=True).movedim(2 * rows.dim, 0)
+    return replace(rows, dim=0).split(total).sum(1).reshape(rows.n, *size)
+
+
 def _matrix(node: Any, b: Tensor, rows: Rows, size: torch.Size, other: str) -> _Result:
     if getattr(node, "_saved_alpha", 1) != 1 or rows.dim:
         return None
     # from a @ q comes the gradient a^T b of q
     return rows.split(b), rows.split(getattr(node, other).to(b.dtype))
+
+
+def _matrices(node: Any, b: Tensor, rows: Rows, size: torch.Size, slot: int) -> _Result:
+    if rows.dim != 2 - slot:
+        return None
+    # of a @ q, for each matrix of a stack: the gradient of q is a^T b, that of a is b q^T
+    other = node._saved_self if slot else node._saved_mat2
+    pair = (rows.split(other), rows.split(b)) if slot else (rows.split(b), rows.split(other))
+    return torch.einsum("nksi,nkso->nsio", pair)
 
 
 def _shift(node: Any, b: Tensor, rows: Rows, size: torch.Size, channels: bool) -> _Result:
@@ -176,7 +201,13 @@ _FORMULAS: dict[tuple[str, int], _Formula] = {
     ("Expand", 0): _itself,
     ("Mul", 0): partial(_times, other="_saved_other"),
     ("Mul", 1): partial(_times, other="_saved_self"),
+    ("Addcmul", 0): _itself,
+    ("Addcmul", 1): partial(_product, other="_saved_tensor2"),
+    ("Addcmul", 2): partial(_product, other="_saved_tensor1"),
+    ("Repeat", 0): _repeated,
     ("Mm", 1): partial(_matrix, other="_saved_self"),
+    ("Bmm", 0): partial(_matrices, slot=0),
+    ("Bmm", 1): partial(_matrices, slot=1),
     ("Addmm", 0): partial(_shift, channels=False),
     ("Addmm", 2): partial(_matrix, other="_saved_mat1"),
     ("Convolution", 1): _conv,

@@ -18,25 +18,26 @@ class Rows:
     Attributes:
         dim: The dimension.
         n: How many examples.
-        blocks: Whether the k rows of an example are neighbours, as those of its windows are; else
-            they are n apart, as after `cat([x, x_adv])`.
+        run: How many rows of an example are neighbours, before those of the next one come; all k,
+            as those of its windows are, where `None`. 1 after `cat([x, x_adv])`, and in between
+            where a sequence is put before the batch: [T, n, k / T] in one.
     """
 
     dim: int
     n: int
-    blocks: bool = True
+    run: int | None = None
 
     def split(self, values: Tensor) -> Tensor:
         """Returns the values as `[n, k, ...]`, the other dimensions in their order."""
         values = values.movedim(self.dim, 0)
-        if self.blocks:
-            return values.reshape(self.n, -1, *values.shape[1:])
-        return values.reshape(-1, self.n, *values.shape[1:]).transpose(0, 1)
+        rest = values.shape[1:]
+        runs = values.reshape(-1, self.n, self.run or len(values) // self.n, *rest)
+        return runs.transpose(0, 1).reshape(self.n, -1, *rest)
 
     def owners(self, count: int, device: torch.device) -> Tensor:
         """Returns the example that each of `count` rows belongs to, `[count]`."""
         row = torch.arange(count, device=device)
-        return row // (count // self.n) if self.blocks else row % self.n
+        return row // (self.run or count // self.n) % self.n
 
 
 def probe_weights(losses: Tensor) -> Tensor:
@@ -94,8 +95,10 @@ class Summary:
             plain, size = self.sums[rows.dim], self.sizes[rows.dim]
             factor = weights.to(plain.dtype)[rows.owners(len(plain), plain.device)]
             off = (probe.sums[rows.dim] - factor * plain).abs()
-            # what a loss that is 0 but for rounding leaves is rounding, too
-            allowed = factor * (tolerance * size + rounding * size.nan_to_num(0, 0, 0).max())
+            # what a loss that is 0 but for rounding leaves is rounding, too, and numbers that
+            # underflow are no multiples any more
+            least = rounding * size.nan_to_num(0, 0, 0).max() + torch.finfo(size.dtype).tiny
+            allowed = factor * (tolerance * size + least)
             # an example that is not finite tells nothing
             if bool(((off <= allowed) | ~off.isfinite()).all()):
                 return rows
@@ -105,4 +108,7 @@ class Summary:
         for dim, plain in self.sums.items():
             yield Rows(dim, n)
             if n < len(plain):
-                yield Rows(dim, n, blocks=False)
+                yield Rows(dim, n, run=1)
+        for dim, plain in self.sums.items():
+            k = len(plain) // n
+            yield from (Rows(dim, n, run) for run in range(2, k) if k % run == 0)
