@@ -258,6 +258,45 @@ def test_a_model_that_an_attack_left_in_eval_mode_is_told_once():
     step(model, optimizer)  # warnings are errors here
 
 
+def penalty(model):
+    return 0.25 * sum(p.square().sum() for p in model.parameters())
+
+
+@pytest.mark.parametrize("norm", [nn.LayerNorm, nn.BatchNorm1d])
+def test_a_penalty_in_the_losses_is_told_of_and_the_ways_out_are_sgd(norm):
+    model = network(norm(5))
+    terms = [
+        lambda: penalty(model), lambda: -penalty(model), lambda: penalty(model) + losses_of(model),
+    ]  # fmt: skip
+    for term in terms:
+        optimizer = ENGM(model, 0.1)
+        with pytest.warns(UserWarning, match=r"weight_decay instead, or call penalty\.backward"):
+            optimizer.step(lambda term=term: 2 * (1 - (losses_of(model) - term())))
+        optimizer.step(lambda term=term: losses_of(model) + term())  # it is said once
+    # of the losses themselves, or no weights in it
+    for loss in (lambda: losses_of(model) + 3.0, lambda: losses_of(model) * model[0].bias.sum()):
+        ENGM(model, 0.1, norms="output", refresh_every=None).step(loss)
+    # with weights of 1, by both ways out, as SGD
+    ways = {name: network(norm(5)) for name in ("sgd", "decay", "backward")}
+    for name, model in ways.items():
+        if name == "sgd":
+            optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+        else:
+            decay = 0.5 if name == "decay" else 0.0
+            optimizer = ENGM(model, 0.1, weight_decay=decay, scale=1e9, floor=1.0)
+        for _ in range(3):
+            optimizer.zero_grad()
+            if name != "decay":
+                penalty(model).backward()
+            if name == "sgd":
+                losses_of(model).mean().backward()
+                optimizer.step()
+            else:
+                optimizer.step(lambda model=model: losses_of(model))
+    for name in ("decay", "backward"):
+        torch.testing.assert_close(weights_of(ways[name]), weights_of(ways["sgd"]))
+
+
 def test_groups():
     model = network(nn.LayerNorm(5))
     plain = network(nn.LayerNorm(5))
