@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
+from torch.utils.checkpoint import CheckpointError
 
 from engm import distributed
 from engm.config import RunConfig
@@ -191,6 +192,12 @@ class _ExampleSGD(torch.optim.SGD):
         self._in_closure = True
         try:
             losses = self._add(closure, inputs)
+        except CheckpointError as error:
+            raise InputError(
+                "what is under a checkpoint cannot be gone through as these norms need it; use "
+                "norms='output' with refresh_every=None, or put no checkpoint round BatchNorm in "
+                "train mode, nor, with norms='input', round the first layer"
+            ) from error
         finally:
             self._in_closure = False
         self._started = True

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from engm import AWP, ENGM, MSGD
+from engm.bench.measuring import peak_bytes
 from engm.errors import InputError
 from engm.norms import register_formula
 from engm.norms.watch import loop_norms
@@ -29,9 +30,9 @@ def losses_of(model, x=BATCH, y=LABELS):
     return F.cross_entropy(model(x), y, reduction="none")
 
 
-def step(model, optimizer, x=BATCH):
+def step(model, optimizer, x=BATCH, y=LABELS):
     optimizer.zero_grad()
-    return optimizer.step(lambda: losses_of(model, x), inputs=x)
+    return optimizer.step(lambda: losses_of(model, x, y), inputs=x)
 
 
 def weights_of(model):
@@ -154,6 +155,52 @@ def test_checkpoints():
     h = lambda: checkpoint(model[:3], BATCH, use_reentrant=False)  # noqa: E731
     optimizer.step(lambda: F.cross_entropy(model[3](h()), LABELS, reduction="none"))
     torch.testing.assert_close(optimizer.last.norms, norms)
+
+
+def under_checkpoints(norm, name, n):
+    """Returns a step of a network whose blocks are under checkpoints, or are not."""
+    torch.manual_seed(0)
+    blocks = [
+        nn.Sequential(nn.Linear(64, 64), norm(64), nn.Tanh(), nn.Linear(64, 64)) for _ in range(4)
+    ]
+    model = nn.Sequential(*blocks)
+    x, y = torch.randn(n, 64), torch.arange(n) % 64
+    optimizer = ENGM(model, 0.0, norms=name, refresh_every=None)
+
+    def run(checkpoints, first=0):
+        def forward(h):
+            for k, block in enumerate(blocks):
+                under = checkpoints and k >= first
+                h = checkpoint(block, h, use_reentrant=False) if under else block(h)
+            return h
+
+        model.forward = forward
+        step(model, optimizer, x, y)
+        optimizer.zero_grad()
+
+    return run
+
+
+@pytest.mark.parametrize(("name", "saves"), [("exact", False), ("output", True), ("input", True)])
+def test_checkpoints_save_memory_where_no_layer_is_watched(name, saves):
+    run = under_checkpoints(nn.LayerNorm, name, 512)
+    peaks = []
+    for checkpoints in (False, True):
+        run(checkpoints, 1)
+        peaks.append(peak_bytes(lambda c=checkpoints: run(c, 1), torch.device("cpu")))
+    assert (peaks[1] < 0.8 * peaks[0]) == saves, peaks
+    if name == "input":
+        with pytest.raises(InputError, match="nor, with norms='input', round the first layer"):
+            run(True)
+
+
+@pytest.mark.parametrize("name", ["exact", "input", "output", "loop"])
+def test_checkpoints_round_batch_norm(name):
+    run = under_checkpoints(nn.BatchNorm1d, name, 8)
+    if name in ("output", "loop"):
+        return run(True)
+    with pytest.raises(InputError, match="no checkpoint round BatchNorm in train mode"):
+        run(True)
 
 
 class Reversible(torch.autograd.Function):
