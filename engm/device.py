@@ -56,7 +56,8 @@ class AttackedModel(nn.Module):
     a shape, the look at the values of x and y, which waits for the device.
 
     The view shares the memory of the model's tensors; those that are cast it copies when an attack
-    begins. So the model is to stay on its device, and to keep its tensors, as training does.
+    begins. Where the model was given other tensors (`p.data = ...`, `load_state_dict(assign=True)`,
+    `.to(device)`) the view takes them over, and records anew; one with other layers is refused.
 
     Args:
         model: The model, left as it is.
@@ -83,7 +84,9 @@ class AttackedModel(nn.Module):
                 f"capture records CUDA graphs, but the model is on {self._device}; leave it out"
             )
         self._precision = Precision(dtype)
-        self._frozen, self._casts = _frozen(model, dtype)
+        self._frozen = _frozen(model, dtype)
+        self._original = (model,)  # no submodule of this one
+        self._both = list(zip(model.modules(), self._frozen.modules(), strict=True))
         self._compiled = torch.compile(self._frozen, dynamic=False) if compile else None
         self._record: _Recorder | None = _cuda_graph if capture else None
         self._replays: dict[Hashable, _Work] = {}
@@ -98,6 +101,7 @@ class AttackedModel(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Returns the model's logits; an `InputError` if the passes cannot be compiled here."""
+        self._follow()
         with self._precision.autocast(self._device):
             if self._compiled is None or x.shape != self._first:
                 return self._frozen(x)
@@ -113,10 +117,34 @@ class AttackedModel(nn.Module):
 
         They are looked at where nothing of the shape of `x` was attacked before.
         """
-        for cast, original in self._casts:
-            cast.copy_(original)
+        for value, original in self._follow():
+            if value.dtype != original.dtype:  # cast
+                value.copy_(original)
         self._begun = x.shape
         return x.shape not in self._known
+
+    def _follow(self) -> list[tuple[Tensor, Tensor]]:
+        """Takes over tensors that the model was given; returns the parameters of view and model."""
+        if [module for module, _ in self._both] != [*self._original[0].modules()]:
+            raise InputError("the model's layers were replaced; make its AttackedModel anew")
+        pairs: list[tuple[Tensor, Tensor]] = []
+        for module, own in self._both:
+            for name, buffer in module._buffers.items():
+                if own._buffers[name] is not buffer:
+                    own._buffers[name] = buffer
+                    self._replays.clear()  # they read the memory of before
+            for name, value in own._parameters.items():
+                original = module._parameters[name]
+                if value is None or original is None:
+                    continue
+                pairs.append((value, original))
+                if value.dtype != original.dtype and value.device == original.device:
+                    continue  # cast
+                if value.data_ptr() != original.data_ptr():
+                    value.data = original.detach().to(value.dtype)
+                    self._device = value.device
+                    self._replays.clear()
+        return pairs
 
     def run(self, key: Hashable, work: _Work, loss: _Work, *inputs: Tensor) -> Tensor:
         """Returns `work(*inputs)`, by a replay where it was recorded.
@@ -156,17 +184,13 @@ class AttackedModel(nn.Module):
         return replay
 
 
-def _frozen(model: nn.Module, dtype: torch.dtype) -> tuple[nn.Module, list[tuple[Tensor, Tensor]]]:
-    casts: list[tuple[Tensor, Tensor]] = []
+def _frozen(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     shared: dict[int, Tensor] = {id(buffer): buffer for buffer in model.buffers()}
     for module in model.modules():
         for p in module.parameters(recurse=False):
             wanted = dtype if isinstance(module, _CAST) and dtype != torch.float32 else p.dtype
-            value = p.detach().to(wanted)
-            shared[id(p)] = nn.Parameter(value, requires_grad=False)
-            if value.dtype != p.dtype:
-                casts.append((shared[id(p)], p))
-    return copy.deepcopy(model, shared).eval(), casts
+            shared[id(p)] = nn.Parameter(p.detach().to(wanted), requires_grad=False)
+    return copy.deepcopy(model, shared).eval()
 
 
 def _cuda_graph(work: _Work, inputs: tuple[Tensor, ...]) -> tuple[Tensor, _Work]:

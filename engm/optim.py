@@ -13,6 +13,8 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge
+from torch.utils.checkpoint import CheckpointError
 
 from engm import distributed
 from engm.config import RunConfig
@@ -26,6 +28,7 @@ from engm.norms.measures import (
     refuse_hidden,
     run_closure,
 )
+from engm.norms.operations import size_of
 
 # After so many steps on a GPU the host waits to hear whether one of them failed.
 _ASK_EVERY = 100
@@ -189,6 +192,12 @@ class _ExampleSGD(torch.optim.SGD):
         self._in_closure = True
         try:
             losses = self._add(closure, inputs)
+        except CheckpointError as error:
+            raise InputError(
+                "what is under a checkpoint cannot be gone through as these norms need it; use "
+                "norms='output' with refresh_every=None, or put no checkpoint round BatchNorm in "
+                "train mode, nor, with norms='input', round the first layer"
+            ) from error
         finally:
             self._in_closure = False
         self._started = True
@@ -480,6 +489,23 @@ class ENGM(_ExampleSGD):
     def _any_failed(self, bad: Tensor) -> Tensor:
         return distributed.mean(~bad) == 0
 
+    def _looked_at(self, closure: Closure | None) -> Closure:
+        run = super()._looked_at(closure)
+
+        def warned() -> Tensor:
+            losses = run()
+            if _has_term_for_all(losses):
+                warnings.warn(
+                    "the losses hold a term that is the same for all examples, as a penalty on the "
+                    "weights is: it counts in the norm of each example, and is weighed as the "
+                    "example is. Give ENGM weight_decay instead, or call penalty.backward() "
+                    "between zero_grad() and step(), and leave it out of the losses",
+                    stacklevel=4,
+                )
+            return losses
+
+        return warned
+
     def _check_model_again(self) -> None:
         known = {p for group in self.param_groups for p in group["params"]}
         for name, parameter in self._model.named_parameters():
@@ -564,6 +590,29 @@ def _check_model(model: Any) -> None:
             "SyncBatchNorm couples the examples of all processes, which ENGM has no norms for; "
             "use BatchNorm, with the statistics of each process, or GroupNorm"
         )
+
+
+_SUMS = ("AddBackward0", "SubBackward0", "RsubBackward1")
+_SCALINGS = ("MulBackward0", "DivBackward0", "NegBackward0")
+
+
+def _has_term_for_all(losses: Tensor) -> bool:
+    """Returns whether a single number that depends on the weights is added to all losses.
+
+    One that is made of the losses, such as their variance, is no such term.
+    """
+    terms, own = [], [losses.grad_fn]
+    for node in own:  # sums, and what they are of
+        if node is not None and node.name() in (*_SUMS, *_SCALINGS):
+            for child, output in node.next_functions:
+                if child is not None and size_of(GradientEdge(child, output)).numel() > 1:
+                    own.append(child)
+                elif child is not None and node.name() in _SUMS:
+                    terms.append(child)
+    met = list(dict.fromkeys(terms))
+    for node in met:
+        met += [child for child, _ in node.next_functions if child and child not in met]
+    return len(losses) > 1 and bool(terms) and set(met).isdisjoint(own)
 
 
 def _groups(model: nn.Module, groups: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

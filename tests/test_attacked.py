@@ -71,6 +71,37 @@ def test_an_attack_finds_bitwise_what_it_finds_on_the_model(kind, recorded, dtyp
     assert len(attacked._replays) in (recordings, max(recordings - 1, 0))
 
 
+@pytest.mark.parametrize("way", ["data", "assign", "new buffer"])
+@pytest.mark.parametrize("kind", ["plain", "recorded", "compiled", "cast"])
+def test_tensors_that_the_model_was_given_are_taken_over(kind, way):
+    model, other, (x, y) = network(), network(), batch()
+    changed(other, seed=1)
+    dtype = torch.bfloat16 if kind == "cast" else torch.float32
+    attacked = AttackedModel(model, dtype)
+    attacked._record = record if kind == "recorded" else None
+    if kind == "compiled":
+        attacked._compiled = torch.compile(attacked._frozen, backend="eager")
+    stale = SHORT(attacked, x, y, generator=torch.Generator().manual_seed(0))
+    for step in range(2):  # in one way, and then in place
+        if step:
+            changed(model, seed=2)
+        elif way == "data":
+            for p, new in zip(model.parameters(), other.parameters(), strict=True):
+                p.data = new.data.clone()
+        elif way == "assign":
+            model.load_state_dict(other.state_dict(), assign=True)
+        else:
+            model.norm1.running_mean = model.norm1.running_mean + 1
+        if step == 0 and kind != "cast":
+            torch.testing.assert_close(attacked(x), copy.deepcopy(model).eval()(x))
+        found = SHORT(attacked, x, y, generator=torch.Generator().manual_seed(0))
+        assert torch.equal(found, attacked_by_hand(SHORT, model, dtype, x, y, 0))
+        assert not torch.equal(found, stale)
+    model.norm1 = nn.BatchNorm2d(4)
+    with pytest.raises(InputError, match="layers were replaced; make its AttackedModel anew"):
+        SHORT(attacked, x, y)
+
+
 def test_the_model_is_left_as_it_was():
     model = network()
     before = copy.deepcopy(model.state_dict())

@@ -14,7 +14,7 @@ from engm.config import RunConfig
 from engm.errors import InputError
 
 TINY = RunConfig(dataset="cifar10", model="small_cnn", width=4, batch_size=4, num_steps=2)
-KITS = ("msgd", "exact", "input", "loop")
+KITS = ("msgd", *outer_step.WAYS)
 CPU = torch.device("cpu")
 
 
@@ -33,7 +33,8 @@ def call(*arguments, code=0):
 def written(tmp_path_factory):
     out = tmp_path_factory.mktemp("bench")
     small = ["--model", "small_cnn", "--width", 4, "--batch-size", 4, "--num-steps", 2]
-    few = ["--image-size", 8, "--repeats", 2, "--methods", "exact,input,loop,vmap"]
+    rows = "both,exact,exact-first,output,input,loop,vmap"
+    few = ["--image-size", 8, "--repeats", 2, "--methods", rows]
     output = call(*small, *few, "--device", "cpu", "--out", out)
     return out, json.loads((out / "bench.json").read_text()), output
 
@@ -41,7 +42,8 @@ def written(tmp_path_factory):
 def test_the_command_writes_ratios_to_msgd(written):
     out, result, output = written
     assert (out / "bench.png").read_bytes()[:4] == b"\x89PNG"
-    assert list(result["methods"]) == ["msgd", "exact", "input", "loop", "vmap"]
+    names = ["msgd", "exact", "exact-first", "input", "output", "both", "loop", "vmap"]
+    assert list(result["methods"]) == names
     for name, entry in result["methods"].items():
         assert entry["agrees"], entry
         assert ("at" in entry) == (name in outer_step.WHOLE)
@@ -51,7 +53,7 @@ def test_the_command_writes_ratios_to_msgd(written):
             assert 0 < cost["low"] <= cost["ratio"] <= cost["high"]
             assert cost["peak_bytes"] > 0
             rounds = list(zip(*cost["seconds"].values(), strict=True))
-            if name == "input":
+            if name in ("input", "both"):
                 assert list(cost["seconds"]) == ["refresh", "plain"]
                 rounds = [(refresh / 20 + 19 * plain / 20,) for refresh, plain in rounds]
             ((first,), (second,)) = rounds
@@ -60,6 +62,9 @@ def test_the_command_writes_ratios_to_msgd(written):
         base = result["methods"]["msgd"][step]
         assert (base["ratio"], base["low"], base["high"], base["peak_ratio"]) == (1, 1, 1, 1)
     assert "| method | outer step | time | memory | AT-2 step | time | memory |" in output
+    ratio = result["methods"]["output"]["at"]["ratio"]
+    reached = "reached" if ratio <= 1.01 else "NOT reached"
+    assert f"goal, AT-2 step with output at most 1.01: {reached} ({ratio:.3f})" in output
     assert result["environment"]["threads"] == torch.get_num_threads()
 
 
@@ -82,6 +87,24 @@ def test_input_measures_the_norms_in_its_refresh_steps_alone():
     outer_step._measure(batch, able, False, repeats=3)
     after = {kind: len(of_kind) - before[kind] for kind, of_kind in fits.items()}
     assert after == {"refresh": 3 + 2, "plain": 0}  # two more for the memory
+
+
+def test_exact_first_checks_the_model_in_each_step_and_estimates_without_a_line_never_watch():
+    batch = outer_step._Batch(TINY.resolved(), 8, CPU)
+    able = {n: outer_step._build_warm(batch, n) for n in ("msgd", "exact", "exact-first")}
+    able |= {n: outer_step._build_warm(batch, n) for n in ("output", "input-only")}
+    passes = dict.fromkeys(able, 0)
+    for name, method in able.items():
+
+        def count(module, gradients, name=name):
+            passes[name] += 1
+
+        method.model.flatten.register_full_backward_pre_hook(count)
+        for _ in range(2):  # the first looks at the graph with the hook in it
+            passes[name] = 0
+            batch.take_step(method.model, method.optimizers["step"], first=method.first)
+    # four of the check; of the inputs, and of the weighted losses
+    assert passes == {"msgd": 1, "exact": 1, "exact-first": 5, "output": 1, "input-only": 2}
 
 
 def test_ratios_are_taken_round_by_round():
@@ -170,7 +193,7 @@ def test_the_loop_is_left_out_where_it_would_take_too_long():
 
 def test_unknown_methods_and_bad_numbers_are_refused(tmp_path):
     output = call("--methods", "exact,functorch", "--out", tmp_path, code=1)
-    assert "unknown method 'functorch'; choose one of msgd, exact, input, loop, vmap" in output
+    assert "unknown method 'functorch'; choose one of msgd, exact, exact-first, input, " in output
     assert not list(tmp_path.iterdir())
     for counts in (dict(repeats=0), dict(image_size=0)):
         with pytest.raises(InputError):

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from engm import AWP, ENGM, MSGD
+from engm.bench.measuring import peak_bytes
 from engm.errors import InputError
 from engm.norms import register_formula
 from engm.norms.watch import loop_norms
@@ -29,9 +30,9 @@ def losses_of(model, x=BATCH, y=LABELS):
     return F.cross_entropy(model(x), y, reduction="none")
 
 
-def step(model, optimizer, x=BATCH):
+def step(model, optimizer, x=BATCH, y=LABELS):
     optimizer.zero_grad()
-    return optimizer.step(lambda: losses_of(model, x), inputs=x)
+    return optimizer.step(lambda: losses_of(model, x, y), inputs=x)
 
 
 def weights_of(model):
@@ -156,6 +157,52 @@ def test_checkpoints():
     torch.testing.assert_close(optimizer.last.norms, norms)
 
 
+def under_checkpoints(norm, name, n):
+    """Returns a step of a network whose blocks are under checkpoints, or are not."""
+    torch.manual_seed(0)
+    blocks = [
+        nn.Sequential(nn.Linear(64, 64), norm(64), nn.Tanh(), nn.Linear(64, 64)) for _ in range(4)
+    ]
+    model = nn.Sequential(*blocks)
+    x, y = torch.randn(n, 64), torch.arange(n) % 64
+    optimizer = ENGM(model, 0.0, norms=name, refresh_every=None)
+
+    def run(checkpoints, first=0):
+        def forward(h):
+            for k, block in enumerate(blocks):
+                under = checkpoints and k >= first
+                h = checkpoint(block, h, use_reentrant=False) if under else block(h)
+            return h
+
+        model.forward = forward
+        step(model, optimizer, x, y)
+        optimizer.zero_grad()
+
+    return run
+
+
+@pytest.mark.parametrize(("name", "saves"), [("exact", False), ("output", True), ("input", True)])
+def test_checkpoints_save_memory_where_no_layer_is_watched(name, saves):
+    run = under_checkpoints(nn.LayerNorm, name, 512)
+    peaks = []
+    for checkpoints in (False, True):
+        run(checkpoints, 1)
+        peaks.append(peak_bytes(lambda c=checkpoints: run(c, 1), torch.device("cpu")))
+    assert (peaks[1] < 0.8 * peaks[0]) == saves, peaks
+    if name == "input":
+        with pytest.raises(InputError, match="nor, with norms='input', round the first layer"):
+            run(True)
+
+
+@pytest.mark.parametrize("name", ["exact", "input", "output", "loop"])
+def test_checkpoints_round_batch_norm(name):
+    run = under_checkpoints(nn.BatchNorm1d, name, 8)
+    if name in ("output", "loop"):
+        return run(True)
+    with pytest.raises(InputError, match="no checkpoint round BatchNorm in train mode"):
+        run(True)
+
+
 class Reversible(torch.autograd.Function):
     """Has a backward pass of its own for the layer within."""
 
@@ -256,6 +303,45 @@ def test_a_model_that_an_attack_left_in_eval_mode_is_told_once():
     with pytest.warns(UserWarning, match="in eval mode, though it was in train mode"):
         step(model, optimizer)
     step(model, optimizer)  # warnings are errors here
+
+
+def penalty(model):
+    return 0.25 * sum(p.square().sum() for p in model.parameters())
+
+
+@pytest.mark.parametrize("norm", [nn.LayerNorm, nn.BatchNorm1d])
+def test_a_penalty_in_the_losses_is_told_of_and_the_ways_out_are_sgd(norm):
+    model = network(norm(5))
+    terms = [
+        lambda: penalty(model), lambda: -penalty(model), lambda: penalty(model) + losses_of(model),
+    ]  # fmt: skip
+    for term in terms:
+        optimizer = ENGM(model, 0.1)
+        with pytest.warns(UserWarning, match=r"weight_decay instead, or call penalty\.backward"):
+            optimizer.step(lambda term=term: 2 * (1 - (losses_of(model) - term())))
+        optimizer.step(lambda term=term: losses_of(model) + term())  # it is said once
+    # of the losses themselves, or no weights in it
+    for loss in (lambda: losses_of(model) + 3.0, lambda: losses_of(model) * model[0].bias.sum()):
+        ENGM(model, 0.1, norms="output", refresh_every=None).step(loss)
+    # with weights of 1, by both ways out, as SGD
+    ways = {name: network(norm(5)) for name in ("sgd", "decay", "backward")}
+    for name, model in ways.items():
+        if name == "sgd":
+            optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+        else:
+            decay = 0.5 if name == "decay" else 0.0
+            optimizer = ENGM(model, 0.1, weight_decay=decay, scale=1e9, floor=1.0)
+        for _ in range(3):
+            optimizer.zero_grad()
+            if name != "decay":
+                penalty(model).backward()
+            if name == "sgd":
+                losses_of(model).mean().backward()
+                optimizer.step()
+            else:
+                optimizer.step(lambda model=model: losses_of(model))
+    for name in ("decay", "backward"):
+        torch.testing.assert_close(weights_of(ways[name]), weights_of(ways["sgd"]))
 
 
 def test_groups():

@@ -2,11 +2,14 @@
 
 Every number is also a ratio to plain MSGD, measured in the same run. Two steps are measured: the
 outer step alone, and, for the kit's own optimizers, the whole AT step, whose attack comes first.
+The rows of ENGM are named after its `norms`: "exact", and "exact-first" for a step that checks the
+model, as the first one does; "input" and "both" with a line that is fitted in one step of twenty;
+"input-only" and "output" without a line.
 
 Time: the methods take turns (A B C A B C ...), so that a slow moment of the machine meets all of
 them, and a ratio is that of two times of one round; what is reported is the median over the rounds
-and the quartiles, see `engm.bench.measuring.seconds`. "input" measures the norms exactly in one
-step of twenty: both kinds of step are measured, and its time is a twentieth of the one and nineteen
+and the quartiles, see `engm.bench.measuring.seconds`. A line needs exact norms in one step of
+twenty: both kinds of step are measured, and the time is a twentieth of the one and nineteen
 twentieths of the other.
 
 Memory: the most that the step held at one time above what it found when it began (weights and
@@ -14,8 +17,8 @@ momentum), see `engm.bench.measuring.peak_bytes`.
 
 All methods have a copy of the same model, which the learning rate 0 leaves as it is, and the same
 images. Before anything is timed, each method's gradient is compared with what autograd gives for
-the losses, weighted by the exact norms; "input", and "loop" with BatchNorm, whose norms are meant
-to differ, with the losses weighted by their own.
+the losses, weighted by the exact norms; estimates, and "loop" with BatchNorm, whose norms are
+meant to differ, with the losses weighted by their own.
 """
 
 import copy
@@ -40,14 +43,26 @@ from engm.bench.peers import PEERS, PeerSGD
 from engm.config import RunConfig
 from engm.device import Precision, pick_device
 from engm.errors import InputError, check_choice, check_count
-from engm.optim import ENGM, MSGD
+from engm.norms.watch import Checked
+from engm.optim import ENGM, MSGD, Norms
 from engm.runs import environment
 
-METHODS = ("msgd", "exact", "input", "loop", *PEERS)
-# The peers' AT step would only add the same attack.
-WHOLE = ("msgd", "exact", "input")
+# ENGM's `norms`, and whether a line is fitted to them
+WAYS: dict[str, tuple[Norms, bool]] = {
+    "exact": ("exact", False),
+    "exact-first": ("exact", False),
+    "input": ("input", True),
+    "input-only": ("input", False),
+    "output": ("output", False),
+    "both": ("both", True),
+    "loop": ("loop", False),
+}
+METHODS = ("msgd", *WAYS, *PEERS)
+# The attack is the same for all; the peers and the loop are slow without it.
+WHOLE = ("msgd", *(name for name in WAYS if name != "loop"))
 STEPS = ("outer", "at")
 REFRESH_EVERY = 20
+_NEVER = 10**9
 # What part of a method's steps is of a kind.
 _FRACTIONS = {"step": 1.0, "refresh": 1 / REFRESH_EVERY, "plain": 1 - 1 / REFRESH_EVERY}
 LARGEST_LOOP = 16
@@ -148,9 +163,14 @@ class _Batch:
         with self.autocast():
             return cross_entropy(model(images), self.y, reduction="none")
 
-    def take_step(self, model: nn.Module, optimizer: Optimizer, *, whole: bool = False) -> None:
+    def take_step(
+        self, model: nn.Module, optimizer: Any, *, whole: bool = False, first: bool = False
+    ) -> None:
         """Takes an outer step, or a whole AT step, whose attack comes first."""
         images = self.x_adv
+        if first:
+            optimizer.measure._checked = Checked()
+            optimizer._started = False
         if whole:
             torch.manual_seed(self.config.seed)  # the same random starts for all
             with self.autocast():
@@ -173,35 +193,29 @@ class _Method:
     model: nn.Module
     optimizers: dict[str, Optimizer]
     error: float = 0.0  # of its gradient, relative
+    first: bool = False  # each step is as the first
 
 
 def _build(batch: _Batch, name: str) -> _Method:
     config, model = batch.config, copy.deepcopy(batch.model)
-    momentum, weight_decay = config.momentum, config.weight_decay
-    engm = partial(ENGM, model, 0.0, momentum, weight_decay, floor=config.floor)
+    sgd: dict[str, Any] = dict(momentum=config.momentum, weight_decay=config.weight_decay)
     optimizers: dict[str, Optimizer]
+    if name == "loop" and len(batch.y) > LARGEST_LOOP:
+        raise InputError(
+            f"it takes {len(batch.y)} backward passes, and is measured up to batch size "
+            f"{LARGEST_LOOP}"
+        )
     if name == "msgd":
-        sgd = MSGD(model.parameters(), 0.0, momentum=momentum, weight_decay=weight_decay)
-        optimizers = {"step": sgd}
-    elif name == "exact":
-        optimizers = {"step": engm(norms="exact")}
-    elif name == "input":
-        never = 10**9  # again
-        optimizers = {
-            "refresh": engm(norms="input", refresh_every=1),
-            "plain": engm(norms="input", refresh_every=never),
-        }
-    elif name == "loop":
-        if len(batch.y) > LARGEST_LOOP:
-            raise InputError(
-                f"it takes {len(batch.y)} backward passes, and is measured up to batch size "
-                f"{LARGEST_LOOP}"
-            )
-        optimizers = {"step": engm(norms="loop")}
+        optimizers = {"step": MSGD(model.parameters(), 0.0, **sgd)}
+    elif name in WAYS:
+        norms, line = WAYS[name]
+        engm = partial(ENGM, model, 0.0, **sgd, floor=config.floor, norms=norms)
+        kinds = {"refresh": 1, "plain": _NEVER} if line else {"step": None}
+        optimizers = {kind: engm(refresh_every=every) for kind, every in kinds.items()}
     else:
         measure = PEERS[name](model, batch.y, batch.autocast)
-        optimizers = {"step": PeerSGD(model, measure, config.floor, momentum, weight_decay)}
-    return _Method(model, optimizers)
+        optimizers = {"step": PeerSGD(model, measure, config.floor, **sgd)}
+    return _Method(model, optimizers, first=name == "exact-first")
 
 
 def _build_warm(batch: _Batch, name: str) -> _Method:
@@ -217,7 +231,7 @@ def _build_warm(batch: _Batch, name: str) -> _Method:
             _trust(optimizer)
             batch.take_step(method.model, optimizer)
             weights = _weights(optimizer)
-        elif name == "loop" and batch_norm:
+        elif name in ("input-only", "output") or (name == "loop" and batch_norm):
             weights = _weights(optimizer)
         error = batch.error(method.model, weights)
         if not math.isfinite(error):
@@ -232,7 +246,9 @@ def _measure(
     """Returns what a step of each method costs, msgd first."""
     device = batch.x.device
     works = {
-        (name, kind): partial(batch.take_step, method.model, optimizer, whole=whole)
+        (name, kind): partial(
+            batch.take_step, method.model, optimizer, whole=whole, first=method.first
+        )
         for name, method in able.items()
         for kind, optimizer in method.optimizers.items()
     }
