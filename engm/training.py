@@ -147,7 +147,9 @@ class Trainer:
                 dataset.train, config.label_noise, dataset.num_classes, seed=config.seed
             )
         usual = data.SPECS[dataset.name].augment
-        self.augment = usual if config.augment is None else config.augment != "none"
+        self.augment: bool | str = usual if config.augment is None else config.augment != "none"
+        if config.augment == "reflect-crop-and-mirror":
+            self.augment = "reflect"
         self.precision = Precision.of(config)
         with _stream(config.seed, 0, self.device):
             layout = self.precision.memory_format
@@ -441,15 +443,26 @@ def build_scheduler(
 ) -> lr_scheduler.LRScheduler:
     """Makes the schedule of a run, to be stepped after each step of the optimizer.
 
-    "piecewise" divides the learning rate by 10 after a half and after three quarters of the
-    steps; "cosine" takes it to 0; "one-cycle" raises it from a tenth over the first 30% of the
-    steps and takes it to about 0; "constant" leaves it.
+    "piecewise" divides the learning rate by 10 after a half and after three quarters of the steps,
+    "trades" at the start of the epochs 75, 90 and 100, as the code of TRADES and MART; "cosine"
+    takes it to 0; "one-cycle" raises it from a tenth over the first 30% of the steps and takes it
+    to about 0; "cyclic" goes in straight lines from 0 to the learning rate and back, while the
+    momentum goes down by 0.1 and back, as the code of Wong et al. 2020; "constant" leaves it.
     """
     steps = config.epochs * steps_per_epoch
     match config.schedule:
         case "piecewise":
             drops = [max(1, steps * k // 4) for k in (2, 3)]
             return lr_scheduler.MultiStepLR(optimizer, drops, gamma=0.1)
+        case "trades":
+            drops = [(epoch - 1) * steps_per_epoch for epoch in (75, 90, 100)]
+            return lr_scheduler.MultiStepLR(optimizer, drops, gamma=0.1)
+        case "cyclic":
+            low = max(0.0, config.momentum - 0.1)
+            half: Any = steps / 2  # torch says int, and takes halves
+            return lr_scheduler.CyclicLR(
+                optimizer, 0, config.lr, half, base_momentum=low, max_momentum=config.momentum
+            )
         case "cosine":
             return lr_scheduler.CosineAnnealingLR(optimizer, steps)
         case "one-cycle":

@@ -63,6 +63,8 @@ HONOURED = {
     "norm": ("l2", train_attack, {}),
     "num_steps": (3, train_attack, {}),
     "step_size": (0.01, train_attack, {}),
+    "start_noise": (0.001, train_attack, {}),
+    "attack_mode": ("train", after_an_epoch, {}),
     "beta": (2.0, lambda t: t.method, {"method": "trades"}),
     "awp": (0.01, after_an_epoch, {}),
     "awp_warmup": (1, after_an_epoch, {"awp": 0.01}),
@@ -84,6 +86,7 @@ HONOURED = {
     "compile": (True, lambda t: type(t.attacked), {}),
 }
 REFUSED = {"dataset": "fashion-mnist", "capture": True}  # other images; on a CPU
+LABELS = {"recipe"}  # it sets others, see test_config
 
 
 def made(config):
@@ -93,7 +96,7 @@ def made(config):
 
 
 def test_every_setting_is_in_one_of_the_lists():
-    assert {field.name for field in fields(RunConfig)} == {*HONOURED, *REFUSED}
+    assert {field.name for field in fields(RunConfig)} == {*HONOURED, *REFUSED, *LABELS}
 
 
 @pytest.mark.parametrize("name", HONOURED)

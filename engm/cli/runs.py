@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from engm.cli.options import (
     Command,
@@ -17,7 +18,7 @@ from engm.cli.options import (
     say,
     settings_options,
 )
-from engm.config import RunConfig
+from engm.config import RECIPES, RunConfig
 from engm.errors import InputError
 
 
@@ -39,8 +40,11 @@ def train(
     \b
     engm train --optimizer engm --subset 300 --epochs 80
     engm train --dataset cifar10 --eps 8/255 --schedule one-cycle --precision bfloat16
+    engm train --recipe trades --optimizer engm
     """
-    config = RunConfig(**settings).resolved()
+    source_of = click.get_current_context().get_parameter_source
+    given = {n: v for n, v in settings.items() if source_of(n) is not ParameterSource.DEFAULT}
+    config = RunConfig(**given).resolved()
     from engm.report.records import Record, summarise, to_markdown
     from engm.runs import RESULT
     from engm.training import fit
@@ -49,6 +53,8 @@ def train(
     if first:
         for name, value in config.to_dict().items():
             click.echo(f"{name:17} {'default' if value is None else value}")
+        if config.recipe:
+            say(f"\nrecipe {config.recipe}: {RECIPES[config.recipe].source}; options override it")
         done = (out / config.name / RESULT).exists()
         does = "showing the finished run" if done else "training, then attacking the test images,"
         say(f"\n{does} in {quoted((out / config.name).resolve())}")
