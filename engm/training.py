@@ -121,6 +121,7 @@ class Trainer:
         method: Attack and losses.
         optimizer: The outer optimizer.
         scheduler: Stepped after each of its steps.
+        steps: How many of them an epoch has.
         epoch: How many epochs are done.
         best: Number and robust validation accuracy of the best of them; the first of equal ones.
 
@@ -159,8 +160,8 @@ class Trainer:
         self.method = methods.build(config)
         self.optimizer = optim.build(config, self.model)
         assert config.batch_size is not None
-        steps = -(-len(self.examples) // config.batch_size)
-        self.scheduler = build_scheduler(config, self.optimizer, steps)
+        self.steps = -(-len(self.examples) // config.batch_size)
+        self.scheduler = build_scheduler(config, self.optimizer, self.steps)
         self.epoch = 0
         self.best = {"epoch": 0, "validation_robust_accuracy": -1.0}
 
@@ -391,10 +392,8 @@ def _resume(trainer: Trainer, folder: Path) -> None:
 
 
 def _train(trainer: Trainer, folder: Path, progress: bool) -> None:
-    config, done = trainer.config, trainer.epoch
-    bar = tqdm(trainer, config.name, config.epochs, initial=done, disable=not progress)
     try:
-        for metrics in bar:
+        for metrics in _epochs(trainer, progress):
             if distributed.first():
                 runs.append_metrics(folder, metrics)
                 if trainer.best["epoch"] == trainer.epoch:
@@ -411,6 +410,22 @@ def _train(trainer: Trainer, folder: Path, progress: bool) -> None:
             f"{error} A smaller lr may help. The state before that step is in {failed}, that of "
             f"the last whole epoch (if any) in {runs.CHECKPOINTS['last']}."
         ) from None
+
+
+def _epochs(trainer: Trainer, progress: bool) -> Iterator[dict[str, Any]]:
+    epochs, steps, done = trainer.config.epochs, trainer.steps, trainer.epoch * trainer.steps
+    with tqdm(total=epochs * steps, initial=done, unit="step", disable=not progress) as bar:
+
+        def counted() -> Iterator[tuple[Tensor, Tensor]]:
+            bar.set_description(name)
+            for batch in trainer.batches():
+                yield batch
+                bar.update()
+            bar.set_description(f"{name}, validation")
+
+        while trainer.epoch < epochs:
+            name = f"epoch {trainer.epoch + 1} of {epochs}"
+            yield trainer.train_epoch(counted())
 
 
 def _evaluate(trainer: Trainer, folder: Path, keep: bool, progress: bool) -> dict[str, Any]:

@@ -260,6 +260,18 @@ def test_published_schedules():
     assert np.array(rates("cyclic", 5)) == pytest.approx(np.array(wanted))
 
 
+def test_the_bar_counts_steps_and_says_the_epoch_and_changes_nothing(tmp_path, capsys):
+    quiet = fit_quietly(TINY, tmp_path / "quiet")
+    assert "epoch" not in capsys.readouterr().err
+    shown = fit(TINY, tmp_path / "shown", device="cpu")
+    said = capsys.readouterr().err
+    steps = TINY.epochs * -(-40 // 16)
+    assert f"epoch 1 of {TINY.epochs}: " in said and f" {steps}/{steps} " in said
+    assert f"epoch {TINY.epochs} of {TINY.epochs}, validation" in said
+    weights = [load_tensors(run.folder / "checkpoint-last.pt")["model"] for run in (quiet, shown)]
+    assert all(torch.equal(weights[0][name], value) for name, value in weights[1].items())
+
+
 def test_of_equal_epochs_the_first_is_best(tmp_path, monkeypatch):
     accuracies = iter([0.2, 0.5, 0.5])
     found = lambda *_: SimpleNamespace(clean_accuracy=1.0, robust_accuracy=next(accuracies))  # noqa: E731
