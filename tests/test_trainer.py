@@ -50,6 +50,7 @@ def group(name):
 ENGM = {"optimizer": "engm"}
 # the setting: another value, what it changes in a Trainer, and the settings that it wants beside it
 HONOURED = {
+    "classes": (4, lambda t: t.dataset.num_classes, {}),
     "subset": (20, lambda t: len(t.examples), {}),
     "validation_images": (30, lambda t: len(t.dataset.validation), {}),
     "test_images": (50, lambda t: len(t.dataset.test), {}),
@@ -92,7 +93,8 @@ LABELS = {"recipe"}  # it sets others, see test_config
 def made(config):
     config = config.resolved()
     counts = {"validation": config.validation_images, "test": config.test_images}
-    return Trainer(config, data.load("digits", subset=config.subset, **counts))
+    counts |= {"classes": config.classes, "subset": config.subset}
+    return Trainer(config, data.load("digits", **counts))
 
 
 def test_every_setting_is_in_one_of_the_lists():
