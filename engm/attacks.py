@@ -7,13 +7,14 @@ Pixels are in [0, 1], `eps` and `step_size` have the same unit, normalisation is
 
 An attack leaves the model as it was. It takes gradients w.r.t. the pixels alone, so `p.grad` stays.
 It runs the model in eval mode, so the running statistics of BatchNorm stay and dropout is off; that
-is the protocol of the published code of TRADES (arXiv 1901.08573) and MART (ICLR 2020). Pang et al.
-2021 (arXiv 2010.00467) compare it with train mode.
+is the protocol of the published code of TRADES (arXiv 1901.08573) and MART (ICLR 2020). Published
+code of others trains in train mode, which `mode` is for; Pang et al. 2021 (arXiv 2010.00467)
+compare the two.
 """
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from numbers import Real
@@ -55,6 +56,9 @@ class PGD:
             first steps cross the ball, short last ones settle.
         stop_early: Whether examples leave the batch as soon as they fool the model, and keep that
             x_adv. For evaluation: less work, and robust accuracy is lower or equal.
+        mode: "eval", or for training "train": BatchNorm takes the statistics of the batch (of
+            `rows`), each pass moves its running ones, and dropout is on; so in the code of Wong et
+            al. 2020 (arXiv 2001.03994) and Rice et al. 2020 (arXiv 2002.11569).
 
     Raises:
         InputError: If a setting is out of range.
@@ -70,11 +74,13 @@ class PGD:
     start_noise: float = 0.0
     decay: bool = False
     stop_early: bool = False
+    mode: str = "eval"
 
     def __post_init__(self) -> None:
         """Refuses settings that are out of range, and takes numbers of numpy as Python's."""
         check_choice("norm", self.norm, ("linf", "l2"))
         check_choice("loss", self.loss, _LOSSES)
+        check_choice("mode", self.mode, ("eval", "train"))
         for name in ("eps", "step_size", "start_noise"):
             object.__setattr__(self, name, check_pixels(name, getattr(self, name), self.norm))
         for name in ("num_steps", "restarts"):
@@ -90,6 +96,11 @@ class PGD:
                 "loss='kl' needs random_start=True: at x the divergence is 0, its minimum, and so "
                 "is its gradient, so the attack would never leave x"
             )
+        if self.mode == "train" and self.stop_early:
+            raise InputError(
+                "stop_early takes examples out of the batch whose statistics mode='train' is for; "
+                "leave one of them out"
+            )
 
     def __call__(
         self,
@@ -104,7 +115,7 @@ class PGD:
 
         Args:
             model: From `[n, ...]` pixels to `[n, K]` logits, a module or a function. It is left as
-                it was.
+                it was, but for the running statistics under `mode="train"`.
             x: `[n, ...]` floats in [0, 1].
             y: `[n]` int64 classes, below K.
             generator: What random starts are drawn from, in place of the global generator. One on
@@ -129,7 +140,8 @@ class PGD:
             )
         logits_of = partial(checked_logits, model, highest)
         # autograd refuses tensors that the caller made in inference mode, but not their copies
-        with eval_mode(model), torch.inference_mode(False), torch.enable_grad():
+        training = self.mode == "train"
+        with in_mode(model, training), torch.inference_mode(False), torch.enable_grad():
             whole = x.detach().clone()
             chosen = slice(None) if rows is None else rows
             x, y = whole[chosen], y[chosen]
@@ -349,21 +361,23 @@ def fooled(logits: Tensor, y: Tensor) -> Tensor:
     return (logits.argmax(1) != y) | logits.isnan().any(1)
 
 
-@contextmanager
-def eval_mode(model: Model) -> Iterator[None]:
-    """Puts every module of `model` into eval mode, then each back as it was, even on an error.
+def eval_mode(model: Model) -> AbstractContextManager[None]:
+    """Puts every module of `model` into eval mode, then each back as it was, even on an error."""
+    return in_mode(model, training=False)
 
-    A function has no modes and is run as it is.
-    """
+
+@contextmanager
+def in_mode(model: Model, training: bool) -> Iterator[None]:
+    """Does so with train or eval mode; a function has no modes and is run as it is."""
     modules = model.modules() if isinstance(model, nn.Module) else ()
     before = [(module, module.training) for module in modules]
     try:
         for module, _ in before:
-            module.training = False
+            module.training = training
         yield
     finally:
-        for module, training in before:
-            module.training = training
+        for module, was_training in before:
+            module.training = was_training
 
 
 def check_batch(x: Tensor, y: Tensor) -> int:

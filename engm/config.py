@@ -16,7 +16,8 @@ MethodName = Literal["natural", "pgd_at", "trades", "mart", "fast_at"]
 OptimizerName = Literal[
     "msgd", "msgd-clip", "engm", "engm-input", "engm-input-only", "engm-output", "engm-both"
 ]
-ScheduleName = Literal["piecewise", "cosine", "one-cycle", "constant"]
+ScheduleName = Literal["piecewise", "trades", "cosine", "one-cycle", "cyclic", "constant"]
+RecipeName = Literal["trades", "mart", "robust-overfitting", "fast-at", "awp"]
 
 # What a dataset asks for where the user does not say (source: this kit; CIFAR's are the field's
 # usual ones, as in Rice et al. 2020, arXiv 2002.11569).
@@ -35,6 +36,54 @@ _L2_EPS_COLOUR = 128 / 255
 # as in the papers of the methods
 _BETAS = {"trades": 6.0, "mart": 5.0}
 
+_CIFAR10 = dict(dataset="cifar10", norm="linf", batch_size=128, lr=0.1, momentum=0.9)
+_RICE = _CIFAR10 | dict(
+    model="preact_resnet18", augment="reflect-crop-and-mirror", method="pgd_at", eps=8 / 255,
+    step_size=2 / 255, num_steps=10, attack_mode="train", weight_decay=5e-4, epochs=200,
+    schedule="piecewise",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Published hyperparameters: what the file `source` on GitHub does when run as it is.
+
+    Where the kit cannot follow it, results/methods-as-published.md says so.
+    """
+
+    source: str
+    settings: dict[str, Any]
+
+
+RECIPES = {
+    "trades": Recipe(
+        "yaodongyu/TRADES, train_trades_cifar10.py",
+        _CIFAR10 | dict(
+            model="wide_resnet34_10", augment="crop-and-mirror", method="trades", eps=0.031,
+            step_size=0.007, num_steps=10, beta=6.0, start_noise=0.001, attack_mode="eval",
+            weight_decay=2e-4, epochs=76, schedule="trades",
+        ),
+    ),
+    "mart": Recipe(
+        "YisenWang/MART, train_resnet.py",
+        _CIFAR10 | dict(
+            model="preact_resnet18", augment="crop-and-mirror", method="mart", eps=0.031,
+            step_size=0.007, num_steps=10, beta=5.0, start_noise=0.001, attack_mode="eval",
+            lr=0.01, weight_decay=3.5e-3, epochs=120, schedule="trades",
+        ),
+    ),
+    "robust-overfitting": Recipe("locuslab/robust_overfitting, train_cifar.py", _RICE),
+    "fast-at": Recipe(
+        "locuslab/fast_adversarial, CIFAR10/train_fgsm.py",
+        _CIFAR10 | dict(
+            model="preact_resnet18", augment="crop-and-mirror", method="fast_at", eps=8 / 255,
+            step_size=10 / 255, num_steps=1, attack_mode="train", lr=0.2, weight_decay=5e-4,
+            epochs=15, schedule="cyclic",
+        ),
+    ),
+    "awp": Recipe("csdongxian/AWP, AT_AWP/train_cifar10.py", _RICE | dict(awp=0.01, awp_warmup=0)),
+}  # fmt: skip
+
 
 def _option(default: Any, help: str, **bounds: float) -> Any:
     return field(default=default, metadata={"help": help, "bounds": bounds})
@@ -44,12 +93,17 @@ def _option(default: Any, help: str, **bounds: float) -> Any:
 class RunConfig:
     """One training run. `None` means: what suits the dataset; `resolved()` fills it in.
 
-    Pixels are in [0, 1], so `eps` and `step_size` are too (write `8 / 255`).
+    Pixels are in [0, 1], so `eps` and `step_size` are too (write `8 / 255`). A `recipe` sets what
+    is not given: `RunConfig(recipe="trades", epochs=10)` is as in `RECIPES` but for the epochs.
 
     Raises:
         InputError: If a value has a wrong type, is out of range or not one of the known names.
     """
 
+    recipe: RecipeName | None = _option(
+        None, "published settings to start from; other options override them, see "
+        "results/methods-as-published.md"
+    )  # fmt: skip
     dataset: DatasetName = _option("digits", "data to train on")
     classes: int | None = _option(
         None, "use the images of the first so many classes only; default: all", at_least=2
@@ -63,9 +117,10 @@ class RunConfig:
     test_images: int | None = _option(
         None, "test on this many images, evenly over the classes; default: all", at_least=1
     )
-    augment: Literal["crop-and-mirror", "none"] | None = _option(
-        None, "what training does to its images; default: by dataset"
-    )
+    augment: Literal["crop-and-mirror", "reflect-crop-and-mirror", "none"] | None = _option(
+        None, "what training does to its images; crops are padded by zeros, or by reflection; "
+        "default: by dataset"
+    )  # fmt: skip
     label_noise: float = _option(
         0.0, "fraction of the training images whose label is made wrong", at_least=0, below=1
     )
@@ -84,6 +139,13 @@ class RunConfig:
     )
     step_size: float | None = _option(
         None, "step of the training attack; default: 2.5 * eps / num_steps", above=0
+    )
+    start_noise: float | None = _option(
+        None, "the training attack starts with normal noise of this deviation, 0: uniformly; "
+        "default: 0.001 with trades, else 0; mart's code has 0.001, too", at_least=0, at_most=1
+    )  # fmt: skip
+    attack_mode: Literal["eval", "train"] = _option(
+        "eval", "mode of the model under the training attack: of its BatchNorm and dropout"
     )
     beta: float | None = _option(
         None, "trades, mart: weight of the divergence; default: 6 and 5", at_least=0
@@ -114,11 +176,21 @@ class RunConfig:
     compile: bool = _option(False, "compile the model for the attack steps (torch.compile)")
     capture: bool = _option(False, "record the attack steps as a CUDA graph, and replay it")
 
+    def __new__(cls, **given: Any) -> "RunConfig":
+        """Notes what is given, which a recipe leaves alone."""
+        config = super().__new__(cls)
+        object.__setattr__(config, "_given", frozenset(given))
+        return config
+
     def __post_init__(self) -> None:
         """Checks every field, so that a config that exists is a config that can run."""
         for item in fields(self):
             value = _checked(item.name, getattr(self, item.name), item.metadata["bounds"])
             object.__setattr__(self, item.name, value)  # 1 and 1.0 are one config
+        if self.recipe is not None:
+            for name, value in RECIPES[self.recipe].settings.items():
+                if name not in vars(self)["_given"]:
+                    object.__setattr__(self, name, value)
         if self.norm == "linf" and self.eps is not None and self.eps > 1:
             raise InputError(
                 f"eps must be at most 1 (pixels are in [0, 1]), got {self.eps}; write 8/255"
@@ -132,6 +204,10 @@ class RunConfig:
             raise InputError("label_smoothing has no meaning in mart's loss; leave it at 0")
         if self.awp_warmup and not self.awp:
             raise InputError(f"awp_warmup is {self.awp_warmup}, but there is no awp; try awp=0.01")
+        if self.method == "natural" and (self.attack_mode, self.start_noise) != ("eval", None):
+            raise InputError("natural has no attack: leave attack_mode and start_noise out")
+        if self.attack_mode == "train" and self.capture:
+            raise InputError("capture records attacks in eval mode; leave it or attack_mode out")
         if self.method == "fast_at" and self.num_steps not in (None, 1):
             raise InputError(
                 f"fast_at takes a single step, got num_steps={self.num_steps}; pgd_at takes more"
@@ -140,8 +216,9 @@ class RunConfig:
     def resolved(self) -> "RunConfig":
         """Returns the config filled in for its dataset, model and method.
 
-        Numbers of classes and images stay `None` for all of them or the usual ones, `augment` for
-        what suits the dataset, and `beta` where the method has none.
+        Numbers of classes and images stay `None` for all of them or the usual ones, `augment` and
+        `start_noise` for what suits the dataset and the method, `beta` where the method has none,
+        and `recipe` where there is none.
         """
         values = {**_DEFAULTS[self.dataset]}
         if self.norm == "l2":
@@ -155,7 +232,9 @@ class RunConfig:
         radii = 1.25 if self.method == "fast_at" else 2.5
         step_size = radii * values["eps"] / values["num_steps"]
         derived = dict(width=_WIDTHS[model], model_norm=_MODEL_NORMS[model], step_size=step_size)
-        return RunConfig(**derived | {"beta": _BETAS.get(self.method)} | values)
+        derived["beta"] = _BETAS.get(self.method)
+        # all of them are given, so that the recipe has no say any more
+        return RunConfig(**self.to_dict() | derived | values)
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the fields as plain JSON values."""

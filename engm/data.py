@@ -206,7 +206,7 @@ def batches(
     seed: int,
     epoch: int,
     shuffle: bool = True,
-    augment: bool = False,
+    augment: bool | str = False,
     drop_last: bool = False,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Cuts one epoch of a split into batches, on the split's device.
@@ -221,7 +221,8 @@ def batches(
         seed: 0 or more, as `epoch`.
         epoch: Every epoch of a seed is drawn anew.
         shuffle: Whether the order is drawn, too.
-        augment: Crop at random after padding with `PADDING` zero pixels, and mirror one in two.
+        augment: Crop at random after padding with `PADDING` zero pixels, or with "reflect" what is
+            next to the edge, and mirror one in two.
         drop_last: Leave out a last batch that is smaller than `batch_size`.
 
     Returns:
@@ -250,16 +251,17 @@ def batches(
             rows = slice(start, start + batch_size)
             images = split.images[order[rows]]
             if augment:
-                images = _crop_and_mirror(images, corner[rows], mirror[rows])
+                mode = augment if isinstance(augment, str) else "constant"
+                images = _crop_and_mirror(images, corner[rows], mirror[rows], mode)
             yield to_float(images), split.labels[order[rows]]
 
     return cut()
 
 
-def _crop_and_mirror(images: Tensor, corner: Tensor, mirror: Tensor) -> Tensor:
+def _crop_and_mirror(images: Tensor, corner: Tensor, mirror: Tensor, mode: str) -> Tensor:
     count, channels, height, width = images.shape
     device = images.device
-    padded = functional.pad(images, (PADDING,) * 4)
+    padded = functional.pad(images.float(), (PADDING,) * 4, mode).to(images.dtype)
     rows = corner[:, :1] + torch.arange(height, device=device)
     columns = corner[:, 1:] + torch.arange(width, device=device)
     columns = torch.where(mirror.bool(), columns.flip(1), columns)

@@ -6,7 +6,8 @@ A training step with any method and any outer optimizer reads
     optimizer.zero_grad()
     optimizer.step(lambda: method.losses(model, x, x_adv, y))
 
-`AWP` goes with each of them.
+`AWP` goes with each of them. `engm.config.RECIPES` has the published hyperparameters; where kit and
+published code differ, and whether it matters, is in results/methods-as-published.md.
 """
 
 import math
@@ -131,7 +132,8 @@ class MART(_Checked):
     The second term is computed from logits, where the paper's code adds 1e-4 to stay finite.
 
     Args:
-        attack: The inner maximisation, PGD on the cross-entropy in the paper.
+        attack: The inner maximisation, PGD on the cross-entropy in the paper; its code starts from
+            x plus a little normal noise, `start_noise=0.001`.
         beta: Weight of the divergence, lambda in the paper; 5 there.
     """
 
@@ -157,13 +159,17 @@ def build(config: RunConfig) -> Method:
     if config.method == "natural":
         return Natural(label_smoothing=config.label_smoothing)
     assert config.eps and config.step_size and config.num_steps
+    start_noise = config.start_noise
+    if start_noise is None:
+        start_noise = 0.001 if config.method == "trades" else 0.0
     attack = PGD(
         eps=config.eps,
         step_size=config.step_size,
         num_steps=config.num_steps,
         norm=config.norm,
         loss="kl" if config.method == "trades" else "ce",
-        start_noise=0.001 if config.method == "trades" else 0.0,
+        start_noise=start_noise,
+        mode=config.attack_mode,
     )
     if config.method == "trades":
         assert config.beta is not None
@@ -198,9 +204,11 @@ class AWP:
 
         w <- w + gamma |w| g / |g|
 
-    Biases and the scales and shifts of norm layers stay, as in the paper's code. Where the paper's
-    code subtracts the perturbation after the optimizer's step, the weights are put back before it,
-    bit for bit, so that weight decay and momentum never see it.
+    Moved are what the paper's code moves (csdongxian/AWP, utils_awp.py): parameters of two or more
+    dimensions with "weight" in their name. Biases, the scales and shifts of norm layers, and the
+    position and class embeddings of a vision transformer stay. Where the paper's code subtracts the
+    perturbation after the optimizer's step, the weights are put back before it, bit for bit, so
+    that weight decay and momentum never see it.
 
     Attributes:
         gamma: Length of the perturbation relative to that of the tensor; 0.005 to 0.01 in the
@@ -221,17 +229,24 @@ class AWP:
         """Perturbs the weights of `model` in place for the block, then puts them back.
 
         Args:
-            model: Its trainable tensors of two or more dimensions are moved.
+            model: Its trainable weights are moved, as above.
             closure: Returns one loss per example, `[n]`; examples whose loss is inf or nan have no
                 say. Its pass leaves the running statistics of BatchNorm as they were.
 
         Raises:
-            InputError: If the weights were changed within the block, as by `optimizer.step`.
+            InputError: If no parameter has such a name, or the weights were changed within the
+                block, as by `optimizer.step`.
         """
-        weights: list[Tensor] = [p for p in model.parameters() if p.requires_grad and p.ndim > 1]
-        if not self.gamma or not weights:
+        if not self.gamma:
             yield
             return
+        named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        weights: list[Tensor] = [p for name, p in named if "weight" in name and p.ndim > 1]
+        if not weights:
+            raise InputError(
+                "AWP moves trainable parameters of two or more dimensions with 'weight' in their "
+                f"name; here is none among {[name for name, _ in named][:5]}"
+            )
         steps = self._steps(model, closure, weights)
         kept = [weight.detach().clone() for weight in weights]
         try:

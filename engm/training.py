@@ -121,6 +121,7 @@ class Trainer:
         method: Attack and losses.
         optimizer: The outer optimizer.
         scheduler: Stepped after each of its steps.
+        steps: How many of them an epoch has.
         epoch: How many epochs are done.
         best: Number and robust validation accuracy of the best of them; the first of equal ones.
 
@@ -147,7 +148,9 @@ class Trainer:
                 dataset.train, config.label_noise, dataset.num_classes, seed=config.seed
             )
         usual = data.SPECS[dataset.name].augment
-        self.augment = usual if config.augment is None else config.augment != "none"
+        self.augment: bool | str = usual if config.augment is None else config.augment != "none"
+        if config.augment == "reflect-crop-and-mirror":
+            self.augment = "reflect"
         self.precision = Precision.of(config)
         with _stream(config.seed, 0, self.device):
             layout = self.precision.memory_format
@@ -157,8 +160,8 @@ class Trainer:
         self.method = methods.build(config)
         self.optimizer = optim.build(config, self.model)
         assert config.batch_size is not None
-        steps = -(-len(self.examples) // config.batch_size)
-        self.scheduler = build_scheduler(config, self.optimizer, steps)
+        self.steps = -(-len(self.examples) // config.batch_size)
+        self.scheduler = build_scheduler(config, self.optimizer, self.steps)
         self.epoch = 0
         self.best = {"epoch": 0, "validation_robust_accuracy": -1.0}
 
@@ -389,10 +392,8 @@ def _resume(trainer: Trainer, folder: Path) -> None:
 
 
 def _train(trainer: Trainer, folder: Path, progress: bool) -> None:
-    config, done = trainer.config, trainer.epoch
-    bar = tqdm(trainer, config.name, config.epochs, initial=done, disable=not progress)
     try:
-        for metrics in bar:
+        for metrics in _epochs(trainer, progress):
             if distributed.first():
                 runs.append_metrics(folder, metrics)
                 if trainer.best["epoch"] == trainer.epoch:
@@ -409,6 +410,22 @@ def _train(trainer: Trainer, folder: Path, progress: bool) -> None:
             f"{error} A smaller lr may help. The state before that step is in {failed}, that of "
             f"the last whole epoch (if any) in {runs.CHECKPOINTS['last']}."
         ) from None
+
+
+def _epochs(trainer: Trainer, progress: bool) -> Iterator[dict[str, Any]]:
+    epochs, steps, done = trainer.config.epochs, trainer.steps, trainer.epoch * trainer.steps
+    with tqdm(total=epochs * steps, initial=done, unit="step", disable=not progress) as bar:
+
+        def counted() -> Iterator[tuple[Tensor, Tensor]]:
+            bar.set_description(name)
+            for batch in trainer.batches():
+                yield batch
+                bar.update()
+            bar.set_description(f"{name}, validation")
+
+        while trainer.epoch < epochs:
+            name = f"epoch {trainer.epoch + 1} of {epochs}"
+            yield trainer.train_epoch(counted())
 
 
 def _evaluate(trainer: Trainer, folder: Path, keep: bool, progress: bool) -> dict[str, Any]:
@@ -441,15 +458,26 @@ def build_scheduler(
 ) -> lr_scheduler.LRScheduler:
     """Makes the schedule of a run, to be stepped after each step of the optimizer.
 
-    "piecewise" divides the learning rate by 10 after a half and after three quarters of the
-    steps; "cosine" takes it to 0; "one-cycle" raises it from a tenth over the first 30% of the
-    steps and takes it to about 0; "constant" leaves it.
+    "piecewise" divides the learning rate by 10 after a half and after three quarters of the steps,
+    "trades" at the start of the epochs 75, 90 and 100, as the code of TRADES and MART; "cosine"
+    takes it to 0; "one-cycle" raises it from a tenth over the first 30% of the steps and takes it
+    to about 0; "cyclic" goes in straight lines from 0 to the learning rate and back, while the
+    momentum goes down by 0.1 and back, as the code of Wong et al. 2020; "constant" leaves it.
     """
     steps = config.epochs * steps_per_epoch
     match config.schedule:
         case "piecewise":
             drops = [max(1, steps * k // 4) for k in (2, 3)]
             return lr_scheduler.MultiStepLR(optimizer, drops, gamma=0.1)
+        case "trades":
+            drops = [(epoch - 1) * steps_per_epoch for epoch in (75, 90, 100)]
+            return lr_scheduler.MultiStepLR(optimizer, drops, gamma=0.1)
+        case "cyclic":
+            low = max(0.0, config.momentum - 0.1)
+            half: Any = steps / 2  # torch says int, and takes halves
+            return lr_scheduler.CyclicLR(
+                optimizer, 0, config.lr, half, base_momentum=low, max_momentum=config.momentum
+            )
         case "cosine":
             return lr_scheduler.CosineAnnealingLR(optimizer, steps)
         case "one-cycle":

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from engm import attacks, models
 from engm.attacks import FGSM, PGD, eval_mode, fooled
+from engm.device import AttackedModel
 from engm.errors import InputError
 
 LOSSES = {
@@ -398,6 +399,46 @@ def test_a_batch_norm_model_is_attacked_with_its_running_statistics():
     assert torch.equal(in_train_mode, attack(model.eval(), x, y))
 
 
+@pytest.mark.parametrize("view", [lambda model: model, AttackedModel])
+@pytest.mark.parametrize("loss", ["ce", "kl"])
+def test_in_train_mode_the_batch_gives_the_statistics_and_every_pass_moves_the_running_ones(
+    loss, view
+):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(12), nn.Linear(12, 4)).double().eval()
+    x, y = torch.rand(6, 3, 2, 2, dtype=torch.float64), torch.arange(6) % 4
+    attack = PGD(eps=0.1, step_size=0.04, num_steps=3, loss=loss, mode="train")
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    found = attack(view(model), x, y, generator=torch.Generator().manual_seed(3))
+
+    # by hand, with the formula of BatchNorm
+    mean, var, passes = torch.zeros(12), torch.ones(12), 0
+    mean, var = mean.double(), var.double()
+
+    def logits_of(images):
+        nonlocal mean, var, passes
+        flat = images.flatten(1)
+        centre, spread = flat.mean(0), flat.var(0, correction=0)
+        mean = 0.9 * mean + 0.1 * centre.detach()
+        var = 0.9 * var + 0.1 * flat.var(0, correction=1).detach()
+        passes += 1
+        z = (flat - centre) / (spread + 1e-5).sqrt()
+        return z @ before["2.weight"].T + before["2.bias"]
+
+    target = logits_of(x) if loss == "kl" else y
+    here = start_of(attack, x, 3)
+    for _ in range(3):
+        here.requires_grad_()
+        (gradient,) = torch.autograd.grad(LOSSES[loss](logits_of(here), target).sum(), here)
+        here = (here.detach() + 0.04 * gradient.sign()).clamp(x - 0.1, x + 0.1).clamp(0, 1)
+    torch.testing.assert_close(found, here, rtol=0, atol=1e-12)
+    assert model[1].num_batches_tracked == passes == (4 if loss == "kl" else 3)
+    torch.testing.assert_close(model[1].running_mean, mean)
+    torch.testing.assert_close(model[1].running_var, var)
+    assert not any(module.training for module in model.modules())  # as it was
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
 def test_starts_follow_the_global_generator_or_the_one_given(trained):
     model, x, y = trained
     attack = PGD(eps=0.1, step_size=0.01, num_steps=1)
@@ -572,6 +613,8 @@ def test_integers_are_good_numbers_and_equal_attacks_are_equal():
         dict(restarts=0),
         dict(restarts=2, random_start=False),
         dict(start_noise=0.1, random_start=False),
+        dict(mode="training"),
+        dict(mode="train", stop_early=True),
         dict(norm="l1"),
         dict(loss="mse"),
         dict(loss="kl", random_start=False),

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
+from engm import training
 from engm.cli import main
 from engm.config import RunConfig
 
@@ -46,6 +47,26 @@ def test_train_prints_its_config_and_its_result(runs):
         assert f"next: engm evaluate {folder} attacks it in more ways" in output
         assert "| Digits | pgd_at | msgd |" in output
         assert (folder / "result.json").exists()
+
+
+def test_a_recipe_is_overridden_by_what_is_given_alone_even_where_that_is_the_default(
+    monkeypatch, tmp_path
+):
+    seen = []
+
+    def fit(config, *args, **kwargs):
+        seen.append(config.to_dict())
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(training, "fit", fit)
+    command = ["train", "--recipe", "mart", "--lr", "0.1", "--device", "cpu", "--out", tmp_path]
+    output = call(*command, code=130)
+    published = dict(recipe="mart", dataset="cifar10", weight_decay=3.5e-3, eps=0.031, epochs=120)
+    assert seen[0].items() >= (published | {"lr": 0.1}).items()
+    assert "recipe mart: YisenWang/MART, train_resnet.py; options override it" in output
+    assert "a quick try: --subset 500 --width 8" in output
+    again = call(*command, "--subset", "500", code=130)
+    assert seen[1]["subset"] == 500 and "a quick try" not in again
 
 
 def test_evaluate_attacks_both_checkpoints_and_leaves_what_training_recorded(runs, tmp_path):
@@ -156,11 +177,14 @@ def test_every_setting_of_a_run_is_an_option(runs):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["train", "--dataset", "cifar"], "is not digits or fashion-mnist or cifar10"),
+        (
+            ["train", "--dataset", "cifar"],
+            "or tiny-imagenet; the kit knows these data alone, images of your own",
+        ),
         (["train", "--lr", "fast"], "'fast' is not a number such as 0.03 or 8/255"),
         (["train", "--epochs", "1.5"], "'1.5' is not a whole number"),
         (["train", "--lr", "-1"], "lr must be above 0, got -1.0"),
-        (["train", "--wide", "1"], "no such option '--wide'; the options are --dataset, --subset"),
+        (["train", "--wide", "1"], "no such option '--wide'; the options are --recipe, --dataset"),
         (["report", "x", "--wide"], "no such option '--wide'; the options are --compare, --choose"),
         (["train", "--out", ""], "'--out': the path is empty; '.' is the present folder"),
         (["train", "--data-root", ""], "the path is empty"),

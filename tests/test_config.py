@@ -1,15 +1,21 @@
+import copy
 import hashlib
+import pickle
 import subprocess
 import sys
+from dataclasses import replace
+from pathlib import Path
 from typing import get_args
 
 import numpy as np
 import pytest
 
 from engm import config as settings
-from engm.config import RunConfig, parse_number
+from engm.config import TYPES, RunConfig, parse_number
 from engm.data import SPECS
 from engm.errors import InputError
+from engm.sweep.plan import plan
+from engm.values import read
 
 
 @pytest.mark.parametrize(
@@ -123,11 +129,67 @@ def test_the_defaults_of_a_method(method, beta, num_steps, step_size):
         dict(label_smoothing=0.1, method="mart"),
         dict(awp_warmup=3),
         dict(num_steps=5, method="fast_at"),
+        dict(attack_mode="train", method="natural"),
+        dict(start_noise=0.001, method="natural"),
+        dict(capture=True, attack_mode="train"),
     ],
 )
 def test_settings_that_do_not_go_together_are_refused(wrong):
     with pytest.raises(InputError, match=next(iter(wrong))):
         RunConfig(**wrong)
+
+
+# typed from the argument parsers of the published files, in their own units
+PUBLISHED = """
+                   trades  mart   robust-overfitting  fast-at  awp
+batch_size         128     128    128                 128      128
+epochs             76      120    200                 15       200
+lr                 0.1     0.01   0.1                 0.2      0.1
+momentum           0.9     0.9    0.9                 0.9      0.9
+weight_decay       2e-4    3.5e-3 5e-4                5e-4     5e-4
+eps                0.031   0.031  8/255               8/255    8/255
+step_size          0.007   0.007  2/255               10/255   2/255
+num_steps          10      10     10                  1        10
+beta               6.0     5.0    none                none     none
+start_noise        0.001   0.001  none                none     none
+attack_mode        eval    eval   train               train    train
+awp                0       0      0                   0        0.01
+awp_warmup         0       0      0                   0        0
+schedule           trades  trades piecewise           cyclic   piecewise
+augment            crop-and-mirror crop-and-mirror reflect-crop-and-mirror crop-and-mirror \
+                   reflect-crop-and-mirror
+method             trades  mart   pgd_at              fast_at  pgd_at
+model    wide_resnet34_10 preact_resnet18 preact_resnet18 preact_resnet18 preact_resnet18
+dataset            cifar10 cifar10 cifar10            cifar10  cifar10
+norm               linf    linf   linf                linf     linf
+optimizer          msgd    msgd   msgd                msgd     msgd
+label_smoothing    0       0      0                   0        0
+precision          float32 float32 float32            float32  float32
+""".replace("\\\n", "")
+
+
+def test_recipes_are_the_published_figures_and_what_is_given_overrides_them():
+    recipes, *rows = [line.split() for line in PUBLISHED.strip().splitlines()]
+    page = (Path(__file__).parents[1] / "results" / "methods-as-published.md").read_text()
+    assert set(recipes) == set(settings.RECIPES) == set(get_args(settings.RecipeName))
+    for recipe, *column in zip(recipes, *(row[1:] for row in rows), strict=True):
+        published = {
+            row[0]: read(text, TYPES[row[0]]) for row, text in zip(rows, column, strict=True)
+        }
+        assert f"| `{recipe}` | {settings.RECIPES[recipe].source} |" in page
+        found = RunConfig(recipe=recipe).resolved()
+        assert found.to_dict().items() >= published.items()
+        assert found.resolved() == found == RunConfig.from_dict(found.to_dict())
+        assert copy.deepcopy(found) == pickle.loads(pickle.dumps(found)) == found
+        assert replace(found, seed=1).to_dict() == found.to_dict() | {"seed": 1}
+        # also where it is what the kit has by default, and None: what suits the dataset
+        given = dict(lr=0.1, epochs=30, eps=None, start_noise=None, dataset="digits", seed=2)
+        own = RunConfig(recipe=recipe, **given).resolved()
+        wanted = published | given | {"eps": 0.15}
+        assert own.to_dict().items() >= wanted.items()
+        (task,) = plan("train", {"recipe": [recipe]}, settings=dict(epochs="7"))
+        assert task.settings == found.to_dict() | {"epochs": 7}
+    assert RunConfig(lr=0.1).recipe is None
 
 
 def test_a_config_survives_its_dictionary():
@@ -146,7 +208,8 @@ def test_every_dataset_of_the_config_exists_and_has_its_defaults():
     assert set(get_args(settings.DatasetName)) == set(SPECS)
     for name in SPECS:
         values = RunConfig(dataset=name).resolved().to_dict()
-        open_ends = {"classes", "subset", "validation_images", "test_images", "augment", "beta"}
+        open_ends = {"recipe", "classes", "subset", "validation_images", "test_images", "augment"}
+        open_ends |= {"start_noise", "beta"}
         assert {key for key, value in values.items() if value is None} == open_ends
 
 

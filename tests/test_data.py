@@ -275,13 +275,17 @@ def test_the_global_random_state_is_left_alone(noise):
     assert np.random.get_state()[1].tobytes() == numpy_state  # noqa: NPY002
 
 
-def slow_crop(image: torch.Tensor, top: int, left: int, mirror: bool) -> torch.Tensor:
+def slow_crop(
+    image: torch.Tensor, top: int, left: int, mirror: bool, reflect: bool = False
+) -> torch.Tensor:
     channels, height, width = image.shape
     result = torch.zeros_like(image)
     for channel in range(channels):
         for row in range(height):
             for column in range(width):
                 i, j = row + top - 4, column + left - 4
+                if reflect:
+                    i, j = min(abs(i), 2 * height - 2 - i), min(abs(j), 2 * width - 2 - j)
                 if 0 <= i < height and 0 <= j < width:
                     target = width - 1 - column if mirror else column
                     result[channel, row, target] = image[channel, i, j]
@@ -310,6 +314,11 @@ def test_every_augmented_image_is_one_of_the_crops_of_its_original():
         assert all(85 < count < 185 for count in np.bincount(shifts, minlength=9))
     assert 530 < sum(mirror for _, _, mirror in drawn) < 670
     assert len(set(drawn)) > 155  # all combinations: the three draws do not hang together
+    # reflected: the same draws, and other pixels beyond the edge
+    reflected, _ = joined(Split(originals[which], which), shuffle=False, augment="reflect")
+    for image, draw in zip(reflected[::2][:60], drawn[:60], strict=True):
+        expected = slow_crop(originals[0], *draw, reflect=True)
+        assert torch.equal((image * 255).round().byte(), expected)
 
 
 def test_labels_stay_with_their_images_when_shuffled_and_augmented():

@@ -93,7 +93,8 @@ def test_a_config_is_valid_and_survives_its_file_or_is_refused(values):
         assert resolved.resolved() == resolved
         assert config.name == resolved.name
         missing = {name for name, value in resolved.to_dict().items() if value is None}
-        assert missing <= {"subset", "validation_images", "test_images", "augment", "beta"}
+        open_ends = {"recipe", "classes", "subset", "validation_images", "test_images", "augment"}
+        assert missing <= open_ends | {"start_noise", "beta"}
         assert all(math.isfinite(v) for v in resolved.to_dict().values() if type(v) is float)
 
 

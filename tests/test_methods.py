@@ -121,6 +121,11 @@ def test_a_run_gets_the_method_it_asks_for():
     kl_attack = PGD(eps=0.2, step_size=0.125, num_steps=4, norm="l2", loss="kl", start_noise=0.001)
     assert build(RunConfig(**settings, method="trades")) == TRADES(kl_attack, 6)
     assert build(RunConfig(**settings, method="trades", beta=2)) == TRADES(kl_attack, 2)
+    noisy = PGD(eps=0.2, step_size=0.125, num_steps=4, norm="l2", start_noise=0.001, mode="train")
+    published = dict(start_noise=0.001, attack_mode="train")
+    assert build(RunConfig(**settings, **published, method="mart")) == MART(noisy, 5)
+    uniform = PGD(eps=0.2, step_size=0.125, num_steps=4, norm="l2", loss="kl")
+    assert build(RunConfig(**settings, method="trades", start_noise=0)) == TRADES(uniform, 6)
     one_step = PGD(eps=0.2, step_size=0.25, num_steps=1)
     assert build(RunConfig(eps=0.2, method="fast_at")) == PGDAT(one_step)
 

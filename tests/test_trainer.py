@@ -50,6 +50,7 @@ def group(name):
 ENGM = {"optimizer": "engm"}
 # the setting: another value, what it changes in a Trainer, and the settings that it wants beside it
 HONOURED = {
+    "classes": (4, lambda t: t.dataset.num_classes, {}),
     "subset": (20, lambda t: len(t.examples), {}),
     "validation_images": (30, lambda t: len(t.dataset.validation), {}),
     "test_images": (50, lambda t: len(t.dataset.test), {}),
@@ -63,6 +64,8 @@ HONOURED = {
     "norm": ("l2", train_attack, {}),
     "num_steps": (3, train_attack, {}),
     "step_size": (0.01, train_attack, {}),
+    "start_noise": (0.001, train_attack, {}),
+    "attack_mode": ("train", after_an_epoch, {}),
     "beta": (2.0, lambda t: t.method, {"method": "trades"}),
     "awp": (0.01, after_an_epoch, {}),
     "awp_warmup": (1, after_an_epoch, {"awp": 0.01}),
@@ -84,16 +87,18 @@ HONOURED = {
     "compile": (True, lambda t: type(t.attacked), {}),
 }
 REFUSED = {"dataset": "fashion-mnist", "capture": True}  # other images; on a CPU
+LABELS = {"recipe"}  # it sets others, see test_config
 
 
 def made(config):
     config = config.resolved()
     counts = {"validation": config.validation_images, "test": config.test_images}
-    return Trainer(config, data.load("digits", subset=config.subset, **counts))
+    counts |= {"classes": config.classes, "subset": config.subset}
+    return Trainer(config, data.load("digits", **counts))
 
 
 def test_every_setting_is_in_one_of_the_lists():
-    assert {field.name for field in fields(RunConfig)} == {*HONOURED, *REFUSED}
+    assert {field.name for field in fields(RunConfig)} == {*HONOURED, *REFUSED, *LABELS}
 
 
 @pytest.mark.parametrize("name", HONOURED)

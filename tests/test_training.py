@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from itertools import product
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -212,7 +213,7 @@ def test_each_epoch_has_its_own_batches_and_is_validated_on_the_validation_split
     assert run.result["robust_overfitting_gap"] == gap
 
 
-@pytest.mark.parametrize("augment", ["none", "crop-and-mirror"])
+@pytest.mark.parametrize("augment", ["none", "crop-and-mirror", "reflect-crop-and-mirror"])
 def test_a_run_uses_as_many_images_and_spoils_as_many_labels_as_it_says(
     augment, tmp_path, monkeypatch
 ):
@@ -223,7 +224,8 @@ def test_a_run_uses_as_many_images_and_spoils_as_many_labels_as_it_says(
     run = fit_quietly(config, tmp_path)
     clean = data.load("digits", subset=40, validation=30)
     ((split, _), how), *_ = batches
-    assert how["augment"] == (augment == "crop-and-mirror")
+    in_words = {"none": False, "crop-and-mirror": True, "reflect-crop-and-mirror": "reflect"}
+    assert how["augment"] == in_words[augment]
     assert torch.equal(split.images, clean.train.images)
     assert int((split.labels != clean.train.labels).sum()) == 10
     spoiled = data.with_wrong_labels(clean.train, 0.25, 10, seed=5)
@@ -232,6 +234,42 @@ def test_a_run_uses_as_many_images_and_spoils_as_many_labels_as_it_says(
     assert {len(tensor) for tensor in saved.values()} == {50}
     validated = 30 * run.metrics[0]["validation_clean_accuracy"]
     assert validated == pytest.approx(round(validated))
+
+
+def test_published_schedules():
+    def rates(name, epochs):
+        config = RunConfig(schedule=name, epochs=epochs, lr=0.2)
+        optimizer = MSGD([torch.zeros(1, requires_grad=True)], lr=0.2, momentum=0.9)
+        scheduler, found = build_scheduler(config, optimizer, 3), []
+        for _ in range(3 * epochs):
+            group = optimizer.param_groups[0]
+            found.append((group["lr"], group["momentum"]))
+            optimizer.step(lambda: optimizer.param_groups[0]["params"][0] * 1)
+            scheduler.step()
+        return found
+
+    # YisenWang/MART, adjust_learning_rate; epochs count from 1
+    def adjusted(epoch):
+        return 0.2 * (0.001 if epoch >= 100 else 0.01 if epoch >= 90 else 0.1 if epoch >= 75 else 1)
+
+    wanted = [(adjusted(1 + step // 3), 0.9) for step in range(3 * 101)]
+    assert np.array(rates("trades", 101)) == pytest.approx(np.array(wanted))
+    # fast_adversarial: CyclicLR from 0 over half of the steps, momentum as torch has it by default
+    up = [min(step, 15 - step) / 7.5 for step in range(15)]
+    wanted = [(0.2 * u, 0.9 - 0.1 * u) for u in up]
+    assert np.array(rates("cyclic", 5)) == pytest.approx(np.array(wanted))
+
+
+def test_the_bar_counts_steps_and_says_the_epoch_and_changes_nothing(tmp_path, capsys):
+    quiet = fit_quietly(TINY, tmp_path / "quiet")
+    assert "epoch" not in capsys.readouterr().err
+    shown = fit(TINY, tmp_path / "shown", device="cpu")
+    said = capsys.readouterr().err
+    steps = TINY.epochs * -(-40 // 16)
+    assert f"epoch 1 of {TINY.epochs}: " in said and f" {steps}/{steps} " in said
+    assert f"epoch {TINY.epochs} of {TINY.epochs}, validation" in said
+    weights = [load_tensors(run.folder / "checkpoint-last.pt")["model"] for run in (quiet, shown)]
+    assert all(torch.equal(weights[0][name], value) for name, value in weights[1].items())
 
 
 def test_of_equal_epochs_the_first_is_best(tmp_path, monkeypatch):

@@ -123,6 +123,55 @@ def test_weights_come_back_bit_for_bit_when_the_step_raises():
     assert equal(model, kept)
 
 
+def test_what_moves_is_what_the_published_code_moves_by_name():
+    class Vision(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.patch = nn.Conv2d(1, 4, 2, 2)
+            self.class_token = nn.Parameter(torch.randn(1, 1, 4))
+            self.positions = nn.Parameter(torch.randn(1, 5, 4))
+            self.block = nn.TransformerEncoderLayer(4, 2, 8, dropout=0.0)
+            self.norm = nn.LayerNorm([5, 4])
+            self.head = nn.Linear(4, 5)
+
+        def forward(self, x):
+            tokens = self.patch(x).flatten(2).mT
+            first = self.class_token.expand(len(x), -1, -1)
+            return self.head(
+                self.norm(self.block(torch.cat([first, tokens], 1) + self.positions))[:, 0]
+            )
+
+    torch.manual_seed(0)
+    model, x, y = Vision().double(), torch.rand(7, 1, 4, 4).double(), torch.arange(7) % 5
+
+    def closure():
+        return functional.cross_entropy(model(x), y, reduction="none")
+
+    kept = copies(model)
+    with AWP(0.1)(model, closure):
+        names = zip(model.named_parameters(), kept, strict=True)
+        moved = {name for (name, p), before in names if not torch.equal(p, before)}
+    # by the rule of csdongxian/AWP, AT_AWP/utils_awp.py, in diff_in_weights
+    state = model.state_dict()
+    assert moved == {n for n, w in state.items() if len(w.size()) > 1 and "weight" in n}
+    assert {"patch.weight", "block.self_attn.in_proj_weight", "norm.weight"} <= moved
+
+    class Bare(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.kernel = nn.Parameter(torch.randn(16, 5).double())
+
+        def forward(self, x):
+            return x.flatten(1) @ self.kernel
+
+    model = Bare()
+    with (
+        pytest.raises(InputError, match=r"'weight' in their name.*'kernel'"),
+        AWP(0.1)(model, closure),
+    ):
+        pass
+
+
 def test_batchnorm_counts_the_outer_pass_alone():
     model, closure = problem(norm=True)
     norm = model[1]

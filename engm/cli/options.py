@@ -76,7 +76,9 @@ class Setting(click.ParamType):
         except ValueError:
             words = {int: "a whole number", float: "a number such as 0.03 or 8/255"}
             wanted = [*self.names, *(words[kind] for kind in self.numbers)]
-            self.fail(f"{value!r} is not {' or '.join(wanted)}", param, ctx)
+            own = "; the kit knows these data alone, images of your own take a loop of your own"
+            hint = own if "cifar10" in wanted else ""
+            self.fail(f"{value!r} is not {' or '.join(wanted)}{hint}", param, ctx)
 
     def get_metavar(self, param: click.Parameter, ctx: Any = None) -> str:
         return f"[{self.name}]" if len(self.names) > 0 else self.name.upper()

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from engm.cli.options import (
     Command,
@@ -17,8 +18,10 @@ from engm.cli.options import (
     say,
     settings_options,
 )
-from engm.config import RunConfig
+from engm.config import RECIPES, RunConfig
 from engm.errors import InputError
+
+_QUICK = "--subset 500 --width 8 --epochs 1 --validation-images 100 --test-images 100"
 
 
 @click.command(cls=Command)
@@ -39,8 +42,12 @@ def train(
     \b
     engm train --optimizer engm --subset 300 --epochs 80
     engm train --dataset cifar10 --eps 8/255 --schedule one-cycle --precision bfloat16
+    engm train --recipe trades --optimizer engm
     """
-    config = RunConfig(**settings).resolved()
+    source_of = click.get_current_context().get_parameter_source
+    given = {n: v for n, v in settings.items() if source_of(n) is not ParameterSource.DEFAULT}
+    config = RunConfig(**given).resolved()
+    from engm.device import pick_device
     from engm.report.records import Record, summarise, to_markdown
     from engm.runs import RESULT
     from engm.training import fit
@@ -49,9 +56,17 @@ def train(
     if first:
         for name, value in config.to_dict().items():
             click.echo(f"{name:17} {'default' if value is None else value}")
-        done = (out / config.name / RESULT).exists()
-        does = "showing the finished run" if done else "training, then attacking the test images,"
-        say(f"\n{does} in {quoted((out / config.name).resolve())}")
+        if config.recipe:
+            say(f"\nrecipe {config.recipe}: {RECIPES[config.recipe].source}; options override it")
+        place = quoted((out / config.name).resolve())
+        if (out / config.name / RESULT).exists():
+            say(f"\nshowing the finished run in {place}")
+        else:
+            does = "training, then attacking the test images"
+            say(f"\n{does}, in {place}; bars say how long it takes")
+            whole = config.model != "small_cnn" and config.subset is None
+            if whole and pick_device(device).type == "cpu":
+                say(f"all images on a CPU take long; a quick try: {_QUICK}")
     where: dict[str, Any] = dict(device=device, data_root=data_root)
     try:
         run = fit(config, out, **where, save_adversarial=save_adversarial)
