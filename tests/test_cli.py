@@ -170,7 +170,7 @@ def test_every_setting_of_a_run_is_an_option(runs):
         (["train", "--lr", f"{10**400}/1"], "is not a number such as 0.03 or 8/255"),
         (["train", "--wd", "1"], "--weight-decay"),
         (["train", "--device", "gpu"], "cannot use device 'gpu'"),
-        (["train", "--dataset", "cifar10", "--data-root", "nowhere"], "prepare.py cifar10"),
+        (["train", "--dataset", "cifar10", "--data-root", "nowhere"], "engm prepare cifar10"),
         (["evaluate", "RUN", "--device", "gpu"], "cannot use device 'gpu'"),
         (["evaluate", "nowhere"], "nowhere is not a run directory"),
         (["report", "nowhere"], "there is no run in /"),
