@@ -63,6 +63,7 @@ def test_an_installed_kit_is_whole(away):
     assert "tiny-imagenet" in call("-m", "engm", "prepare", **away)
     declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
     assert declared in call("-m", "engm", "--version", **away)
+    assert len(call("-m", "engm", "student", "class", **away).split()) == 10
 
 
 def test_notebooks_run_from_an_installed_kit(away):
