@@ -53,9 +53,15 @@ def test_an_installed_kit_is_whole(away):
     site = away["cwd"] / "site"
     where = call("-c", "import engm; print(engm.__file__)", **away).strip()
     assert Path(where) == site / "engm" / "__init__.py"
-    there = [p.relative_to(site) for p in site.rglob("*") if p.suffix in (".py", ".css", ".html")]
-    ours = [p.relative_to(ROOT) for p in (ROOT / "engm").rglob("*.*") if p.suffix != ".pyc"]
-    assert sorted(there) == sorted(ours)
+    there, ours = (
+        {
+            p.relative_to(root)
+            for kind in ("py", "css", "html")
+            for p in root.glob(f"engm/**/*.{kind}")
+        }
+        for root in (site, ROOT)
+    )
+    assert there == ours
     for folder, pattern in (("notebooks", "*.ipynb"), ("results", "*/*/*.json*")):
         assert {p.relative_to(ROOT) for p in (ROOT / folder).glob(pattern)} == {
             p.relative_to(site / "engm") for p in (site / "engm" / folder).glob(pattern)
