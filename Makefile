@@ -45,7 +45,7 @@ freeze-notebooks: .venv/ready  ## run the notebooks in place and normalise them,
 	$(BIN)/jupyter execute --inplace notebooks/*.ipynb
 	$(BIN)/nbstripout $(STRIP) notebooks/*.ipynb
 
-# Colab's Python, and an environment of its own with Colab's versions.
+# Colab's Python and its versions; the kit is installed as Colab's first cell does.
 PYTHON_COLAB ?= python3.13
 
 .venv-colab/ready: pyproject.toml constraints-colab.txt
@@ -55,18 +55,22 @@ PYTHON_COLAB ?= python3.13
 	@echo "setting up .venv-colab (once; with torch's build for CUDA, several GB)"
 	@$(PYTHON_COLAB) -m venv .venv-colab
 	@.venv-colab/bin/python -m pip install --quiet --disable-pip-version-check \
-	  -c constraints-colab.txt -e '.[batch]' ipywidgets
+	  -c constraints-colab.txt '.[batch]' ipywidgets
 	@touch $@
 
-test-colab: .venv-colab/ready  ## run the notebooks under the versions that Colab has
-	PYDEVD_DISABLE_FILE_VALIDATION=1 .venv-colab/bin/engm demo --out $(OUT)/colab
+test-colab: .venv-colab/ready  ## install and run the notebooks as Colab does, away from here
+	@rm -rf build $(OUT)/colab
+	@.venv-colab/bin/python -m pip install --quiet --disable-pip-version-check \
+	  --force-reinstall --no-deps .
+	@mkdir -p $(OUT)/colab
+	cd $(OUT)/colab && PYDEVD_DISABLE_FILE_VALIDATION=1 $(CURDIR)/.venv-colab/bin/engm demo --out .
 
 map: demo  ## measure the times in notebooks/README.md, and renew its pictures
 	$(BIN)/python -m engm.lab.notebook_map $(OUT)
 	$(BIN)/python -m engm.lab.opening notebooks/pictures/opening.png
 
 lab: .venv/ready  ## open the notebooks in JupyterLab
-	$(BIN)/jupyter lab notebooks
+	$(BIN)/jupyter lab $(if $(filter 0,$(shell id -u)),--allow-root) notebooks
 
 clean:  ## remove .venv, outputs and caches; runs and datasets stay
-	rm -rf .venv .venv-colab outputs .pytest_cache .ruff_cache .mypy_cache .hypothesis *.egg-info
+	rm -rf .venv .venv-colab outputs build .pytest_cache .ruff_cache .mypy_cache .hypothesis *.egg-info

@@ -357,13 +357,13 @@ def read_arrays(spec: DatasetSpec, root: Path | str | None) -> tuple[Arrays, dic
         return _digits(spec)
     folder = data_root(root)
     record_path, cache_path = folder / f"{spec.name}.json", folder / f"{spec.name}.npz"
-    command = f"python data_scripts/prepare.py {spec.name}"
+    command = f"engm prepare {spec.name}"
     if root is not None:
         command += f" --root {shlex.quote(str(folder))}"
     if not record_path.is_file():
         raise InputError(
-            f"{spec.title} is not prepared in {folder}; run `{command}` in the kit's repository, "
-            "or set ENGM_DATA to the folder where it is"
+            f"{spec.title} is not prepared in {folder}; run `{command}`, or "
+            "set ENGM_DATA to the folder where it is"
         )
     try:
         record = read_json(record_path)

@@ -194,15 +194,12 @@ def test_every_setting_of_a_run_is_an_option(runs):
         (["train", "--lr", f"{10**400}/1"], "is not a number such as 0.03 or 8/255"),
         (["train", "--wd", "1"], "--weight-decay"),
         (["train", "--device", "gpu"], "cannot use device 'gpu'"),
-        (["train", "--dataset", "cifar10", "--data-root", "nowhere"], "prepare.py cifar10"),
+        (["train", "--dataset", "cifar10", "--data-root", "nowhere"], "engm prepare cifar10"),
         (["evaluate", "RUN", "--device", "gpu"], "cannot use device 'gpu'"),
         (["evaluate", "nowhere"], "nowhere is not a run directory"),
         (["report", "nowhere"], "there is no run in /"),
         (["evaluate", "ROOT"], "is not a run directory, but holds some; give one of digits-pgd_at"),
-        (
-            ["trian"],
-            "the commands are bench, colab, demo, evaluate, report, run, student, sweep, train",
-        ),
+        (["trian"], "bench, colab, demo, evaluate, prepare, report, run, student, sweep, train"),
     ],
 )
 def test_mistakes_get_one_line_that_names_what_is_valid(
@@ -258,6 +255,9 @@ def test_run_hands_on_its_values_and_fails_with_the_notebook(monkeypatch, tmp_pa
     assert seen == [(name, {}, {"output_dir": tmp_path, "timeout": 7.0})]
     assert f"{name} failed in cell [3] source: ValueError: no" in call("run", name, code=1)
     assert "there is no parameter 'nonsense'" in call("run", name, "-p", "nonsense", 1, code=1)
+    told = call("run", "06_cifar", "-p", "out", "runs/a", "--out", tmp_path, code=1)
+    assert f"kept in {tmp_path / 'runs' / 'a'}, and" in told  # not in ./runs/a
+    assert "-p out FOLDER keeps it" in call("run", "06_cifar", "--out", tmp_path, code=1)
     twice = call("run", name, "-p", "lr", "0.1", "-p", "lr", "0.2", code=1)
     assert "lr is set twice; leave one of them out" in twice
 

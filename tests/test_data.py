@@ -404,7 +404,7 @@ def test_a_cache_is_loaded_whole(cached):
 def test_the_folder_is_the_argument_then_the_variable_then_the_home(cached, monkeypatch, tmp_path):
     assert data_cache.data_root("~/x") == Path.home() / "x"
     assert data_cache.data_root() == cached
-    with pytest.raises(InputError, match=r"prepare.py cifar10 --root '.*/a b'"):
+    with pytest.raises(InputError, match=r"engm prepare cifar10 --root '.*/a b'"):
         load("cifar10", root=tmp_path / "a b")
     monkeypatch.delenv("ENGM_DATA")
     assert data_cache.data_root() == Path.home() / ".cache" / "engm"
@@ -413,9 +413,7 @@ def test_the_folder_is_the_argument_then_the_variable_then_the_home(cached, monk
 
 def test_a_missing_cache_names_the_command(cached):
     (cached / "cifar10.json").unlink()
-    with pytest.raises(
-        InputError, match="not prepared .* `python data_scripts/prepare.py cifar10`"
-    ):
+    with pytest.raises(InputError, match="not prepared .* `engm prepare cifar10`"):
         load("cifar10")
 
 
@@ -496,7 +494,7 @@ def test_a_damaged_cache_says_how_to_make_it_anew(cached, damage, message):
     damage(cached)
     with pytest.raises(InputError, match=message) as caught:
         load("cifar10")
-    assert "`python data_scripts/prepare.py cifar10`" in str(caught.value)
+    assert "`engm prepare cifar10`" in str(caught.value)
     assert "make it anew" in str(caught.value)
 
 
@@ -529,15 +527,13 @@ def test_missing_operators_are_declared_and_other_faults_are_not_hidden(
         f"if not there: raise RuntimeError('{complaint}')\n"
         "print('imported after', ', '.join(there))\n"
     )
-    folders = [str(tmp_path), str(Path(__file__).parents[1] / "data_scripts")]
-    code = f"import sys; sys.path[:0] = {folders}; import vision"
+    code = f"import sys; sys.path[:0] = [{str(tmp_path)!r}]; import engm.preparation.vision"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert run.stdout == output
     assert ("another fault" in run.stderr) == (not output)
 
 
-def test_the_real_torchvision_is_handed_on(monkeypatch):
-    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "data_scripts")
-    from vision import torchvision
+def test_the_real_torchvision_is_handed_on():
+    from engm.preparation.vision import torchvision
 
     assert torchvision.datasets.CIFAR10.base_folder == "cifar-10-batches-py"

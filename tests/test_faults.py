@@ -31,13 +31,10 @@ from engm.errors import InputError
 from engm.evaluation import accuracy as evaluation
 from engm.evaluation.accuracy import load_model
 from engm.evaluation.autoattack import kept
+from engm.preparation import caches
+from engm.preparation.layouts import Contents
 from engm.runs import load_tensors, save_tensors
 from engm.training import fit
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "data_scripts"))
-
-import prepare
-from layouts import Contents
 
 TINY = RunConfig(subset=20, width=4, num_steps=1, eval_steps=1, epochs=3, batch_size=10, seed=3)
 ARGUMENTS = [
@@ -443,7 +440,7 @@ def test_a_cache_of_which_half_was_replaced_is_refused_and_made_anew(tmp_path, m
             arrays[f"{part}_images"][0] = 0
         assert spec.class_names
         found = Contents(arrays, spec.class_names, spec.title)
-        return prepare.write_cache(spec, found, tmp_path, "here", tmp_path)
+        return caches.write_cache(spec, found, tmp_path, "here", tmp_path)
 
     def cached():
         return data_cache.read_arrays(spec, tmp_path)[0]["test_images"][1:]
@@ -460,17 +457,15 @@ def test_a_cache_of_which_half_was_replaced_is_refused_and_made_anew(tmp_path, m
     def killed(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(
-        prepare, "write_json", killed
-    )  # between the arrays and what is said of them
+    monkeypatch.setattr(caches, "write_json", killed)  # between the arrays and what is said of them
     with pytest.raises(KeyboardInterrupt):
         write(2)
     monkeypatch.undo()
-    with pytest.raises(InputError, match="cifar10.npz is not what .* make it anew: `python data_s"):
+    with pytest.raises(InputError, match="cifar10.npz is not what .* make it anew: `engm prep"):
         data_cache.read_arrays(spec, tmp_path)
     for size in range(0, len(whole), len(whole) // 7):
         cache.write_bytes(whole[:size])
-        with pytest.raises(InputError, match="make it anew: `python data_scripts/prepare.py cifar"):
+        with pytest.raises(InputError, match="make it anew: `engm prepare cifar"):
             data_cache.read_arrays(spec, tmp_path)
     write(3)
     assert (cached() == 3).all()

@@ -11,11 +11,9 @@ import json
 import math
 import posixpath
 import re
-import sys
 import tarfile
 import tracemalloc
 import zipfile
-from pathlib import Path
 
 import nbformat
 import pytest
@@ -30,6 +28,8 @@ from engm.config import TYPES, RunConfig, choices, parse_number
 from engm.errors import InputError
 from engm.lab import parameters as notebook_parameters
 from engm.lab.batch import find
+from engm.preparation import archives
+from engm.preparation.archives import list_files, read_files
 from engm.report import records as results
 from engm.runs import (
     keep_metrics,
@@ -39,11 +39,6 @@ from engm.runs import (
     read_result,
     save_tensors,
 )
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "data_scripts"))
-
-import archives
-from archives import list_files, read_files
 
 
 def examples(number):

@@ -34,7 +34,7 @@ def test_a_verdict_is_the_newest_run_s_else_the_saved_one(tmp_path, monkeypatch)
         logs.verdict_of("08_overfitting_and_sensitivity", []),
     )
     assert source == "as saved" and "at this scale" in text
-    monkeypatch.setattr(logs, "CHECKOUT", tmp_path)
+    monkeypatch.setattr(logs, "kit", lambda name: tmp_path / name)
     assert logs.verdict_of("04_convergence", [run]) == ("not run yet", "engm run 04_convergence")
     data = [{logs.RESULT_TYPE: {"verdict": word}} for word in ("first", "last")]
     cells = [{"cell_type": "markdown"}, {"outputs": [{"data": d} for d in data] + [{"text": "x"}]}]

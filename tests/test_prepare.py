@@ -22,13 +22,11 @@ from click.testing import CliRunner
 from PIL import Image
 
 from engm import data
+from engm.cli import main
+from engm.preparation import archives, caches
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 REAL = REPOSITORY.parent / "shared" / "data" / "cifar10-jpeg.tar.xz"
-sys.path.insert(0, str(REPOSITORY / "data_scripts"))
-
-import archives  # noqa: E402
-import prepare  # noqa: E402
 
 OBJECTS = [
     *("airplane", "automobile", "bird", "cat", "deer"),
@@ -54,7 +52,7 @@ def root(tmp_path, monkeypatch) -> Path:
 def run(name: str, archive: Path | None, root: Path) -> str:
     """Runs the command; gives what it printed."""
     options = [] if archive is None else ["--archive", str(archive)]
-    result = CliRunner().invoke(prepare.main, [name, *options, "--root", str(root)])
+    result = CliRunner().invoke(main, ["prepare", name, *options, "--root", str(root)])
     assert result.exit_code == 0, result.output
     return result.output
 
@@ -63,7 +61,7 @@ def refused(name: str, archive: Path | None, root: Path) -> str:
     """Runs the command, which has to fail well: one message, nothing left; gives the message."""
     options = [] if archive is None else ["--archive", str(archive)]
     before = sorted(root.rglob("*")) if root.is_dir() else []
-    result = CliRunner().invoke(prepare.main, [name, *options, "--root", str(root)])
+    result = CliRunner().invoke(main, ["prepare", name, *options, "--root", str(root)])
     assert result.exit_code == 1, (result.output, result.exception)
     assert isinstance(result.exception, SystemExit), result.exception
     assert result.output.count("Error: ") == 1
@@ -334,7 +332,7 @@ def test_what_is_recorded_and_printed(root, tmp_path):
 
 
 def test_without_a_name_it_lists_them():
-    result = CliRunner().invoke(prepare.main, [])
+    result = CliRunner().invoke(main, ["prepare"])
     assert result.exit_code == 0
     for name in SMALL:
         assert name in result.output
@@ -342,7 +340,7 @@ def test_without_a_name_it_lists_them():
 
 
 def test_an_unknown_name_lists_the_valid_ones():
-    result = CliRunner().invoke(prepare.main, ["mnist"])
+    result = CliRunner().invoke(main, ["prepare", "mnist"])
     assert result.exit_code == 2
     for name in SMALL:
         assert f"'{name}'" in result.output
@@ -644,7 +642,7 @@ def test_a_folder_that_cannot_be_written_to(root, tmp_path):
     # nobody writes to /proc, not even root
     for folder in (tmp_path / "file" / "cache", tmp_path / "file", Path("/proc/sys")):
         result = CliRunner().invoke(
-            prepare.main, ["cifar10", "--archive", str(source), "--root", str(folder)]
+            main, ["prepare", "cifar10", "--archive", str(source), "--root", str(folder)]
         )
         assert result.exit_code == 1
         assert result.output.startswith(f"Error: {folder} cannot be written to")
@@ -656,9 +654,11 @@ def test_a_full_disk_leaves_no_valid_cache(root, tmp_path, monkeypatch, step):
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(f"prepare.{step}", full)
+    monkeypatch.setattr(f"engm.preparation.caches.{step}", full)
     source = write_tar(tmp_path / "c.tar.gz", cifar_files("cifar10"))
-    result = CliRunner().invoke(prepare.main, ["cifar10", "--archive", str(source), "--root", root])
+    result = CliRunner().invoke(
+        main, ["prepare", "cifar10", "--archive", str(source), "--root", root]
+    )
     assert result.exit_code == 1
     assert "No space left on device" in result.output
     assert not (root / "cifar10.json").exists()
@@ -678,7 +678,7 @@ def test_a_failure_leaves_the_earlier_cache_in_use(root, tmp_path):
 @pytest.fixture
 def download(monkeypatch):
     """Puts a function in place of the checked download of torchvision."""
-    from vision import torchvision
+    from engm.preparation.vision import torchvision
 
     def put(function) -> None:
         monkeypatch.setattr(torchvision.datasets.utils, "download_url", function)
@@ -706,8 +706,8 @@ def test_a_download_that_fails_says_how_to_go_on(root, download, name, error, me
     download(fail)
     found = refused(name, None, root)
     assert message in found
-    assert f"prepare.py {name} --archive F" in found
-    for url, _, _ in prepare.downloads(data.SPECS[name]):
+    assert f"engm prepare {name} --archive F" in found
+    for url, _, _ in caches.downloads(data.SPECS[name]):
         assert url in found
 
 

@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -33,6 +35,18 @@ def test_it_finds_most_of_what_can_be_found_and_no_more(linear, norm, eps):
     broken, possible = fooled(model(x_adv), y), ~closed_form(model, x, eps, norm)
     assert not (broken & ~possible).any()
     assert broken.sum() > 0.6 * possible.sum() > 20
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("norm", "eps"), [("linf", 0.031), ("l2", 0.5)])
+def test_images_of_any_type_stay_in_the_ball(linear, dtype, norm, eps):
+    model, x, _ = linear
+    model, x = copy.deepcopy(model).to(dtype), x.to(dtype)
+    x_adv = RandomSearch(eps=eps, norm=norm, num_queries=50)(model, x, model(x).argmax(1))
+    assert x_adv.dtype == dtype
+    lengths = (x_adv.double() - x.double()).flatten(1)
+    lengths = lengths.norm(float("inf") if norm == "linf" else 2, dim=1)
+    assert 0.9 * eps < lengths.max() <= eps * (1 + 1e-6)
 
 
 def test_it_works_where_there_is_no_gradient(linear):

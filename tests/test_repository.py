@@ -42,8 +42,8 @@ def test_environment_yml_installs_this_package_with_everything_and_nothing_else(
     assert section == {"pip": ["-e .[all]"]}
     extras = PROJECT["optional-dependencies"]
     named = re.search(r"\[(.*)\]", extras["all"][0]).group(1).split(",")
-    # peers: only `engm bench` compares with them, and does without
-    assert set(named) == set(extras) - {"all", "peers"}
+    # peers: only `engm bench` compares with them, and does without; cluster: for many machines
+    assert set(named) == set(extras) - {"all", "peers", "cluster"}
 
 
 def test_rooms_import_one_way_and_packages_only_re_export():
@@ -73,9 +73,7 @@ def test_everything_that_is_imported_is_declared():
     declared["tests"] = at_work | used["test"]
     for folder, names in declared.items():
         files = [*(ROOT / folder).rglob("*.py")]
-        own = {"engm"} | {
-            p.stem for f in ("data_scripts", "results", "tests") for p in (ROOT / f).glob("*.py")
-        }
+        own = {"engm"} | {p.stem for f in ("results", "tests") for p in (ROOT / f).glob("*.py")}
         for path in files:
             for node in ast.walk(ast.parse(path.read_text())):
                 modules = [a.name for a in node.names] if isinstance(node, ast.Import) else []

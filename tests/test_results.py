@@ -1,6 +1,7 @@
 import csv
 import json
 import re
+import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -93,6 +94,17 @@ def test_one_run_never_counts_twice(tmp_path):
         write_run(tmp_path / name, 0.5)
     with pytest.raises(InputError, match="copy.* and .*first.* hold the same run"):
         summarise(collect(tmp_path)[0])
+
+
+def test_runs_on_data_that_share_only_a_title_are_not_averaged(tmp_path):
+    for seed, digest in enumerate(("aa" * 32, None, "aa" * 32, "bb" * 32)):
+        path = write_run(tmp_path, 0.5, seed=seed) / "result.json"
+        write_json(path, read_json(path) | {"environment": {"data_sha256": digest}})
+    with pytest.raises(InputError, match=r"caches of Digits .* \(data_sha256 aaaaaaaa, bbbbbbbb\)"):
+        summarise(collect(tmp_path)[0])
+    shutil.rmtree(path.parent)
+    (row,) = summarise(collect(tmp_path)[0])
+    assert row["gap"].n == 3
 
 
 def test_unfinished_runs_are_left_out_and_named(tmp_path):

@@ -2,7 +2,7 @@
 
 import click
 
-from engm.cli import measuring, notebooks, runs, sweeping
+from engm.cli import measuring, notebooks, preparing, runs, sweeping
 from engm.cli.options import Group
 
 
@@ -11,13 +11,14 @@ from engm.cli.options import Group
 def main() -> None:
     """Learn, test and use ENGM, the outer optimizer for adversarial training.
 
-    The usual order: `engm train` makes a run directory, `engm evaluate` attacks what it holds,
-    `engm report` puts many of them into one table. `engm run` runs a notebook with parameters.
+    The usual order: `engm prepare` fetches a data set (the digits are there), `engm train` makes a
+    run directory, `engm evaluate` attacks what it holds, `engm report` puts many of them into one
+    table. `engm run` runs a notebook with parameters.
     """
 
 
 for command in (
-    *(runs.train, runs.evaluate, runs.report, measuring.bench),
+    *(preparing.prepare, runs.train, runs.evaluate, runs.report, measuring.bench),
     *(notebooks.run, notebooks.demo, notebooks.colab, notebooks.student, sweeping.sweep),
 ):
     main.add_command(command)

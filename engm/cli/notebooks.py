@@ -33,8 +33,11 @@ def run(
     given = parameters.parse(path, once(values, "leave one of them out"))
     shown = ", ".join(f"{name} = {value!r}" for name, value in given.items())
     say(f"running {path.stem} with {shown or 'its defaults'}, in {quoted(out.resolve())}")
-    if "out" in parameters.parameters(path) and given.get("out") is None:
-        say("its training runs are not kept: -p out runs keeps them, and goes on with them")
+    if "out" in parameters.parameters(path):
+        # the notebook works in the folder `out` of the command
+        kept = quoted(out.resolve() / given["out"]) if given.get("out") else ""
+        say(f"what it makes is kept in {kept}, and the same command goes on with it" if kept else
+            "what it makes is not kept: -p out FOLDER keeps it, and goes on with it")  # fmt: skip
     done = batch.run(path, given, output_dir=out, timeout=timeout)
     click.echo(click.format_filename(done.path))
     if done.error is not None:
@@ -78,9 +81,7 @@ def colab(repo: str | None, branch: str, remove: bool, folder: Path) -> None:
 
     if (repo is None) != remove:
         raise click.UsageError("give either --repo OWNER/NAME or --remove")
-    paths = sorted(folder.glob("[0-9]*_*.ipynb"))
-    if not paths:
-        raise InputError(f"there are no notebooks in {folder}; --notebooks says where they are")
+    paths = _numbered(folder)
     changed = stamps.stamp(paths, repo, branch) if repo is not None else stamps.remove(paths)
     for path in changed:
         click.echo(click.format_filename(path))
@@ -102,10 +103,17 @@ def student(out: Path, folder: Path) -> None:
     \b
     engm student class
     """
+    from engm.lab import batch
     from engm.lab import student as copies
 
+    if folder == Path("notebooks") and not folder.exists():
+        folder = batch.kit("notebooks")
+    for path in copies.write_copies(_numbered(folder), out):
+        click.echo(click.format_filename(path))
+
+
+def _numbered(folder: Path) -> list[Path]:
     paths = sorted(folder.glob("[0-9]*_*.ipynb"))
     if not paths:
         raise InputError(f"there are no notebooks in {folder}; --notebooks says where they are")
-    for path in copies.write_copies(paths, out):
-        click.echo(click.format_filename(path))
+    return paths

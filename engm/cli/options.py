@@ -131,5 +131,5 @@ device_option = click.option(
     "--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, ..."
 )
 data_root_option = click.option(
-    "--data-root", type=PathType(), help="where prepare.py put the datasets"
+    "--data-root", type=PathType(), help="where `engm prepare` put the datasets"
 )

@@ -79,14 +79,17 @@ class RandomSearch:
         return best
 
     def _project(self, x_adv: Tensor, patch: Tensor, x: Tensor) -> Tensor:
-        delta = x_adv - x
+        # halves are moved in float32, and rounded so that they stay in the ball
+        wide = torch.promote_types(x.dtype, torch.float32)
+        delta, patch = x_adv.to(wide) - x, patch.to(wide)
         if self.norm == "linf":
             delta = torch.where(patch == 0, delta, self.eps * patch)
         else:
             # a patch over all of the image has length eps, a smaller one less
             delta = delta + self.eps * patch / math.sqrt(patch[0].numel())
             delta = self.eps * delta / _lengths(delta)
-        return (x + delta).clamp(0, 1)
+        stored = PGD(eps=self.eps, norm=self.norm, step_size=1.0)._stored
+        return stored((x + delta).clamp(0, 1), x)
 
 
 @dataclass(frozen=True, kw_only=True)

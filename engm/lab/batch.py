@@ -19,6 +19,7 @@ from engm.report import tables
 from engm.runs import write_json, write_text
 
 RESULT_TYPE = "application/vnd.engm.result+json"
+PACKAGE = Path(__file__).resolve().parents[1]
 
 
 @dataclass(frozen=True)
@@ -67,13 +68,18 @@ class NotebookRun:
         return self.error is None
 
 
+def kit(name: str) -> Path:
+    """The folder `notebooks` or `results`: in the package as installed, beside it in a checkout."""
+    return PACKAGE / name if (PACKAGE / name).is_dir() else PACKAGE.parent / name
+
+
 def available() -> list[Path]:
     """The numbered notebooks (`00_tour.ipynb` and on) that a name can mean, sorted by name.
 
-    They lie in `./notebooks`, then in the checkout that the package is installed from.
+    They lie in `./notebooks`, then in what `kit` says.
     """
     found: dict[str, Path] = {}
-    for folder in (Path("notebooks"), _checkout() / "notebooks"):
+    for folder in (Path("notebooks"), kit("notebooks")):
         for path in folder.glob("[0-9]*_*.ipynb"):
             found.setdefault(path.name, path)
     return [found[name] for name in sorted(found)]
@@ -85,13 +91,12 @@ def find(name: str | Path) -> Path:
     Raises:
         InputError: If there is none; the message lists those there are.
     """
-    for folder in (Path(), Path("notebooks"), _checkout() / "notebooks"):
+    for folder in (Path(), Path("notebooks"), kit("notebooks")):
         for path in (folder / name, folder / f"{name}.ipynb"):
             if path.suffix == ".ipynb" and path.is_file():
                 return path
     names = ", ".join(path.stem for path in available())
-    advice = f"take one of {names}, or a path" if names else "run this in a checkout of the kit"
-    raise InputError(f"there is no notebook {str(name)!r}; {advice}")
+    raise InputError(f"there is no notebook {str(name)!r}; take one of {names}, or a path")
 
 
 def run(
@@ -236,10 +241,6 @@ def even(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [blank | {k: v for k, v in row.items() if v is not None} for row in rows]
 
 
-def _checkout() -> Path:
-    return Path(__file__).resolve().parents[2]
-
-
 def _fresh(notebook: Any, values: Mapping[str, Any]) -> Any:
     import nbformat
 
@@ -266,9 +267,9 @@ def _kernel_manager() -> type:
     env = {"MPLBACKEND": "module://matplotlib_inline.backend_inline"}
     if data := os.environ.get("ENGM_DATA"):  # the kernel works in another folder
         env["ENGM_DATA"] = str(Path(data).expanduser().resolve())
-    if (_checkout() / "pyproject.toml").is_file():
+    if (PACKAGE.parent / "pyproject.toml").is_file():
         others = os.environ.get("PYTHONPATH")
-        env["PYTHONPATH"] = os.pathsep.join([str(_checkout()), *([others] if others else [])])
+        env["PYTHONPATH"] = os.pathsep.join([str(PACKAGE.parent), *([others] if others else [])])
 
     own = {**get_kernel_dict(), "env": env}
     own["argv"] = [sys.executable, *own["argv"][1:], "--log-level=CRITICAL"]

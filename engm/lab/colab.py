@@ -46,7 +46,7 @@ if "google.colab" in sys.modules:
         print("GPU:", torch.cuda.get_device_name())
     else:
         print("No GPU: the digits need none. For more, choose Runtime > Change runtime type.")
-    print(f"Other data: !python {{kit}}/data_scripts/prepare.py cifar10")"""
+    print("Other data: !engm prepare cifar10")"""
 
 
 def stamp(paths: Sequence[Path], repo: str, branch: str = "main") -> list[Path]:

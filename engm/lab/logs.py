@@ -3,11 +3,9 @@
 from collections.abc import Collection, Iterable
 from pathlib import Path
 
-from engm.lab.batch import RESULT_TYPE
+from engm.lab.batch import RESULT_TYPE, kit
 from engm.report.records import Record, collect
 from engm.runs import read_json
-
-CHECKOUT = Path(__file__).parents[2]
 
 
 def committed(*names: str) -> list[Record]:
@@ -16,7 +14,7 @@ def committed(*names: str) -> list[Record]:
     Args:
         names: Folders of `results`. One that is not there (a kit without its repository) has none.
     """
-    folders = [f for f in (CHECKOUT / "results" / name for name in names) if f.is_dir()]
+    folders = [f for f in (kit("results") / name for name in names) if f.is_dir()]
     records = [record for folder in folders for record in collect(folder)[0]]
     return [r for r in records if (r.config.scale, r.config.floor) == ("mean", 0.05)]
 
@@ -52,7 +50,7 @@ def verdict_of(name: str, places: Iterable[Path]) -> tuple[str, str]:
     for place in places:
         if (path := place / f"{name}.result.json").exists():
             return read_json(path).get("verdict", "no verdict"), path.name
-    saved = CHECKOUT / "notebooks" / f"{name}.ipynb"
+    saved = kit("notebooks") / f"{name}.ipynb"
     outputs = (
         [output.get("data", {}) for cell in read_json(saved)["cells"]
          for output in cell.get("outputs", [])] if saved.exists() else []

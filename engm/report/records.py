@@ -234,18 +234,30 @@ def _differences(facts: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def refuse_copies(records: Iterable[Record]) -> None:
-    """Refuses the same run from two folders, which would count twice.
+    """Refuses the same run from two folders, and runs on data that share nothing but their title.
+
+    The first would count twice, the others would be averaged. Logs of old do not have the digest
+    of their data; their title is believed.
 
     Raises:
-        InputError: If there is one; the message names both.
+        InputError: If there is either; the message names two folders.
     """
     seen: dict[Any, Path] = {}
+    data: dict[str, tuple[str, Path]] = {}
     for record in records:
-        other = seen.setdefault((record.config, record.result["data"]), record.folder)
+        title = record.result["data"]
+        other = seen.setdefault((record.config, title), record.folder)
         if other is not record.folder:
             raise InputError(
                 f"{other} and {record.folder} hold the same run; leave one of them out"
             )
+        if digest := record.result.get("environment", {}).get("data_sha256"):
+            known, other = data.setdefault(title, (digest, record.folder))
+            if known != digest:
+                raise InputError(
+                    f"{other} and {record.folder} are runs on two caches of {title} that differ "
+                    f"(data_sha256 {known[:8]}, {digest[:8]}); report them apart"
+                )
 
 
 def _settings(record: Record, without: Collection[str] = ()) -> dict[str, Any]:

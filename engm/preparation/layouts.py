@@ -11,12 +11,12 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
-from archives import list_files, read_files
 from PIL import Image, UnidentifiedImageError
 from tqdm.auto import tqdm
 
 from engm.data import DatasetSpec, stratified_order
 from engm.errors import InputError
+from engm.preparation.archives import list_files, read_files
 
 _CIFAR10 = {
     "train": [f"data_batch_{number}" for number in range(1, 6)],
