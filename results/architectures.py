@@ -14,7 +14,6 @@ the log has already is not measured again: a run that was stopped goes on.
 
 import gc
 import json
-import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -36,7 +35,6 @@ from engm.optim import ENGM, MSGD
 from engm.report.tables import to_markdown
 from engm.runs import environment
 
-sys.path.append(str(Path(__file__).parents[1] / "data_scripts"))  # for `vision`
 LOG = Path(__file__).parent / "architectures.jsonl"
 CLASSES = 10
 BATCH = 8  # of the cost
@@ -81,7 +79,7 @@ SIZES = {
 def build(name: str, size: int) -> nn.Module:
     """Returns an architecture by its name, such as "timm/vit_tiny_patch16_224", for 10 classes."""
     library, name = name.split("/")
-    from vision import torchvision  # timm imports it as well
+    from engm.preparation.vision import torchvision  # timm imports it as well
 
     if library == "torchvision":
         heads = {"aux_logits": False} if name in ("googlenet", "inception_v3") else {}

@@ -32,8 +32,7 @@ SMALL = {
 
 @pytest.fixture
 def architectures(monkeypatch):
-    for folder in ("results", "data_scripts"):
-        monkeypatch.syspath_prepend(ROOT / folder)
+    monkeypatch.syspath_prepend(ROOT / "results")
     import architectures
 
     return architectures
