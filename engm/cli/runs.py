@@ -214,4 +214,5 @@ def report(
     for path in files:
         click.echo(f"written to {click.format_filename(path)}", err=True)
     if not files and kind is None:
-        say("next: --out report.html makes a page of it, --compare msgd pairs it seed by seed")
+        pairs = "" if compare else ", --compare msgd pairs it seed by seed"
+        say(f"next: --out report.html makes a page of it{pairs}")

@@ -121,7 +121,7 @@ def accuracy_under(
     batch_size: int = 500,
     seed: int = 0,
     save_to: Path | None = None,
-    progress: bool = False,
+    progress: bool | str = False,
 ) -> Evaluation:
     """Attacks every example of `split` with one attack and counts what is still classified rightly.
 
@@ -136,7 +136,7 @@ def accuracy_under(
         batch_size: Examples attacked at a time.
         seed: Seed of the attack's random starts.
         save_to: File to keep `x_adv` in.
-        progress: Show a progress bar.
+        progress: Show a progress bar, under this name where it is text.
 
     Raises:
         InputError: If there is no example; or the attack returned examples outside its budget, or
@@ -166,7 +166,7 @@ def run_attack(
     batch_size: int = 500,
     seed: int = 0,
     save_to: Path | None = None,
-    progress: bool = False,
+    progress: bool | str = False,
 ) -> Attacked:
     """Attacks every image, in batches; what `accuracy_under` counts, for each example.
 
@@ -180,7 +180,8 @@ def run_attack(
     # the repr of these says all that they do; others may hide a model, or code that changed
     folder = save_to.with_suffix(".parts") if save_to and isinstance(attack, PGD | FGSM) else None
     parts = []
-    with tqdm(total=len(y), desc="attack", disable=not progress, leave=False) as bar:
+    name = progress if isinstance(progress, str) else "attack"
+    with tqdm(total=len(y), desc=name, disable=not progress, leave=False) as bar:
         for rows in _rows(len(y), batch_size):
             path, x = None, _pixels(images[rows])
             if folder is not None:
@@ -343,8 +344,14 @@ def evaluate_run(
     Arguments are those of `load_model` and `accuracy_under`.
     """
     model, config = load_model(folder, which, dataset), read_config(folder)
-    how: dict[str, Any] = dict(seed=config.seed, save_to=save_to, progress=progress)
-    return accuracy_under(model, dataset.test, attack_of(config), **how)
+    return accuracy_under(
+        model,
+        dataset.test,
+        attack_of(config),
+        seed=config.seed,
+        save_to=save_to,
+        progress=progress and f"attack on the {which} checkpoint",
+    )
 
 
 def _rows(count: int, batch_size: int) -> list[slice]:

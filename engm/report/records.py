@@ -205,7 +205,8 @@ def _protocol(record: Record) -> dict[str, Any]:
     tested, settings = record.result["last"], record.config.to_dict()
     facts = {"data": record.result["data"], "test images": tested.get("num_examples")}
     attack = _attack_in_words(tested.get("attack"))
-    return facts | {name: settings[name] for name in PROTOCOL} | {"attack": attack}
+    all_or = {name: "all" if settings[name] is None else settings[name] for name in PROTOCOL}
+    return facts | all_or | {"attack": attack}
 
 
 def _attack_in_words(attack: Any) -> Any:
