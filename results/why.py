@@ -59,14 +59,14 @@ def long_gradients() -> Figure:
         axes.plot(epochs, quantiles[:, 3], color=colour, label="median")
         axes.axhline(1, color=GREY, linewidth=0.8, linestyle=":")
         axes.set(xlabel="epoch", xticks=epochs)
-        axes.legend(frameon=False, loc="upper left")
+        axes.legend(frameon=False, loc="upper right")
     row[0].set_ylabel("$|g_i|$ / mean $|g_i|$")
     return finish(figure)
 
 
 def who_is_weighted_down() -> Figure:
     """ENGM's weight against the margin, and how much of the pull is that of wrong labels."""
-    titles = ("who is weighted down (MSGD's network, 10% wrong labels)", "pull of the wrong labels")
+    titles = ("weights, network of MSGD", "pull of the 10% wrong labels")
     figure, (left, right) = panels(titles, (9, 3.4), grid="y")
     seeds = looks("pgd_at", "msgd", 0.1)
     shown = [look["epoch"] for look in seeds[0] if look["epoch"] in (5, 15, 30)]
@@ -77,7 +77,6 @@ def who_is_weighted_down() -> Figure:
         left.plot(margin, weight, "o-", color=colour, markersize=4, label=f"epoch {epoch}")
     left.axvline(0, color=GREY, linewidth=0.8, linestyle=":")
     left.set(xlabel="margin of the attacked image (tenths of the images)", ylabel="weight $w_i$")
-    left.set_yscale("log")
     left.legend(frameon=False)
     for kind, label, style in (("msgd", "MSGD: $w_i = 1$", "-"), ("engm", "ENGM", "--")):
         for optimizer in COLOURS:
