@@ -1,0 +1,67 @@
+"""The page "Why" of the results: its tables and figures, and the looks that they come from."""
+
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import pytest
+import torch
+from torch import nn
+
+from engm.norms import loop_norms
+
+RESULTS = Path(__file__).parents[1] / "results"
+
+
+@pytest.fixture
+def why(monkeypatch):
+    monkeypatch.syspath_prepend(RESULTS)
+    import why
+
+    return why
+
+
+def test_its_tables_are_what_the_logs_give(why):
+    page = (RESULTS / "README.md").read_text()
+    for table in why.TABLES:
+        assert f"\n\n{table().strip()}\n\n" in page, table.__name__
+
+
+def test_its_figures_are_drawn_from_the_logs(why):
+    page = (RESULTS / "README.md").read_text()
+    for draw in why.FIGURES:
+        figure = draw()
+        assert all(axes.has_data() for axes in figure.axes)
+        plt.close(figure)
+        assert (RESULTS / "pictures" / f"{draw.__name__}.png").is_file()
+        assert f"](pictures/{draw.__name__}.png)" in page
+
+
+def test_a_look_sees_what_a_loop_sees(monkeypatch):
+    monkeypatch.syspath_prepend(RESULTS / "plans")
+    import cifar10_cpu_why as looks
+
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Flatten(), nn.Linear(12, 6), nn.ReLU(), nn.Linear(6, 3)).double().eval()
+    x, y = torch.rand(5, 3, 2, 2, dtype=torch.float64), torch.tensor([0, 1, 2, 0, 1])
+    seen = looks.see(net, x, y)
+    pixels = x.clone().requires_grad_()
+    logits = net(pixels)
+    losses = nn.functional.cross_entropy(logits, y, reduction="none")
+    norms = loop_norms(losses, list(net.parameters()))
+    torch.testing.assert_close(seen.norms, norms)
+    for i, loss in enumerate(losses):
+        others = [logits[i, k].item() for k in range(3) if k != y[i]]
+        assert float(seen.margins[i]) == pytest.approx(logits[i, y[i]].item() - max(others))
+        (image,) = torch.autograd.grad(loss, pixels, retain_graph=True)
+        assert float(seen.inputs[i]) == pytest.approx(float(image.norm()))
+    parameters = list(net.parameters())
+    weights = norms.mean() / norms.clamp(min=0.05 * norms.mean())
+    gradient, weighted = (
+        torch.cat([g.flatten() for g in torch.autograd.grad(
+            (factor * losses).mean(), parameters, retain_graph=True)])
+        for factor in (torch.ones(5), weights)
+    )  # fmt: skip
+    # the parameters come in another order
+    torch.testing.assert_close(seen.gradient.norm(), gradient.norm())
+    torch.testing.assert_close(seen.weighted.norm(), weighted.norm())
+    torch.testing.assert_close(seen.gradient @ seen.weighted, gradient @ weighted)
