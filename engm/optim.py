@@ -609,10 +609,12 @@ def _has_term_for_all(losses: Tensor) -> bool:
                     own.append(child)
                 elif child is not None and node.name() in _SUMS:
                     terms.append(child)
-    met = list(dict.fromkeys(terms))
-    for node in met:
-        met += [child for child, _ in node.next_functions if child and child not in met]
-    return len(losses) > 1 and bool(terms) and set(met).isdisjoint(own)
+    met, open_ends = set(terms), [*terms]
+    while open_ends:
+        children = {child for child, _ in open_ends.pop().next_functions if child}
+        open_ends += children - met
+        met |= children
+    return len(losses) > 1 and bool(terms) and met.isdisjoint(own)
 
 
 def _groups(model: nn.Module, groups: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import matplotlib.pyplot as plt
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -24,6 +25,23 @@ def test_its_tables_are_what_the_logs_give(why):
     page = (RESULTS / "README.md").read_text()
     for table in why.TABLES:
         assert f"\n\n{table().strip()}\n\n" in page, table.__name__
+
+
+def test_its_sentences_have_the_numbers_of_the_logs(why):
+    page = " ".join((RESULTS / "README.md").read_text().split())
+    noisy = [look["train"] for s in why.looks("pgd_at", "msgd", 0.1) for look in s
+             if look["epoch"] == 15]  # fmt: skip
+    pulls = sorted(100 * mode["groups"]["wrong label"]["of_pull_msgd"] for mode in noisy)
+    assert "have {:.1f}, {:.1f} and {:.1f}% of MSGD's pull".format(*pulls) in page
+    kinds = (("natural", "msgd"), ("pgd_at", "msgd"), ("pgd_at", "engm"))
+    first = [seed[0] for kind in kinds for seed in why.looks(*kind, 0.0)]
+    lag = [look["eval"]["mean_norm"] / look["train"]["mean_norm"] for look in first]
+    assert f"norms are {min(lag):.0f} to {max(lag):.0f} times those of train mode" in page
+    explained = [np.median([b[0] for look in seed[1:] for b in look[mode]["proxy"]])
+                 for mode in ("train", "eval") for kind in kinds[1:]
+                 for seed in why.looks(*kind, 0.0)]  # fmt: skip
+    low, high = 100 * min(explained), 100 * max(explained)
+    assert f"explain {low:.0f} to {high:.0f}% of the variance" in page
 
 
 def test_its_figures_are_drawn_from_the_logs(why):
