@@ -440,12 +440,43 @@ def test_an_attack_within_the_closure_has_no_part_in_the_losses():
     assert_exact(model, closure)
 
 
-def test_checkpointed_layers():
-    model = made(
-        lambda: nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 5), nn.Linear(5, 3))
-    )
-    x = random(N, 6)
-    assert_exact(model, lambda: classify(lambda x: checkpoint(model, x, use_reentrant=False), x))
+def under(model, x):
+    return checkpoint(model, x, use_reentrant=False)
+
+
+def in_pairs(model, x):
+    torch.manual_seed(0)  # of the dropout
+    return model[3](under(model[1:3], under(model[0], x)))
+
+
+def nested(model, x):
+    torch.manual_seed(0)
+    return under(lambda x: model[1:](under(model[0], 2 * x)), x)
+
+
+def whole_twice(model, x):
+    torch.manual_seed(0)
+    return under(model, x) + under(model, x + 1)
+
+
+def moved_away(model, x):
+    torch.manual_seed(0)
+    with torch.autograd.graph.save_on_cpu():
+        return model(x)
+
+
+@pytest.mark.parametrize("forward", [in_pairs, nested, whole_twice, moved_away])
+def test_layers_whose_inputs_are_not_kept(forward):
+    def make():
+        first = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.LayerNorm(5))
+        return nn.Sequential(first, nn.Linear(5, 5), nn.Dropout(0.4), nn.Linear(5, 3))
+
+    model, x = made(make), random(N, 6)
+    assert_exact(model, lambda: classify(lambda x: forward(model, x), x))
+    with Watch(model) as watch:
+        losses = classify(lambda x: forward(model, x), x)
+    watch.backward(losses)
+    assert all(share is None for share in watch._found.shares.values())
 
 
 def test_hooks_of_the_user_may_change_inputs_and_outputs():

@@ -181,14 +181,16 @@ def under_checkpoints(norm, name, n):
     return run
 
 
-@pytest.mark.parametrize(("name", "saves"), [("exact", False), ("output", True), ("input", True)])
-def test_checkpoints_save_memory_where_no_layer_is_watched(name, saves):
-    run = under_checkpoints(nn.LayerNorm, name, 512)
-    peaks = []
+@pytest.mark.parametrize(
+    ("name", "first", "later"), [("exact", 0.6, 0.37), ("output", 0.8, 0.8), ("input", 0.8, 0.8)]
+)
+def test_checkpoints_save_memory(name, first, later):
+    firsts, peaks = [], []
     for checkpoints in (False, True):
-        run(checkpoints, 1)
-        peaks.append(peak_bytes(lambda c=checkpoints: run(c, 1), torch.device("cpu")))
-    assert (peaks[1] < 0.8 * peaks[0]) == saves, peaks
+        run = under_checkpoints(nn.LayerNorm, name, 512)
+        for found in (firsts, peaks):
+            found.append(peak_bytes(lambda c=checkpoints, r=run: r(c, 1), torch.device("cpu")))
+    assert firsts[1] < first * firsts[0] and peaks[1] < later * peaks[0], (firsts, peaks)
     if name == "input":
         with pytest.raises(InputError, match="nor, with norms='input', round the first layer"):
             run(True)

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge, Node
+from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
 from engm.norms.operations import name_of, size_of
 
@@ -18,14 +18,25 @@ _REORDER = {
 _BATCH_NORMS = {"NativeBatchNorm", "CudnnBatchNorm"}
 
 
-@dataclass(frozen=True)
+class _Kept(torch.autograd.Function):
+    """Keeps a tensor as autograd keeps what a layer saves: under a checkpoint, not at all."""
+
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, a: Tensor) -> Tensor:
+        """Saves `a`; a node is made since `anchor` wants a gradient."""
+        ctx.save_for_backward(a)
+        return anchor.new_empty(0)
+
+
+@dataclass
 class Call:
     """What is known of a call of a layer; it lives as long as the node of its output.
 
     Attributes:
         layer: The layer.
         training: Whether it was in train mode.
-        a: Its input.
+        a: Its input; where a checkpoint (or another hook on what autograd saves) is to keep it, the
+            node that asks for it.
         version: Of a; counts the changes in place.
         above: What made a.
         output: Which of the node's outputs was the layer's.
@@ -34,11 +45,37 @@ class Call:
 
     layer: nn.Module
     training: bool
-    a: Tensor
+    a: Tensor | Node | None
     version: int
     above: Node | None
     output: int
     shape: torch.Size
+
+    @classmethod
+    def of(cls, layer: nn.Module, a: Tensor, edge: GradientEdge, shape: torch.Size) -> "Call":
+        """Returns what is known when a layer has been called.
+
+        Args:
+            layer: The layer.
+            a: Its input.
+            edge: Of its output.
+            shape: Of its output.
+        """
+        above = get_gradient_edge(a).node if a.requires_grad else None
+        kept: Any = a.detach()
+        if _hooks_on_saved():
+            kept = _Kept.apply(torch.empty(0, requires_grad=True), kept).grad_fn
+        return cls(layer, layer.training, kept, a._version, above, edge.output_nr, shape)
+
+    @property
+    def anew(self) -> bool:
+        """Whether the input is not kept, but computed or fetched anew."""
+        return not isinstance(self.a, Tensor)
+
+    def input(self) -> Tensor:
+        """Returns the input; where it is not kept, that is possible once in a backward pass."""
+        a: Any = self.a
+        return a.saved_tensors[0] if self.anew else a
 
 
 class Graph:
@@ -59,6 +96,7 @@ class Graph:
         leaves: Of the parameters that are used outside of watched layers.
         plain: The plain nodes, leaves among them; empty where there are no leaves.
         coupled: Whether a batch norm takes its statistics from the examples.
+        anew: Whether inputs of layers are computed anew, as under a checkpoint.
     """
 
     def __init__(
@@ -81,6 +119,7 @@ class Graph:
         self.coupled = any(_couples(call.layer) for call in self.calls.values()) or any(
             map(_takes_statistics, self.order)
         )
+        self.anew = any(call.anew for call in self.calls.values())
 
     def signature(self) -> tuple[object, ...]:
         """Returns what tells this graph from another: its calls, and the kinds of its nodes."""
@@ -179,6 +218,12 @@ class Graph:
                     met.add(child)
                     waiting.append(child)
         return waiting
+
+
+def _hooks_on_saved() -> bool:
+    # there is no public way to ask; without an answer inputs are kept, which takes more room
+    ask = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+    return ask is not None and ask(False) is not None
 
 
 def _couples(module: nn.Module) -> bool:

@@ -6,6 +6,7 @@
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -147,7 +148,8 @@ class Watch:
         self._measure = measure
         self._hooks: list[Any] = []
         self._key = object()
-        self._coupled: Tensor | None = None  # the losses, where their examples are
+        self._anew = False  # whether inputs of layers are computed anew in each pass
+        self._second: Tensor | None = None  # the losses, if they take a second backward pass
         self._found = _Shares()
 
     def __enter__(self) -> "Watch":
@@ -181,13 +183,17 @@ class Watch:
         """
         graph = Graph(losses.grad_fn, self._key, self._owners, self._checked.skip)
         self._refuse(graph)
-        graph, plan = self._planned(graph, losses)
-        try:
-            gradient = self._backward(graph, plan, losses, inputs)
-        except _SeenNow:  # what was a guess is now to be found out
-            self._checked.plans.clear()
+        self._anew = graph.anew
+        with self._during_a_pass():
             graph, plan = self._planned(graph, losses)
-            gradient = self._backward(graph, _Plan(plan.rows), losses, inputs)
+            try:
+                gradient = self._backward(graph, plan, losses, inputs)
+            except _SeenNow:  # what was a guess is now to be found out
+                self._checked.plans.clear()
+                graph, plan = self._planned(graph, losses)
+                gradient = self._backward(graph, _Plan(plan.rows), losses, inputs)
+        for call in graph.calls.values():
+            call.a = None
         if not self._found.parameters():
             raise InputError(_NOTHING)
         return gradient
@@ -195,9 +201,9 @@ class Watch:
     def _backward(
         self, graph: Graph, plan: _Plan, losses: Tensor, inputs: Tensor | None
     ) -> Tensor | None:
-        self._coupled = losses if graph.coupled else None
+        self._second = losses if graph.coupled or graph.anew else None
         self._found = _Shares()
-        ones, retain = torch.ones_like(losses), graph.coupled or bool(plan.unseen)
+        ones, retain = torch.ones_like(losses), self._second is not None or bool(plan.unseen)
         return self._collect(graph, plan, losses, ones, self._found, inputs, self._measure, retain)
 
     def norms(self) -> Tensor:
@@ -215,16 +221,21 @@ class Watch:
             weights: w_i, `[n]`; 0 where `keep` is false.
             keep: Which examples count, `[n]` booleans; all where left out. The others may be nan.
         """
-        if self._coupled is None:
+        if self._second is None:
             return self._found.weighted(weights, keep)
         with torch.enable_grad():
-            losses = self._coupled if keep is None else torch.where(keep, self._coupled, 0)
+            losses = self._second if keep is None else torch.where(keep, self._second, 0)
             total = (weights.to(losses.dtype) * losses).sum()
         parameters = self._found.parameters()
-        gradients = torch.autograd.grad(total, parameters, retain_graph=True, allow_unused=True)
+        with self._during_a_pass():
+            gradients = torch.autograd.grad(total, parameters, retain_graph=True, allow_unused=True)
         return {p: g for p, g in zip(parameters, gradients, strict=True) if g is not None}
 
     # --- one backward pass
+
+    def _during_a_pass(self) -> AbstractContextManager[object]:
+        # what is under a checkpoint runs again in a pass, and has to save what it saved before
+        return self if self._anew else nullcontext()
 
     def _collect(
         self,
@@ -265,7 +276,7 @@ class Watch:
                 return
             b = gradients[call.output]
             if b is not None:
-                seen[call.layer].append((call.a, b.reshape(call.shape), rows[node]))
+                seen[call.layer].append((call.input(), b.reshape(call.shape), rows[node]))
             waiting[call.layer] -= 1
             if not waiting[call.layer] and seen[call.layer]:
                 self._take(call.layer, seen.pop(call.layer), found, measure)
@@ -292,14 +303,17 @@ class Watch:
         measure: bool,
     ) -> None:
         own = [p for p in layer.parameters(recurse=False) if p.requires_grad]
-        if self._coupled is not None and not measure:
+        if self._second is not None and not measure:
             found.shares.update(dict.fromkeys(own))
             return
         for name, share in shares_of(layer, calls, measure).items():
             parameter = getattr(layer, name)
-            found.shares[parameter] = share if self._coupled is None else None
             if measure:
                 found.squares[parameter] = share.squares()
+            if found.at_once is not None:
+                found.sums[parameter] = share.weighted(found.at_once, None)
+            keep = self._second is None and found.at_once is None
+            found.shares[parameter] = share if keep else None
 
     def _record(self, layer: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
         own = [p for p in layer.parameters(recurse=False) if p.requires_grad]
@@ -307,14 +321,12 @@ class Watch:
         if not output.requires_grad or not all(p in self._owners for p in own):
             return
         a = args[0] if args else kwargs["input"]
-        above = get_gradient_edge(a).node if a.requires_grad else None
         # The node, not the tensor: it stays that of this layer if the output is changed in place.
         # If the output is a view, such a change replaces its node, but not that of its base.
         edge = get_gradient_edge(output if output._base is None else output._base)
         # Kept by the node itself: what no loss leads to is let go with its graph.
-        edge.node.metadata[self._key] = Call(  # type: ignore[index]
-            layer, layer.training, a.detach(), a._version, above, edge.output_nr, output.shape
-        )
+        call = Call.of(layer, a, edge, output.shape)
+        edge.node.metadata[self._key] = call  # type: ignore[index]
 
     def _refuse(self, graph: Graph) -> None:
         if not graph.calls and not graph.leaves:
@@ -330,7 +342,7 @@ class Watch:
                     f"layer {name!r} was put from train into eval mode, or back, "
                     f"while the losses were computed; keep one mode, or {WAY_OUT}"
                 )
-            if call.a._version != call.version:
+            if isinstance(call.a, Tensor) and call.a._version != call.version:
                 raise InputError(
                     f"the input of layer {name!r} was changed in place after the layer had seen "
                     "it; change a copy instead"
@@ -371,8 +383,10 @@ class Watch:
                 node: Node, found: Sequence[Tensor | None], seen: dict[Node, Summary] = seen
             ) -> None:
                 b = next((b for b in found if b is not None), None)
+                call = graph.calls.get(node)
+                if call is not None and call.anew:
+                    call.input()  # or it is held until the graph is let go
                 if b is not None:
-                    call = graph.calls.get(node)
                     seen[node] = Summary.of(b if call is None else b.reshape(call.shape), n)
 
             gradients = _pass(graph, losses, factor, nodes, note, parameters, True, True, all_=True)
@@ -409,8 +423,8 @@ class Watch:
     ) -> set[nn.Module]:
         """Holds weighted gradients and one norm against autograd's."""
         parameters = self._parameters(graph)
-        found = _Shares()
-        self._coupled = None
+        found = _Shares(weights)
+        self._second = None
         self._collect(graph, plan, losses, torch.ones_like(losses), found, held=True)
         own = found.weighted(weights, None)
         tolerance, eps = _tolerance(losses, found)
@@ -444,9 +458,12 @@ class Watch:
                 return wrong
             only = torch.zeros_like(losses)
             only[most] = 1
-            passed = _pass(
-                graph, losses, only, [], lambda *_: None, parameters, True, True, all_=True
-            )
+            calls = [node for node, call in graph.calls.items() if call.anew]
+
+            def let_go(node: Node, _: Sequence[Tensor | None]) -> None:
+                graph.calls[node].input()
+
+            passed = _pass(graph, losses, only, calls, let_go, parameters, True, True, all_=True)
             lengths = [g.to(norms.dtype).norm() for g in passed if g is not None]
             norm = torch.stack(lengths).norm()
             if bool((norm - norms[most]).abs() > tolerance * norm):
@@ -490,9 +507,12 @@ class _Shares:
         shares: In the parameters of watched layers; `None` where they are not needed.
         parts: In all others.
         squares: Their squares, of each parameter, `[n]`.
+        sums: The weighted sums of the shares in parameters of layers, where weights are known.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, at_once: Tensor | None = None) -> None:
+        self.at_once = at_once  # weights for which the sums are formed, and shares let go
+        self.sums: dict[Tensor, Tensor] = {}
         self.shares: dict[Tensor, Share | None] = {}
         self.parts: list[_Part] = []
         self.squares: dict[Tensor, Tensor] = {}
@@ -501,7 +521,8 @@ class _Shares:
         return [*self.shares, *(p for part in self.parts for p in part.leaves.values())]
 
     def weighted(self, weights: Tensor, keep: Tensor | None) -> dict[Tensor, Tensor]:
-        total = {p: s.weighted(weights, keep) for p, s in self.shares.items() if s is not None}
+        known = {p: s for p, s in self.shares.items() if s is not None}
+        total = self.sums | {p: s.weighted(weights, keep) for p, s in known.items()}
         for part in self.parts:
             total |= part.weighted(weights, keep)
         return total
