@@ -465,11 +465,26 @@ def moved_away(model, x):
         return model(x)
 
 
+class OwnNorm(nn.LayerNorm):
+    """Has a forward of its own, and a scale: neither is reached by a layer's formula."""
+
+    def __init__(self, width):
+        super().__init__(width)
+        self.scale = nn.Parameter(torch.ones(width))
+
+    def forward(self, x):
+        normed = F.layer_norm(x, self.normalized_shape, self.weight, self.bias)
+        return torch.tanh(x * self.scale) + normed * self.scale
+
+
+@pytest.mark.filterwarnings("ignore:the norms of .* found one example at a time")
+@pytest.mark.parametrize("norm", [nn.LayerNorm, OwnNorm])
 @pytest.mark.parametrize("forward", [in_pairs, nested, whole_twice, moved_away])
-def test_layers_whose_inputs_are_not_kept(forward):
+def test_layers_whose_inputs_are_not_kept(forward, norm):
     def make():
-        first = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.LayerNorm(5))
-        return nn.Sequential(first, nn.Linear(5, 5), nn.Dropout(0.4), nn.Linear(5, 3))
+        first = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), norm(5))
+        last = nn.utils.parametrizations.weight_norm(nn.Linear(5, 3))
+        return nn.Sequential(first, nn.Linear(5, 5), nn.Dropout(0.4), last)
 
     model, x = made(make), random(N, 6)
     assert_exact(model, lambda: classify(lambda x: forward(model, x), x))
@@ -477,6 +492,7 @@ def test_layers_whose_inputs_are_not_kept(forward):
         losses = classify(lambda x: forward(model, x), x)
     watch.backward(losses)
     assert all(share is None for share in watch._found.shares.values())
+    assert not any(part.shares for part in watch._found.parts)
 
 
 def test_hooks_of_the_user_may_change_inputs_and_outputs():

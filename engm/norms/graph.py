@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
 from engm.norms.operations import name_of, size_of
+from engm.norms.saved import Kept, hooks_on_saved
 
 # Operations that only put the numbers of a single input in another order or type.
 _REORDER = {
@@ -16,16 +17,6 @@ _REORDER = {
     *("ToCopy", "Clone", "Alias"),
 }
 _BATCH_NORMS = {"NativeBatchNorm", "CudnnBatchNorm"}
-
-
-class _Kept(torch.autograd.Function):
-    """Keeps a tensor as autograd keeps what a layer saves: under a checkpoint, not at all."""
-
-    @staticmethod
-    def forward(ctx: Any, anchor: Tensor, a: Tensor) -> Tensor:
-        """Saves `a`; a node is made since `anchor` wants a gradient."""
-        ctx.save_for_backward(a)
-        return anchor.new_empty(0)
 
 
 @dataclass
@@ -63,8 +54,8 @@ class Call:
         """
         above = get_gradient_edge(a).node if a.requires_grad else None
         kept: Any = a.detach()
-        if _hooks_on_saved():
-            kept = _Kept.apply(torch.empty(0, requires_grad=True), kept).grad_fn
+        if hooks_on_saved() is not None:
+            kept = Kept.apply(torch.empty(0, requires_grad=True), kept).grad_fn
         return cls(layer, layer.training, kept, a._version, above, edge.output_nr, shape)
 
     @property
@@ -218,12 +209,6 @@ class Graph:
                     met.add(child)
                     waiting.append(child)
         return waiting
-
-
-def _hooks_on_saved() -> bool:
-    # there is no public way to ask; without an answer inputs are kept, which takes more room
-    ask = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
-    return ask is not None and ask(False) is not None
 
 
 def _couples(module: nn.Module) -> bool:

@@ -5,8 +5,8 @@
 
 import warnings
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,6 +26,7 @@ from engm.norms.operations import (
     taken,
 )
 from engm.norms.rows import Rows, Summary, probe_weights
+from engm.norms.saved import Reader
 
 _NOTHING = "the losses do not depend on any of the parameters; is it the same model?"
 WAY_OUT = "use norms='loop', which takes every model at the price of one backward pass an example"
@@ -145,7 +146,9 @@ class Watch:
     ) -> None:
         self._checked = Checked() if checked is None else checked
         self._layers, self._owners = _trainable(model, self._checked.skip)
+        self._without_formula = _without_formula(model, self._layers, self._owners)
         self._measure = measure
+        self._saved = Reader()
         self._hooks: list[Any] = []
         self._key = object()
         self._anew = False  # whether inputs of layers are computed anew in each pass
@@ -154,16 +157,23 @@ class Watch:
 
     def __enter__(self) -> "Watch":
         """Begins to watch the layers."""
+        for module in self._without_formula:
+            end = module.register_forward_hook(self._saved.end, always_call=True)
+            self._hooks += [module.register_forward_pre_hook(self._saved.begin), end]
+        self._watch_layers()
+        return self
+
+    def _watch_layers(self) -> None:
         for layer in self._layers:
             # before all other hooks, which may change the output
             hook = layer.register_forward_hook(self._record, with_kwargs=True, prepend=True)
             self._hooks.append(hook)
-        return self
 
     def __exit__(self, *error: object) -> None:
         """Ends to watch them."""
         for hook in self._hooks:
             hook.remove()
+        self._hooks.clear()
 
     def backward(self, losses: Tensor, inputs: Tensor | None = None) -> Tensor | None:
         """Runs the backward pass of `losses.sum()` and takes each layer's shares as it goes by.
@@ -233,9 +243,15 @@ class Watch:
 
     # --- one backward pass
 
-    def _during_a_pass(self) -> AbstractContextManager[object]:
+    @contextmanager
+    def _during_a_pass(self) -> Iterator[None]:
         # what is under a checkpoint runs again in a pass, and has to save what it saved before
-        return self if self._anew else nullcontext()
+        if self._anew:
+            self._watch_layers()
+        try:
+            yield
+        finally:
+            self.__exit__()
 
     def _collect(
         self,
@@ -268,7 +284,8 @@ class Watch:
                     if part is None or all(b is None for b in gradients):
                         continue
                     factors = not part.push or not measure
-                    share = shares_in(node, slot, gradients, rows[node], factors)
+                    with self._saved.reading():
+                        share = shares_in(node, slot, gradients, rows[node], factors)
                     if share is None:
                         left[node, slot] = gradients
                     else:
@@ -286,13 +303,17 @@ class Watch:
         retain = retain or bool(parts)
         gradients = _pass(graph, losses, weights, nodes, arrive, ends, retain, held)
         for (node, slot), outputs in left.items():
-            share = one_by_one(node, slot, outputs, rows[node])
+            with self._saved.reading():
+                share = one_by_one(node, slot, outputs, rows[node])
             places[node, slot].shares[node, slot] = share
+        self._saved.let_go()
         for part in parts:
             if part.shares:
                 found.parts.append(part)
                 if measure:
                     found.squares.update(part.squares(graph))
+                if self._second is not None:
+                    part.shares.clear()
         return None if inputs is None else gradients[-1]
 
     def _take(
@@ -491,7 +512,8 @@ class Watch:
             names = ", ".join(slow[:3]) + (f" and {len(slow) - 3} more" if len(slow) > 3 else "")
             warnings.warn(
                 f"the norms of {names} are found one example at a time, which is slow: there is "
-                "no formula for where they are used, or examples meet on the way to the losses",
+                "no formula for where they are used, a checkpoint makes something of them, or "
+                "examples meet on the way to the losses",
                 stacklevel=2,
             )
 
@@ -569,7 +591,10 @@ class _Part:
         return formulas and (not self.push or self._at_once(graph, n))
 
     def _at_once(self, graph: Graph, n: int) -> bool:
-        return n * sum(map(graph.size_under, self._edges_of_places())) <= _AT_ONCE
+        # what a checkpoint computes anew in a pass may not run for all at once
+        return (
+            not graph.anew and n * sum(map(graph.size_under, self._edges_of_places())) <= _AT_ONCE
+        )
 
     def _edges_of_places(self) -> Iterable[GradientEdge]:
         return (taken(node, slot) for node, slot in self.places)
@@ -731,6 +756,16 @@ def _tolerance(losses: Tensor, found: _Shares) -> tuple[float, float]:
     # TF32 rounds to 1e-3
     tolerances = {torch.float64: 1e-7, torch.float32: 3e-3}
     return tolerances.get(dtype, 0.1), torch.finfo(dtype).eps
+
+
+def _without_formula(
+    model: nn.Module, layers: Iterable[nn.Module], owners: Mapping[Tensor, str]
+) -> list[nn.Module]:
+    """Returns the modules that hold, or whose parts hold, parameters of no watched layer."""
+    known = {p for layer in layers for p in layer.parameters(recurse=False)}
+    names = [name.split(".") for parameter, name in owners.items() if parameter not in known]
+    paths = {".".join(name[:k]) for name in names for k in range(len(name))}
+    return [module for path, module in model.named_modules() if path in paths] if paths else []
 
 
 def _trainable(
