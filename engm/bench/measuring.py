@@ -121,10 +121,7 @@ def in_turns(
 
     One that fails leaves `methods`, and `failed` gets its `reason`. The first, which the others are
     compared with, has to be able. A CUDA graph that cannot be recorded ends it all, since torch
-    cannot go on after that.
-
-    Returns:
-        Of each method that is able, what `measure` gave in every round.
+    cannot go on after that. Returns what `measure` gave of each method that is able, by rounds.
     """
     base = next(iter(methods))
     found: dict[str, list[Found]] = {name: [] for name in methods}

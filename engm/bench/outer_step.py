@@ -147,9 +147,7 @@ def _measure(
 class _Batch:
     """What every method is given: the model's weights, random images and labels.
 
-    Attributes:
-        x_adv: Images within eps of `x`, for the outer step alone.
-        weights: w_i of the exact norms, `[n]`.
+    `x_adv`, within eps of `x`, are for the outer step alone; `weights` are those of exact norms.
     """
 
     def __init__(self, config: RunConfig, image_size: int, device: torch.device) -> None:
@@ -186,12 +184,7 @@ class _AlwaysFirst(ENGM):
 
 
 class _Method:
-    """A way to the step, warm: with a copy of the model that took steps of every kind.
-
-    Attributes:
-        optimizers: One for each kind of its steps.
-        error: Of its gradient, relative.
-    """
+    """A way to the step, warm: with a copy of the model, and an optimizer for each kind of step."""
 
     def __init__(self, batch: _Batch, name: str) -> None:
         self.name, self.batch, self.device = name, batch, batch.x.device

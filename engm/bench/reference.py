@@ -44,12 +44,7 @@ _EPOCHS = 10**6  # more than anyone waits for
 
 
 class Crops(Dataset[tuple[np.ndarray, int]]):
-    """Padded images, each cropped and mirrored when it is asked for.
-
-    Args:
-        split: Where the images come from.
-        seed: Draws the crops and the mirroring.
-    """
+    """Padded images, each cropped and mirrored when it is asked for, as `seed` draws it."""
 
     def __init__(self, split: Split, seed: int) -> None:
         images = split.images.permute(0, 2, 3, 1).cpu().numpy()

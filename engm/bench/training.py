@@ -71,22 +71,18 @@ def run(
     Args:
         config: Model, batch size and attack; `subset` is how many images to train on, by default
             all on CUDA and a few on the CPU.
-        dataset: "cifar10", or "random" images of its shape; by default the first where it is
-            prepared.
-        data_root: Where the datasets live, see `engm.data.load`.
+        dataset: "cifar10", or "random" images of its shape; by default what is prepared.
+        data_root: As for `engm.data.load`.
         steps: Steps of a round; by default 20 on CUDA and 2 on the CPU.
         repeats: Rounds.
         names: "reference", which is always one, and names for `engm.bench.kit.row_name`.
         device: As for `engm.training.fit`.
-        save: Given the result as it is before the profiles, so that a profiler that ends the
-            process, as some have, takes nothing along.
+        save: Given the result before the profiles, which may end the process.
 
     Returns:
-        `what`: "training". `command`, `settings`, `environment` and `data`. For each of `methods`
-        either a `reason` why it could not be measured, or all `seconds` of the rounds,
-        `median_seconds` of a step, `images_per_second`, `epochs_per_hour`, the speed's `ratio` to
-        the reference with its quartiles `low` and `high`, and the same of the `attack` alone with
-        its `flops`. Besides, the rates of `matrix` products and the `profile`.
+        What `bench.run` returns, with the speed's `ratio` to the reference, `images_per_second` and
+        `epochs_per_hour`, and the same of the `attack` alone with its `flops`. Besides `what`:
+        "training", the `data`, the rates of `matrix` products and the `profile`.
 
     Raises:
         InputError: If a name is unknown, a number is out of range or the data is not there.
@@ -134,12 +130,7 @@ def random_images(count: int, seed: int) -> data.Dataset:
 
 
 class _Bench:
-    """What is measured.
-
-    Attributes:
-        able: Those that are able to train so far.
-        results: Of each method, what was measured of it, or a `reason`.
-    """
+    """The methods that are `able` to train, and of each what was measured, or a `reason`."""
 
     def __init__(self, config: RunConfig, images: data.Dataset, steps: int) -> None:
         self.config, self.images, self.steps = config, images, steps
