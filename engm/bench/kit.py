@@ -1,13 +1,12 @@
 """The kit's training as a row of `engm bench --what training`: settings with a name, and a loop."""
 
-import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import replace
-from itertools import count, islice
+from itertools import chain, count, islice
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from engm import data
 from engm.config import RunConfig
@@ -21,9 +20,7 @@ _WORDS: dict[str, tuple[str, Any]] = {
     **{name: ("precision", name) for name in ("float32", "bfloat16")},
     **{name: (name, True) for name in ("channels_last", "compile", "capture")},
 }
-_PLAIN: dict[str, Any] = dict(
-    optimizer="msgd", precision="float32", channels_last=False, compile=False, capture=False
-)
+_PLAIN = {setting: getattr(RunConfig, setting) for setting, _ in _WORDS.values()}
 
 
 def row_name(name: str) -> str:
@@ -47,32 +44,23 @@ def row_name(name: str) -> str:
 
 
 @contextmanager
-def as_named(names: Sequence[str]) -> Iterator[None]:
-    """Sees to it that a row is what its name says, or fails."""
-    with ExitStack() as stack:
-        stack.enter_context(warnings.catch_warnings())
-        warnings.simplefilter("ignore")  # how "input" speaks of its fit
-        if any("compile" in name.split() for name in names):
-            from torch._dynamo import config
+def compiling(names: Sequence[str]) -> Iterator[None]:
+    """Sees to it that rows that are to be compiled are, or fail."""
+    if not any("compile" in name.split() for name in names):
+        yield
+        return
+    from torch._dynamo import config
 
-            # after 8 models of one class torch would go on without compiling
-            wanted = {"recompile_limit": 64, "fail_on_recompile_limit_hit": True}
-            known = {name: value for name, value in wanted.items() if hasattr(config, name)}
-            stack.enter_context(config.patch(known))
+    # after 8 models of one class torch would go on without compiling
+    wanted = {"recompile_limit": 64, "fail_on_recompile_limit_hit": True}
+    with config.patch({name: value for name, value in wanted.items() if hasattr(config, name)}):
         yield
 
 
 class Kit:
-    """The kit's training loop, held between steps.
+    """The kit's training loop, held between steps; the images are on the device.
 
-    Args:
-        model: The model, anywhere.
-        dataset: The images, on the device.
-        config: Attack and batch size.
-        name: How to train, see `row_name`.
-
-    Raises:
-        InputError: If the device or torch is not able to.
+    `name` says how to train, see `row_name`; attack and batch size are those of `config`.
     """
 
     def __init__(
@@ -80,28 +68,22 @@ class Kit:
     ) -> None:
         settings = _PLAIN | dict(_WORDS[word] for word in row_name(name).split())
         self.trainer = Trainer(replace(config, **settings), dataset, model=model)
-        self._batches = self._endless()
-        x, self._y = next(self._endless())
-        self._x = x.contiguous(memory_format=self.trainer.precision.memory_format)
-
-    def prepare(self, steps: int) -> None:
-        """Does nothing: the batches are endless."""
+        size, seed = self.trainer.config.batch_size or 0, config.seed
+        epochs = (
+            data.batches(dataset.train, size, seed=seed, epoch=epoch, augment=True, drop_last=True)
+            for epoch in count(1)
+        )
+        self.batches = chain.from_iterable(epochs)
+        x, self.y = next(self.batches)  # that is attacked alone
+        self.x = x.contiguous(memory_format=self.trainer.precision.memory_format)
 
     def train(self, steps: int) -> None:
         """Takes `steps` steps."""
-        self.trainer.train_on(islice(self._batches, steps))
+        self.trainer.train_on(islice(self.batches, steps))
 
-    def attack(self) -> None:
+    def attack(self, times: int = 1) -> None:
         """Attacks one batch, always the same, and throws the result away."""
         trainer = self.trainer
-        with kernels_compared(), trainer.precision.autocast(self._x.device):
-            trainer.method.attack(trainer.attacked or trainer.model, self._x, self._y)
-
-    def _endless(self) -> Iterator[tuple[Tensor, Tensor]]:
-        config, images = self.trainer.config, self.trainer.dataset.train
-        assert config.batch_size is not None
-        for epoch in count(1):
-            yield from data.batches(
-                images, config.batch_size, seed=config.seed, epoch=epoch, augment=True,
-                drop_last=True,
-            )  # fmt: skip
+        with kernels_compared(), trainer.precision.autocast(self.x.device):
+            for _ in range(times):
+                trainer.method.attack(trainer.attacked or trainer.model, self.x, self.y)

@@ -3,9 +3,11 @@
 import os
 import re
 import shlex
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
-from itertools import accumulate
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from functools import partial
+from itertools import accumulate, product
 from time import perf_counter, process_time
 from typing import Any, TypeVar
 
@@ -18,8 +20,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm.auto import tqdm
 
 from engm.errors import InputError
+from engm.runs import environment
 
-Built = TypeVar("Built")
+Method = TypeVar("Method")
+Found = TypeVar("Found")
 # Rows of matrices: the rate of a GPU rises with them until caches and power limit it.
 SIZES = {"cuda": (4096, 8192, 16384), "cpu": (256, 512)}
 _SAMPLED = 0.2  # seconds
@@ -34,16 +38,15 @@ def seconds(work: Callable[[], object], device: torch.device, *, wall: bool = Fa
     """
     one_thread = device.type == "cpu" and torch.get_num_threads() == 1
     clock = process_time if one_thread and not wall else perf_counter
-    _wait_for(device)
-    started = clock()
+
+    def now() -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return clock()
+
+    started = now()
     work()
-    _wait_for(device)
-    return clock() - started
-
-
-def _wait_for(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    return now() - started
 
 
 def peak_bytes(work: Callable[[], object], device: torch.device) -> int:
@@ -92,57 +95,73 @@ def flops(work: Callable[[], object]) -> int:
 
 
 def matrix_rates(device: torch.device) -> dict[str, dict[str, float]]:
-    """Measures products of square matrices.
+    """Returns the best rate of several products of square matrices, in TFLOP/s.
 
-    Returns:
-        For "bfloat16" and "float32" (as torch's flags make it), under each of `SIZES`, the best
-        rate of several samples in TFLOP/s.
+    For "bfloat16" and "float32" (as torch's flags make it), under each of `SIZES`.
     """
     rates: dict[str, dict[str, float]] = {"bfloat16": {}, "float32": {}}
     for name, by_size in rates.items():
         for size in SIZES["cuda" if device.type == "cuda" else "cpu"]:
-            left, right, product = torch.randn(3, size, size, device=device).to(
-                getattr(torch, name)
-            )
-            timer = Timer(
-                "torch.mm(left, right, out=product)",
-                globals={"torch": torch, "left": left, "right": right, "product": product},
-                num_threads=torch.get_num_threads(),
-            )
+            matrices = torch.randn(3, size, size, device=device).to(getattr(torch, name))
+            work = partial(torch.mm, matrices[0], matrices[1], out=matrices[2])
+            timer = Timer("work()", globals={"work": work}, num_threads=torch.get_num_threads())
             fastest = min(timer.blocked_autorange(min_run_time=_SAMPLED).times)
             by_size[str(size)] = 2 * size**3 / fastest / 1e12
     return rates
 
 
-def able_ones(
-    names: Sequence[str], build: Callable[[str], Built]
-) -> tuple[dict[str, Built], dict[str, dict[str, Any]]]:
-    """Builds and warms up each method; returns those that are able, and why the others are not.
+def in_turns(
+    title: str,
+    methods: dict[str, Method],
+    measure: Callable[[Method], Found],
+    failed: dict[str, dict[str, Any]],
+    repeats: int = 1,
+) -> dict[str, list[Found]]:
+    """Measures methods in turns (A B C A B C ...), so that a slow moment meets all of them.
 
-    What the others are compared with, the first, has to be able. A CUDA graph that cannot be
-    recorded ends it all, since torch cannot go on after that.
+    One that fails leaves `methods`, and `failed` gets its `reason`. The first, which the others are
+    compared with, has to be able. A CUDA graph that cannot be recorded ends it all, since torch
+    cannot go on after that. Returns what `measure` gave of each method that is able, by rounds.
     """
-    able, unable = {}, {}
-    for name in tqdm(names, "warm-up"):
+    base = next(iter(methods))
+    found: dict[str, list[Found]] = {name: [] for name in methods}
+    for _, name in tqdm([*product(range(repeats), methods)], title):
+        if name not in methods:
+            continue
         try:
-            able[name] = build(name)
+            found[name].append(measure(methods[name]))
         except Exception as error:
-            if name == names[0] or "cannot be recorded" in str(error):
+            if name == base or "cannot be recorded" in str(error):
                 raise
-            unable[name] = {"reason": reason(error)}
-    return able, unable
+            failed[name] = {"reason": reason(error)}
+            del methods[name]
+    return {name: found[name] for name in methods}
 
 
-def command_line(settings: Mapping[str, Any], device: torch.device) -> str:
-    """Returns the `engm bench` that measures with these settings."""
+@contextmanager
+def undisturbed(device: torch.device) -> Iterator[None]:
+    """Works on a device, without warnings, and leaves torch's random state as it was."""
+    on_cuda = device.type == "cuda"
+    with (
+        torch.cuda.device(device) if on_cuda else nullcontext(),  # that torch's Timer waits for
+        torch.random.fork_rng([device] if on_cuda else []),
+        warnings.catch_warnings(),
+    ):
+        warnings.simplefilter("ignore")  # how peers speak of hooks, and "input" of its fit
+        yield
+
+
+def described(settings: dict[str, Any], device: torch.device, **more: Any) -> dict[str, Any]:
+    """Returns the `engm bench` that measures with these settings, the settings, and where."""
     words = ["engm", "bench"]
-    for name, value in {**settings, "device": device.type}.items():
+    for name, value in {**more, **settings, "device": device.type}.items():
         flag = f"--{name.replace('_', '-')}"
         if isinstance(value, bool):
             words += [flag] if value else []
         elif value is not None:
             words += [flag, str(value)]
-    return shlex.join(words)
+    command = shlex.join(words)
+    return {**more, "command": command, "settings": settings, "environment": environment(device)}
 
 
 def reason(error: Exception) -> str:

@@ -55,22 +55,14 @@ def kind_of(name: str) -> str:
 
 
 def profile(
-    train: Callable[[int], object],
-    steps: int,
-    device: torch.device,
-    seconds_per_step: float | None = None,
+    train: Callable[[int], object], steps: int, device: torch.device, seconds_per_step: float
 ) -> dict[str, Any]:
-    """Profiles some steps of training.
+    """Profiles some steps of training, which should be warm.
 
-    On CUDA the kinds are times of kernels. On the CPU they are times of operators without those
-    that they call; what is left is Python and waiting.
-
-    Args:
-        train: Takes a number of steps; it should be warm.
-        steps: How many to take.
-        device: Where the work is done.
-        seconds_per_step: What a step takes when it is not profiled. On CUDA "idle" is reckoned from
-            it, since the profiler slows the host down, and hardly the kernels.
+    On CUDA the kinds are times of kernels, and "idle" is reckoned from `seconds_per_step`, what a
+    step takes when it is not profiled: the profiler slows the host down, and hardly the kernels. On
+    the CPU they are times of operators without those that they call; what is left is Python and
+    waiting.
 
     Returns:
         Of a step, in seconds: `kinds`, `idle`, `wall`, and how long the host waited for `data`; and
@@ -102,7 +94,7 @@ def profile(
     busy = sum(kinds.values())
     if on_cuda and not busy:
         raise InputError("the profiler saw no kernel")
-    if on_cuda and seconds_per_step is not None:
+    if on_cuda:
         wall = seconds_per_step
     return {
         "steps": steps,

@@ -6,7 +6,7 @@ written to do the same work in the same order.
 
 As published:
 - images are a list of pairs of a float64 array, reflect-padded by 4 pixels, and a label; each item
-  is cropped and mirrored as it is asked for, by choices drawn once an epoch;
+  is cropped and mirrored as it is asked for, by choices drawn beforehand;
 - a shuffling `DataLoader` with 2 worker processes and pinned memory; float64 batches go to the
   device, and become float32 there;
 - float32, on CUDA inside `nn.DataParallel`, whatever torch's defaults make of it: convolutions may
@@ -19,37 +19,32 @@ As published:
 - two losses and two counts of right answers are read back to the host every step.
 
 Different here: the model is the kit's, whose normalisation of pixels is inside; `DataParallel` is
-given the one device; the random choices come from a generator of their own. Every step is one of a
-whole batch, and what an epoch's start costs (the choices, the start of the workers) is left out,
-as is the making of the few batches that the workers have ready when a round begins. Both favour the
-reference.
+given the one device; the rate is that of the first half of the epochs. Epochs follow each other
+without a break, with the crops of the first, so that every step is one of a whole batch, and what
+an epoch's start costs (the choices, the start of the workers) is left out, as is the making of the
+few batches that the workers have ready when a round begins. Both favour the reference.
 """
 
-from collections.abc import Iterator
 from functools import partial
+from itertools import islice
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, RandomSampler
 
 from engm.config import RunConfig
 from engm.data import Split
-from engm.errors import InputError
 
 BORDER = 4
 WORKERS = 2
+_EPOCHS = 10**6  # more than anyone waits for
 
 
 class Crops(Dataset[tuple[np.ndarray, int]]):
-    """Padded images, each cropped and mirrored when it is asked for.
-
-    Args:
-        split: Where the images come from.
-        seed: Draws the crops and the mirroring.
-    """
+    """Padded images, each cropped and mirrored when it is asked for, as `seed` draws it."""
 
     def __init__(self, split: Split, seed: int) -> None:
         images = split.images.permute(0, 2, 3, 1).cpu().numpy()
@@ -59,15 +54,10 @@ class Crops(Dataset[tuple[np.ndarray, int]]):
         channels_first = padded.transpose(0, 3, 1, 2)
         self.pairs = list(zip(channels_first, split.labels.tolist(), strict=True))
         self.size = images.shape[1:3]
-        self.generator = np.random.default_rng(seed)
-        self.draw()
-
-    def draw(self) -> None:
-        """Draws the choices of an epoch."""
-        count, places = len(self.pairs), 2 * BORDER + 1
-        self.left = self.generator.choice(places, size=count)
-        self.top = self.generator.choice(places, size=count)
-        self.mirror = self.generator.choice([True, False], size=count)
+        generator, count = np.random.default_rng(seed), len(images)
+        self.left = generator.choice(2 * BORDER + 1, size=count)
+        self.top = generator.choice(2 * BORDER + 1, size=count)
+        self.mirror = generator.choice([True, False], size=count)
 
     def __len__(self) -> int:
         """How many images there are."""
@@ -115,58 +105,45 @@ class Reference:
     Args:
         model: The model, on its device. It is trained in float32.
         split: Training images, anywhere.
-        config: Batch size, attack, the learning rate of the first half of the epochs, and the seed
-            of the augmentation; the order comes from torch's global generator.
+        config: Batch size, attack, learning rate, and the seed of the augmentation; the order comes
+            from torch's global generator.
     """
 
     def __init__(self, model: nn.Module, split: Split, config: RunConfig) -> None:
-        self.config = config = config.resolved()
-        assert config.batch_size and config.eps and config.step_size and config.num_steps
+        config = config.resolved()
+        assert config.eps and config.step_size and config.num_steps
         self._attack = partial(
             attack, eps=config.eps, step_size=config.step_size, num_steps=config.num_steps
         )
-        self.device = next(model.parameters()).device
-        on_cuda = self.device.type == "cuda"
-        self.model = nn.DataParallel(model, [self.device.index or 0]) if on_cuda else model
+        device = next(model.parameters()).device
+        on_cuda = device.type == "cuda"
+        self.model = nn.DataParallel(model, [device.index or 0]) if on_cuda else model
         self.model.train()
+        self.lr = config.lr
         self.optimizer = torch.optim.SGD(
             model.parameters(), config.lr, momentum=0.9, weight_decay=5e-4
         )
         self.crops = Crops(split, config.seed)
-        self.loader: DataLoader[Any] = DataLoader(
-            self.crops, config.batch_size, shuffle=True, num_workers=WORKERS, pin_memory=on_cuda
+        loader: DataLoader[Any] = DataLoader(
+            self.crops,
+            config.batch_size,
+            sampler=RandomSampler(self.crops, num_samples=_EPOCHS * len(self.crops)),
+            num_workers=WORKERS,
+            pin_memory=on_cuda,
         )
-        self.whole = len(split) // config.batch_size  # batches of an epoch
-        self.epoch = self.done = 0
+        # without `self`, so that the workers end when nobody needs them
+        self.batches = ((x.to(device).float(), y.to(device).long()) for x, y in loader)
+        self.batch = next(self.batches)  # that is attacked alone
         self.sums = [0.0, 0.0, 0.0, 0.0]
-        self._batches: Iterator[Any] | None = None
-        self._batch: tuple[Tensor, Tensor] | None = None
-
-    def prepare(self, steps: int) -> None:
-        """Sees to it that `steps` whole batches of one epoch are left, its workers running."""
-        if steps >= self.whole:  # the first batch of an epoch is not trained on
-            raise InputError(
-                f"an epoch has {self.whole} whole batches, one to start the workers with, and "
-                f"{steps} are wanted at a time; lower steps or batch_size, or take more images"
-            )
-        if self._batches is None or self.done + steps > self.whole:
-            self._batches = None  # ends its workers
-            self.crops.draw()  # before the workers get their copies
-            self._batches = iter(self.loader)
-            self.epoch, self.done = self.epoch + 1, 0
-            self._next()
 
     def train(self, steps: int) -> None:
         """Takes `steps` steps."""
-        self.prepare(steps)
-        for _ in range(steps):
-            self.step(*self._next())
+        for x, y in islice(self.batches, steps):
+            self.step(x, y)
 
     def step(self, x: Tensor, y: Tensor) -> None:
         """Takes one step, on a batch that is on the device."""
-        done = (self.epoch - 1 + self.done / self.whole) / self.config.epochs
-        factor = 1 if done < 0.5 else 0.1 if done < 0.75 else 0.01
-        self.optimizer.param_groups[0]["lr"] = self.config.lr * factor
+        self.optimizer.param_groups[0]["lr"] = self.lr
         delta = self._attack(self.model, x, y).detach()
         robust_logits = self.model((x + delta).clamp(0, 1))
         robust_loss = cross_entropy(robust_logits, y)
@@ -180,15 +157,7 @@ class Reference:
         self.sums[2] += loss.item() * len(y)
         self.sums[3] += (logits.max(1)[1] == y).sum().item()
 
-    def attack(self) -> None:
+    def attack(self, times: int = 1) -> None:
         """Attacks one batch, always the same, and throws the result away."""
-        if self._batch is None:
-            self.prepare(1)
-            self._batch = self._next()
-        self._attack(self.model, *self._batch)
-
-    def _next(self) -> tuple[Tensor, Tensor]:
-        assert self._batches is not None
-        x, y = next(self._batches)
-        self.done += 1
-        return x.to(self.device).float(), y.to(self.device).long()
+        for _ in range(times):
+            self._attack(self.model, *self.batch)

@@ -4,6 +4,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from engm.report.tables import markdown, to_markdown
 from engm.runs import atomic_path, write_json
 
@@ -20,7 +22,18 @@ def table(result: Mapping[str, Any]) -> str:
     Args:
         result: Of `engm.bench.run`, or of `engm.bench.training.run`, which says so under "what".
     """
-    lines = _training_lines(result) if result.get("what") == "training" else _step_lines(result)
+    able, reasons = _parted(result["methods"])
+    whole = result.get("what") == "training"
+    lines = _training_lines(result, able) if whole else _step_lines(result, able)
+    lines += [f"not able: {name}: {reason}" for name, reason in reasons.items()]
+    if whole:
+        profiles, reasons = _parted(result["profile"])
+        rows = [_profile_row(name, entry) for name, entry in profiles.items()]
+        lines += ["", to_markdown(rows).rstrip()] if rows else []
+        failed = [f"not able: profile of {name}: {reason}" for name, reason in reasons.items()]
+        return "\n".join(lines + (["", *failed] if failed else []))
+    wrong = {name: entry["error"] for name, entry in able.items() if not entry["agrees"]}
+    lines += [f"WRONG GRADIENT: {name}: relative error {e:.1e}" for name, e in wrong.items()]
     return "\n".join(lines)
 
 
@@ -38,8 +51,8 @@ def write(result: Mapping[str, Any], out: Path) -> None:
         for step, title in _titles(result).items():
             costs = {name: entry[step] for name, entry in able.items() if step in entry}
             panels[f"time, {title}"] = {name: _spread(cost) for name, cost in costs.items()}
-            peaks = {name: cost["peak_ratio"] for name, cost in costs.items()}
-            panels[f"peak memory, {title}"] = {name: (p, p, p) for name, p in peaks.items()}
+            peaks = {name: (cost["peak_ratio"],) * 3 for name, cost in costs.items()}
+            panels[f"peak memory, {title}"] = peaks
     with atomic_path(out / "bench.png") as temporary:
         temporary.write_bytes(to_png(cost_ratios(panels)))
 
@@ -62,6 +75,16 @@ def _ms(seconds: float) -> str:
     return f"{1000 * seconds:.1f} ms"
 
 
+def _verdict(spread: Sequence[float], goal: float, shown: str, most: bool = False) -> str:
+    """Says whether a goal, the least or the `most` wanted, was reached, if both quartiles agree."""
+    middle, low, high = map(shown.format, spread)
+    if (spread[2] <= goal) if most else (spread[1] >= goal):
+        return f"reached ({middle})"
+    if (spread[1] > goal) if most else (spread[2] < goal):
+        return f"NOT reached ({middle})"
+    return f"not settled ({middle}, quartiles {low} to {high})"
+
+
 # --- the outer step
 
 
@@ -69,68 +92,56 @@ def _titles(result: Mapping[str, Any]) -> dict[str, str]:
     return {"outer": "outer step", "at": f"AT-{result['settings']['num_steps']} step"}
 
 
-def _step_lines(result: Mapping[str, Any]) -> list[str]:
-    able, reasons = _parted(result["methods"])
-    head, rows = ["method"], {name: [name] for name in able}
-    for step, title in _titles(result).items():
-        head += [title, "time", "memory"]
-        for name, entry in able.items():
-            cost = entry.get(step)
-            rows[name] += (
-                [_ms(cost["median_seconds"]), _ratio(cost), f"{cost['peak_ratio']:.2f}"]
-                if cost
-                else [""] * 3
-            )
-    for name, entry in able.items():
-        rows[name].append("agrees" if entry["agrees"] else "DISAGREES")
-    return [
-        markdown([*head, "gradient"], rows.values()),
-        "time and memory: ratio to msgd (quartiles of the rounds)",
-        *_output_goal(result, able),
-        *(f"not able: {name}: {reason}" for name, reason in reasons.items()),
-        *(
-            f"WRONG GRADIENT: {name}: relative error {entry['error']:.1e}"
-            for name, entry in able.items()
-            if not entry["agrees"]
-        ),
+def _step_lines(result: Mapping[str, Any], able: Mapping[str, Any]) -> list[str]:
+    titles = _titles(result)
+    head = ["method", *(part for title in titles.values() for part in (title, "time", "memory"))]
+    rows = [
+        [
+            name,
+            *(cell for step in titles for cell in _cost_cells(entry.get(step))),
+            "agrees" if entry["agrees"] else "DISAGREES",
+        ]
+        for name, entry in able.items()
     ]
+    lines = [
+        markdown([*head, "gradient"], rows),
+        "time and memory: ratio to msgd (quartiles of the rounds)",
+    ]
+    if "output" in able:
+        verdict = _verdict(_spread(able["output"]["at"]), OUTPUT_GOAL, "{:.3f}", most=True)
+        lines.append(f"goal, {titles['at']} with output at most {OUTPUT_GOAL}: {verdict}")
+    return lines
 
 
-def _output_goal(result: Mapping[str, Any], able: Mapping[str, Any]) -> list[str]:
-    if "output" not in able:
-        return []
-    ratio = able["output"]["at"]["ratio"]
-    reached = "reached" if ratio <= OUTPUT_GOAL else "NOT reached"
-    title = _titles(result)["at"]
-    return [f"goal, {title} with output at most {OUTPUT_GOAL}: {reached} ({ratio:.3f})"]
+def _cost_cells(cost: Mapping[str, Any] | None) -> list[str]:
+    if cost is None:
+        return [""] * 3
+    return [_ms(cost["median_seconds"]), _ratio(cost), f"{cost['peak_ratio']:.2f}"]
 
 
 # --- whole training
 
 
-def _training_lines(result: Mapping[str, Any]) -> list[str]:
-    able, reasons = _parted(result["methods"])
+def _training_lines(result: Mapping[str, Any], able: Mapping[str, Any]) -> list[str]:
     settings, data, tf32 = result["settings"], result["data"], result["environment"]["tf32"]
     allowed = {name: "yes" if flag else "no" for name, flag in tf32.items()}
-    lines = [
+    # the reference comes first, and the kit's rows have all the same attack
+    counts = [e["attack"]["flops"] / settings["batch_size"] / 1e9 for e in able.values()]
+    shown = [
+        f"{who} {gflop:.3g} GFLOP an image"
+        for who, gflop in zip(("the reference", "the kit"), counts, strict=False)
+    ]
+    return [
         to_markdown([_speed_row(name, entry) for name, entry in able.items()]),
         "speed: images a second against the reference's, round by round (quartiles); an epoch is "
         "50,000 images",
         f"data: {data['title']}, {data['images']} images; batch size {settings['batch_size']}",
-        _attack_line(settings, list(able.values())),
+        f"attack: its {settings['num_steps']} steps alone, of a batch; {', '.join(shown)}",
         _matrix_line(result["matrix"]),
         f"TF32 allowed in float32: convolutions {allowed['convolutions']}, products of matrices "
         f"{allowed['matrices']}",
         *(_goal_lines(able) if result["environment"]["cuda"] else []),
-        *(f"not able: {name}: {reason}" for name, reason in reasons.items()),
     ]
-    profiles, reasons = _parted(result["profile"])
-    if profiles:
-        table = to_markdown([_profile_row(name, entry) for name, entry in profiles.items()])
-        lines += ["", table.rstrip()]
-    if reasons:
-        lines += ["", *(f"not able: profile of {name}: {why}" for name, why in reasons.items())]
-    return lines
 
 
 def _speed_row(name: str, entry: Mapping[str, Any]) -> dict[str, str]:
@@ -147,15 +158,6 @@ def _speed_row(name: str, entry: Mapping[str, Any]) -> dict[str, str]:
     }
 
 
-def _attack_line(settings: Mapping[str, Any], entries: Sequence[Mapping[str, Any]]) -> str:
-    # the reference comes first, and the kit's rows have all the same attack
-    shown = []
-    for who, entry in zip(("the reference", "the kit"), entries, strict=False):
-        gflop = entry["attack"]["flops"] / settings["batch_size"] / 1e9
-        shown.append(f"{who} {gflop:.3g} GFLOP an image")
-    return f"attack: its {settings['num_steps']} steps alone, of a batch; {', '.join(shown)}"
-
-
 def _matrix_line(matrix: Mapping[str, Any]) -> str:
     if "reason" in matrix:
         return f"not able: rate of products of matrices: {matrix['reason']}"
@@ -167,20 +169,25 @@ def _matrix_line(matrix: Mapping[str, Any]) -> str:
 
 
 def _goal_lines(able: Mapping[str, Any]) -> list[str]:
-    # of the rows with the reference's outer optimizer
+    # of the rows with the reference's outer optimizer, the best by its median
     rows = {k: e for k, e in able.items() if k != "reference" and not k.startswith("engm")}
-    speeds = {name: entry["ratio"] for name, entry in rows.items()}
-    rates = {name: entry["attack"]["fraction"] or 0.0 for name, entry in rows.items()}
+    speeds = {name: _spread(entry) for name, entry in rows.items()}
+    rates = {k: _rates(e["attack"]) for k, e in rows.items() if e["attack"]["fraction"]}
     lines = []
-    for title, goal, values, shown in (
+    for title, goal, spreads, shown in (
         (f"{SPEED_GOAL:g} x the reference's epochs an hour", SPEED_GOAL, speeds, "{:.2f} x"),
         (f"attack steps at {RATE_GOAL:.0%} of the bf16 rate", RATE_GOAL, rates, "{:.1%}"),
     ):
-        if any(values.values()):
-            best = max(values, key=values.__getitem__)
-            reached = "reached" if values[best] >= goal else "NOT reached"
-            lines.append(f"goal, {title}: {reached} ({shown.format(values[best])}, {best})")
+        if spreads:
+            best = max(spreads, key=spreads.__getitem__)
+            lines.append(f"goal, {title}, {best}: {_verdict(spreads[best], goal, shown)}")
     return lines
+
+
+def _rates(attack: Mapping[str, Any]) -> tuple[float, ...]:
+    """Returns median and quartiles of the part of the bf16 rate."""
+    slow, median, fast = np.quantile(attack["seconds"], [0.75, 0.5, 0.25])
+    return tuple(attack["fraction"] * median / each for each in (median, slow, fast))
 
 
 def _profile_row(name: str, entry: Mapping[str, Any]) -> dict[str, str]:

@@ -1,17 +1,15 @@
 """How fast adversarial training is: the public reference's protocol beside the kit's, in one run.
 
 All train the same model, from the same weights, on the same images and device, for real: the
-weights move. They take turns (A B C A B C ...), a round is some steps of one of them, and the
-device is waited for before and after it. What is reported is the median over the rounds and the
-quartiles; a speed is the ratio of two times of one round.
+weights move. They take turns, some steps of one of them a round. What is reported is the median
+over the rounds and the quartiles; a speed is the ratio of two times of one round.
 
 The reference is described in `engm.bench.reference`. The kit's rows are named by words: the outer
 optimizer (MSGD where none is named, "engm" with exact norms, "engm-input"), the precision
 ("float32" or "bfloat16"), and "channels_last", "compile" and "capture" (CUDA graphs). Each goes
-through `train_one_epoch` with batches that are cut and augmented on the device; steps are those of
-whole batches, and what the start of an epoch costs is in the kit's time where it comes, what its
-end costs in every round.
-"engm-input" takes the exact norms in one step of twenty, so that rounds should be of twenty steps.
+through `train_one_epoch`, with whole batches that are cut and augmented on the device; the start of
+an epoch is in the kit's time where it comes, its end in every round. "engm-input" takes the exact
+norms in one step of twenty, so that rounds should be of twenty steps.
 
 cuDNN compares its kernels for the kit, as in `engm train`, and not for the reference. Torch keeps
 one kernel for each shape, layout and type, so the kit's float32 row without channels_last meets
@@ -31,26 +29,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm.auto import tqdm
 
 from engm import data
-from engm.bench.kit import Kit, as_named, row_name
-from engm.bench.measuring import (
-    able_ones,
-    command_line,
-    flops,
-    matrix_rates,
-    ratios,
-    reason,
-    seconds,
-)
+from engm.bench import measuring
+from engm.bench.kit import Kit, compiling, row_name
 from engm.bench.profile import profile
 from engm.bench.reference import Reference
 from engm.config import RunConfig
 from engm.device import pick_device
 from engm.errors import check_choice, check_count
 from engm.models import build_model
-from engm.runs import environment
 
 REFERENCE = "reference"
 _FASTEST = "bfloat16 channels_last compile capture"
@@ -59,13 +47,12 @@ METHODS = (
     *("bfloat16 channels_last compile", "bfloat16 channels_last capture", _FASTEST),
     *("engm float32", f"engm {_FASTEST}", "engm-input float32", f"engm-input {_FASTEST}"),
 )
-DATASETS = ("cifar10", "random")
 EPOCH = 50_000  # images, whatever the data set has
 WARM_UP = 3
 PROFILED = 5
 _IMAGES_ON_CPU = 2_000
-Runner = Kit | Reference
 _SETTINGS = ("model", "width", "model_norm", "batch_size", "num_steps", "seed")
+_Runner = Kit | Reference
 
 
 def run(
@@ -84,22 +71,18 @@ def run(
     Args:
         config: Model, batch size and attack; `subset` is how many images to train on, by default
             all on CUDA and a few on the CPU.
-        dataset: "cifar10", or "random" images of its shape; by default the first where it is
-            prepared.
-        data_root: Where the datasets live, see `engm.data.load`.
+        dataset: "cifar10", or "random" images of its shape; by default what is prepared.
+        data_root: As for `engm.data.load`.
         steps: Steps of a round; by default 20 on CUDA and 2 on the CPU.
         repeats: Rounds.
         names: "reference", which is always one, and names for `engm.bench.kit.row_name`.
         device: As for `engm.training.fit`.
-        save: Given the result as it is before the profiles, so that a profiler that ends the
-            process, as some have, takes nothing along.
+        save: Given the result before the profiles, which may end the process.
 
     Returns:
-        `what`: "training". `command`, `settings`, `environment` and `data`. For each of `methods`
-        either a `reason` why it could not be measured, or all `seconds` of the rounds,
-        `median_seconds` of a step, `images_per_second`, `epochs_per_hour`, the speed's `ratio` to
-        the reference with its quartiles `low` and `high`, and the same of the `attack` alone with
-        its `flops`. Besides, the rates of `matrix` products and the `profile`.
+        What `bench.run` returns, with the speed's `ratio` to the reference, `images_per_second` and
+        `epochs_per_hour`, and the same of the `attack` alone with its `flops`. Besides `what`:
+        "training", the `data`, the rates of `matrix` products and the `profile`.
 
     Raises:
         InputError: If a name is unknown, a number is out of range or the data is not there.
@@ -111,13 +94,11 @@ def run(
     check_count("steps", steps)
     check_count("repeats", repeats)
     config = config.resolved()
-    assert config.batch_size is not None
     if config.subset is None and target.type == "cpu":
-        enough = config.batch_size * (max(steps, WARM_UP) + 1)
-        config = replace(config, subset=max(_IMAGES_ON_CPU, enough))
+        config = replace(config, subset=max(_IMAGES_ON_CPU, config.batch_size or 0))
     if dataset is None:
         dataset = "cifar10" if (data.data_root(data_root) / "cifar10.json").is_file() else "random"
-    check_choice("dataset", dataset, DATASETS)
+    check_choice("dataset", dataset, ("cifar10", "random"))
     if dataset == "random":
         images = random_images(config.subset or EPOCH, config.seed)
     else:
@@ -125,18 +106,13 @@ def run(
     settings = {name: getattr(config, name) for name in _SETTINGS}
     settings |= {"dataset": dataset, "subset": config.subset, "steps": steps, "repeats": repeats}
     settings |= {"methods": ",".join(names)}
-    with torch.random.fork_rng(devices=[target] if target.type == "cuda" else []), as_named(names):
+    with measuring.undisturbed(target), compiling(names):
         torch.manual_seed(config.seed)
-        bench = _Bench(config, images.to(target), steps, repeats)
-        result = {
-            "what": "training",
-            "command": command_line({"what": "training", **settings}, target),
-            "settings": settings,
-            "environment": environment(target) | _flags(),
-            "data": {"title": images.title, "images": len(images.train)},
-            **bench.measure(names),
-            "profile": {},
-        }
+        bench = _Bench(config, images.to(target), steps)
+        result = measuring.described(settings, target, what="training")
+        result["environment"] |= _flags()
+        result["data"] = {"title": images.title, "images": len(images.train)}
+        result |= {**bench.measure(names, repeats), "profile": {}}
         if save is not None:
             save(result)
         result["profile"] = bench.profiles()
@@ -154,111 +130,89 @@ def random_images(count: int, seed: int) -> data.Dataset:
 
 
 class _Bench:
-    """What is measured, and how often.
+    """The methods that are `able` to train, and of each what was measured, or a `reason`."""
 
-    Attributes:
-        runners: Those that are able to train so far.
-        results: Of each method, what was measured of it, or a `reason`.
-    """
-
-    def __init__(self, config: RunConfig, images: data.Dataset, steps: int, repeats: int) -> None:
-        self.config, self.images, self.steps, self.repeats = config, images, steps, repeats
+    def __init__(self, config: RunConfig, images: data.Dataset, steps: int) -> None:
+        self.config, self.images, self.steps = config, images, steps
         self.device = images.train.images.device
         self.model = build_model(config, images)
-        self.runners: dict[str, Runner] = {}
+        self.able: dict[str, _Runner] = {}
         self.results: dict[str, dict[str, Any]] = {}
 
-    def measure(self, names: Sequence[str]) -> dict[str, Any]:
+    def measure(self, names: Sequence[str], repeats: int) -> dict[str, Any]:
         """Returns the methods and the matrix rates."""
-        self.runners, self.results = able_ones(names, self.build_warm)
+        warm = measuring.in_turns(
+            "warm-up", {name: name for name in names}, self.warm, self.results
+        )
+        self.able = {name: runner for name, (runner,) in warm.items()}
         attacks = max(self.steps // 4, 1)
-        times = self.rounds("training", self.train)
-        alone = self.rounds("attack alone", partial(self.attack, count=attacks))
-        matrix = _or_reason(partial(matrix_rates, self.device))
+
+        def train(runner: _Runner) -> float:
+            return measuring.seconds(lambda: runner.train(self.steps), self.device, wall=True)
+
+        def attack(runner: _Runner) -> float:
+            work = partial(runner.attack, attacks)
+            return measuring.seconds(work, self.device, wall=True)
+
+        times = measuring.in_turns("training", self.able, train, self.results, repeats)
+        alone = measuring.in_turns("attack alone", self.able, attack, self.results, repeats)
+        matrix = _or_reason(partial(measuring.matrix_rates, self.device))
         best = max(matrix["bfloat16"].values()) if "bfloat16" in matrix else None
-        counts: dict[str, int] = {}
-        assert self.config.batch_size is not None
-        for name in self.runners:
-            # what is compiled or captured does the same work, but cannot be counted
-            plain = REFERENCE if name == REFERENCE else "float32"
-            if plain not in counts:
-                counts[plain] = flops((self.runners.get(plain) or self.build(plain)).attack)
+        # what is compiled or captured does the same work, but cannot be counted
+        plain = self.able.get("float32") or self.build("float32")
+        references, kits = (
+            measuring.flops(self.able[REFERENCE].attack),
+            measuring.flops(plain.attack),
+        )
+        for name in alone:
             step = _speed(times[name], times[REFERENCE], self.steps)
-            attack = _speed(alone[name], alone[REFERENCE], attacks)
-            rate = counts[plain] / attack["median_seconds"] / 1e12
-            images = self.config.batch_size / step["median_seconds"]
+            images = (self.config.batch_size or 0) / step["median_seconds"]
+            once = _speed(alone[name], alone[REFERENCE], attacks)
+            count = references if name == REFERENCE else kits
+            rate = count / once["median_seconds"] / 1e12
             self.results[name] = {
                 **step,
                 "images_per_second": images,
                 "epochs_per_hour": 3600 * images / EPOCH,
                 "attack": {
-                    **attack,
-                    "flops": counts[plain],
+                    **once,
+                    "flops": count,
                     "tflops": rate,
                     "fraction": rate / best if best else None,
                 },
             }
         return {"methods": {name: self.results[name] for name in names}, "matrix": matrix}
 
-    def build_warm(self, name: str) -> Runner:
+    def warm(self, name: str) -> _Runner:
         """Builds a method and lets it train."""
         runner = self.build(name)
         runner.train(WARM_UP)
         runner.attack()
         return runner
 
-    def build(self, name: str) -> Runner:
+    def build(self, name: str) -> _Runner:
         """Makes what trains; the weights are the same for all."""
         model = copy.deepcopy(self.model)
         if name == REFERENCE:
             return Reference(model.to(self.device), self.images.train, self.config)
         return Kit(model, self.images, self.config, name)
 
-    def rounds(self, title: str, time: Callable[[Runner], float]) -> dict[str, list[float]]:
-        """Times all methods in turns; one that fails leaves, with its reason."""
-        times: dict[str, list[float]] = {name: [] for name in self.runners}
-        for _ in tqdm(range(self.repeats), title):
-            for name, runner in list(self.runners.items()):
-                try:
-                    times[name].append(time(runner))
-                except Exception as error:
-                    if name == REFERENCE:
-                        raise
-                    self.results[name] = {"reason": reason(error)}
-                    del self.runners[name]
-        return times
-
-    def train(self, runner: Runner) -> float:
-        """Returns what a round of training takes, in seconds."""
-        runner.prepare(self.steps)
-        return seconds(lambda: runner.train(self.steps), self.device, wall=True)
-
-    def attack(self, runner: Runner, count: int) -> float:
-        """Returns what a round of attacks takes, in seconds."""
-
-        def attacks() -> None:
-            for _ in range(count):
-                runner.attack()
-
-        return seconds(attacks, self.device, wall=True)
-
     def profiles(self) -> dict[str, Any]:
         """Returns the profiles of the reference and of the kit's fastest method."""
-        rows = [name for name in self.runners if name != REFERENCE]
+        rows = [name for name in self.able if name != REFERENCE]
         rows.sort(key=lambda name: self.results[name]["median_seconds"])
         steps = min(self.steps, PROFILED)
         profiles = {}
         for name in (REFERENCE, *rows[:1]):
-            runner, once = self.runners[name], self.results[name]["median_seconds"]
-            runner.prepare(steps)
-            profiles[name] = _or_reason(partial(profile, runner.train, steps, self.device, once))
+            train, once = self.able[name].train, self.results[name]["median_seconds"]
+            profiles[name] = _or_reason(partial(profile, train, steps, self.device, once))
         return profiles
 
 
 def _speed(times: Sequence[float], base: Sequence[float], count: int) -> dict[str, Any]:
     """Returns rounds of `count` steps, a step's median, and the speed's ratio to the base."""
     median = statistics.median(times) / count
-    return {"seconds": list(times), "median_seconds": median, **ratios(base, times)}
+    return {"seconds": list(times), "median_seconds": median, **measuring.ratios(base, times)}
 
 
 def _or_reason(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
@@ -266,7 +220,7 @@ def _or_reason(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     try:
         return work()
     except Exception as error:
-        return {"reason": reason(error)}
+        return {"reason": measuring.reason(error)}
 
 
 def _flags() -> dict[str, Any]:
