@@ -211,14 +211,32 @@ WRONG |= {
         lambda d: 1 - flipped(d, lambda found, seen: abs(found) >= abs(seen) - 1e-9),
     ],
     ("07_tiny_imagenet", 1): [
-        8 / 255,
-        64 * 8 / 255,  # one channel
-        (3 * 32 * 32) ** 0.5 * 8 / 255,  # CIFAR
-        3 * 64 * 64 * 8 / 255,  # the sum of absolute changes
-        (3 * 64 * 64) ** 0.5 * 8,  # not in pixel units
-        2,
+        [200, 5],  # all classes, and too few images of each
+        [200, 50],  # all test images
+        [10, 100],  # ten classes
+        [20, 50],  # a good plan the other way round
+        [100, 10],
+        [50, 14],  # what ten classes take
+        [50, 15],
+        [50, 21],  # 1,050 images
+        [50, 1000],  # the images in all
+        [200, 16],
+        [50, 16.5],
+        [50, 0],
+        50,
     ],
-    ("07_tiny_imagenet", 2): [2, 4, 8, 64, 256, 1],
+    ("07_tiny_imagenet", 2): [
+        ["nothing"] * 6,
+        ["learning rate", "classes", "attack", "image size", "nothing", "choice of epoch"],
+        ["nothing", "classes", "attack", "image size", "choice of epoch", "choice of epoch"],
+        ["nothing", "nothing", "attack", "image size", "nothing", "choice of epoch"],
+        ["nothing", "classes", "nothing", "image size", "nothing", "choice of epoch"],
+        ["nothing", "classes", "attack", "nothing", "nothing", "choice of epoch"],  # the same eps
+        ["nothing", "classes", "attack", "image size", "nothing", "nothing"],
+        ["nothing", "classes", "choice of epoch", "image size", "nothing", "choice of epoch"],
+        ["classes", "attack", "image size", "choice of epoch"],
+        {"nothing", "classes", "attack", "image size", "choice of epoch"},
+    ],
     ("07_tiny_imagenet", 3): [
         list("abcdef"),
         list("acdef"),
