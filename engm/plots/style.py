@@ -87,11 +87,11 @@ def sharp_png(figure: Figure) -> tuple[bytes, dict[str, int]]:
     figure.savefig(large, format="png", dpi=2 * figure.dpi, bbox_inches="tight")
     picture = Image.open(large).convert("RGB")
     width, height = picture.size
-    found = sorted(picture.getcolors(width * height), reverse=True)
-    common = np.array([colour for _, colour in found[:16]])
+    found: Any = picture.getcolors(width * height)
+    common = np.array([colour for _, colour in sorted(found, reverse=True)[:16]])
     # of the three methods the one that keeps rare colours: a red title over grey images
-    spread = picture.quantize(48, Image.Quantize.MAXCOVERAGE).getpalette()
-    others = np.reshape(spread, (-1, 3))[:48]
+    spread = picture.quantize(48, Image.Quantize.MAXCOVERAGE).getpalette() or []
+    others = np.array(spread[: 3 * 48]).reshape(-1, 3)
     far = (abs(others[:, None] - common).max(axis=2) > 8).all(axis=1)  # none beside a common one
     palette = Image.new("P", (1, 1))
     palette.putpalette([*common.ravel().tolist(), *others[far].ravel().tolist()])
