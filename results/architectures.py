@@ -46,9 +46,10 @@ _LISTED = {
     ("torchvision", 64): """
         mobilenet_v3_small shufflenet_v2_x0_5 squeezenet1_1 mnasnet0_5 regnet_x_400mf
         regnet_y_400mf mobilenet_v2 efficientnet_b0 resnet18 densenet121 googlenet
-        efficientnet_v2_s resnext50_32x4d swin_t swin_v2_t maxvit_t convnext_tiny alexnet
+        efficientnet_v2_s resnext50_32x4d swin_t swin_v2_t convnext_tiny alexnet
         wide_resnet50_2 vit_b_32 vgg11_bn""",
     ("torchvision", 80): "inception_v3",
+    ("torchvision", 224): "maxvit_t",
     ("timm", 64): """
         vit_tiny_patch16_224 deit_tiny_patch16_224 deit3_small_patch16_224 cait_xxs24_224
         xcit_nano_12_p8_224 convnext_atto convnextv2_atto efficientnet_b0 regnety_002 nfnet_l0
