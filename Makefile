@@ -16,7 +16,7 @@ help:  ## show this list
 .venv/ready: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "engm needs Python 3.11 or newer; say which: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
-	@echo "setting up .venv (once, a few minutes)"
+	@echo "setting up .venv: torch, jupyterlab and others (once, a few minutes, and pip is silent meanwhile)"
 	@$(PYTHON) -m venv .venv
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
 	@touch $@

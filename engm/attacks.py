@@ -400,7 +400,8 @@ def check_tensors(x: Tensor, y: Tensor) -> None:
         )
     if y.dtype != torch.int64 or y.shape != x.shape[:1]:
         raise InputError(
-            f"y is {y.dtype} of shape {list(y.shape)}; give {len(x)} classes, int64 as in y.long()"
+            f"y is {y.dtype} of shape {list(y.shape)}; give one class number for each of the "
+            f"{len(x)} images, int64 of shape [{len(x)}]"
         )
     if y.device != x.device:
         raise InputError(f"x is on {x.device} and y on {y.device}; move them to one device")

@@ -35,6 +35,12 @@ _ASK_EVERY = 100
 # The running mean of the example norms forgets over about 1 / (1 - 0.99) = 100 steps.
 SCALE_DECAY = 0.99
 
+_BACKWARD_IN_CLOSURE = (
+    "a backward pass within the closure filled p.grad, which would be added to the step. The "
+    "closure returns the losses and leaves the backward pass to step(); an attack that calls "
+    "backward() runs before zero_grad(); checkpoints need use_reentrant=False"
+)
+
 # How the norms of the examples are found.
 Norms = Literal["exact", "input", "output", "both", "loop"]
 
@@ -198,6 +204,11 @@ class _ExampleSGD(torch.optim.SGD):
                 "norms='output' with refresh_every=None, or put no checkpoint round BatchNorm in "
                 "train mode, nor, with norms='input', round the first layer"
             ) from error
+        except RuntimeError as error:
+            if "backward through the graph a second time" not in str(error):
+                raise
+            self._forget()
+            raise InputError(_BACKWARD_IN_CLOSURE) from error
         finally:
             self._in_closure = False
         self._started = True
@@ -207,12 +218,7 @@ class _ExampleSGD(torch.optim.SGD):
                 continue
             if bool(after.any()):  # else zero_grad(set_to_none=False) was called
                 self._forget()
-                raise InputError(
-                    "a backward pass within the closure filled p.grad, which would be added to the "
-                    "step. The closure returns the losses and leaves the backward pass to step(); "
-                    "an attack that calls backward() runs before zero_grad(); checkpoints need "
-                    "use_reentrant=False"
-                )
+                raise InputError(_BACKWARD_IN_CLOSURE)
         return losses
 
     def _add(self, closure: Closure | None, inputs: Tensor | None) -> Tensor:
@@ -457,6 +463,7 @@ class ENGM(_ExampleSGD):
     def _add(self, closure: Closure | None, inputs: Tensor | None) -> Tensor:
         self._check_model_again()
         losses, norms, weighted = self.measure(closure, inputs)
+        norms = norms.detach()  # of losses from outside of the closure they may have a graph
         good = norms.isfinite() & losses.isfinite()
         failed = ~good.any()
         if not defers(good.device):

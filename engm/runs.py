@@ -112,7 +112,8 @@ def read_config(folder: Path) -> RunConfig:
         InputError: If there is none, or it is not a config of this version of the kit.
     """
     if not (folder / CONFIG).exists():
-        raise InputError(f"{folder} is not a run directory: it has no {CONFIG}")
+        lacks = f"it has no {CONFIG}" if folder.is_dir() else "there is no such folder"
+        raise InputError(f"{folder} is not a run directory: {lacks}; `engm train` makes one")
     values = read_json(folder / CONFIG)
     if not isinstance(values, dict):
         raise InputError(f"{folder / CONFIG} must hold an object, not {type(values).__name__}")

@@ -196,7 +196,10 @@ def test_every_setting_of_a_run_is_an_option(runs):
         (["train", "--device", "gpu"], "cannot use device 'gpu'"),
         (["train", "--dataset", "cifar10", "--data-root", "nowhere"], "engm prepare cifar10"),
         (["evaluate", "RUN", "--device", "gpu"], "cannot use device 'gpu'"),
-        (["evaluate", "nowhere"], "nowhere is not a run directory"),
+        (["evaluate", "nowhere"], "there is no such folder; `engm train` makes one"),
+        (["run", "06_cifar", "-p", "epochs", "0"], "epochs must be at least 1"),
+        (["run", "06_cifar", "-p", "eps", "8"], "eps must be"),
+        (["sweep", "trian", "--grid", "lr=0.1"], "or train, for training runs"),
         (["report", "nowhere"], "there is no run in /"),
         (["evaluate", "ROOT"], "is not a run directory, but holds some; give one of digits-pgd_at"),
         (["trian"], "bench, colab, demo, evaluate, prepare, report, run, student, sweep, train"),
@@ -207,7 +210,7 @@ def test_mistakes_get_one_line_that_names_what_is_valid(
 ):
     monkeypatch.chdir(tmp_path)
     places = {"RUN": next(runs[0].iterdir()), "ROOT": runs[0]}
-    code = 1 if {"nowhere", "gpu", "ROOT", "-1"} & {*arguments} else 2
+    code = 1 if {"nowhere", "gpu", "ROOT", "-1", "06_cifar", "lr=0.1"} & {*arguments} else 2
     arguments = [places.get(a, a) for a in arguments]
     assert message in " ".join(call(*arguments, code=code).split())
 

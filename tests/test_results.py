@@ -291,9 +291,9 @@ def test_rows_that_do_no_better_than_guessing_are_marked(tmp_path):
     done = build(records_of(tmp_path), mixed=True)
     named = {(row["method"], row["optimizer"], row["dataset"]): n
              for row, n in zip(done.summary, done.notes, strict=True)}  # fmt: skip
-    note = "near chance: best of 1, last of 2 of 3 seeds"
+    note = "near chance: best in 1, last in 2 of 3 seeds"
     assert named.pop(("pgd_at", "msgd", "Digits")) == note
-    assert named.pop(("pgd_at", "msgd", "two")) == "near chance: best of 1, last of 1 of 1 seeds"
+    assert named.pop(("pgd_at", "msgd", "two")) == "near chance: best in 1, last in 1 of 1 seeds"
     assert set(named.values()) == {""}
     assert [remark for remark in done.remarks if note in remark]
     assert "near chance: a robust accuracy of at most 1.5 times" in done.remarks[-1]

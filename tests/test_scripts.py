@@ -118,21 +118,32 @@ def test_step_hooks_run_once(name):
 
 
 @quiet
+@pytest.mark.parametrize("retain", [True, False])
 @pytest.mark.parametrize("name", NAMES)
-def test_a_backward_pass_within_the_closure_is_refused(name):
+def test_a_backward_pass_within_the_closure_is_refused(name, retain):
     model = network()
     optimizer = make(name, model)
     before = weights_of(model)
 
     def closure():
         losses = losses_of(model)
-        losses.mean().backward(retain_graph=True)
+        losses.mean().backward(retain_graph=retain)
         return losses
 
     with pytest.raises(InputError, match="a backward pass within the closure filled p.grad"):
         optimizer.step(closure, inputs=BATCH)
     assert torch.equal(weights_of(model), before)
     step(model, optimizer)  # and it goes on
+
+
+def test_losses_from_outside_of_the_closure_leave_no_graph_behind():
+    model = network()
+    optimizer = ENGM(model, 0.1)
+    losses = losses_of(model)
+    expected = loop_norms(losses, list(model.parameters()))
+    optimizer.step(lambda: losses)
+    torch.testing.assert_close(optimizer.last.norms, expected)
+    assert not optimizer.last.norms.requires_grad and not optimizer.last.weights.requires_grad
 
 
 @quiet

@@ -22,7 +22,7 @@ def run(
 ) -> None:
     """Run NOTEBOOK, a name such as 06_cifar or a path, with parameters.
 
-    Unknown names and values of a wrong type are refused before anything runs.
+    Unknown names and wrong values are refused before anything runs.
 
     \b
     engm run 06_cifar -p dataset cifar10 -p eps 8/255

@@ -124,7 +124,7 @@ def evaluate(
     say(
         f"attacking the {' and the '.join(checkpoints)} checkpoint of {quoted(run.resolve())} on "
         f"{images or len(dataset.test):,} test images of {dataset.title}"
-        + ", then with AutoAttack"
+        + ", first with AutoAttack, which takes longest"
         * autoattack
     )
     for which in checkpoints:

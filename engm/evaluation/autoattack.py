@@ -177,7 +177,9 @@ class AutoAttack:
             x_adv, robust, differ = x.clone(), torch.empty_like(y, dtype=torch.bool), 0
             counts = dict.fromkeys(("clean", *self.attacks), 0)
             starts = range(0, len(x), batch_size)
-            how = dict(unit="chunk", disable=not progress, leave=False, mininterval=0)
+            how = dict(
+                desc="AutoAttack", unit="chunk", disable=not progress, leave=False, mininterval=0
+            )
             with tqdm(starts, **how) as bar:
                 for start in bar:
                     rows = slice(start, start + batch_size)

@@ -379,8 +379,8 @@ def clean_accuracy(standing: Tensor, y: Tensor, classes: int) -> Check:
     return _judged(
         "clean accuracy",
         wilson(count, n).low > constant,
-        f"{count / n:.1%} of the clean images are classified rightly, by always the same answer "
-        f"({constant:.1%})",
+        f"{count / n:.1%} of the clean images are classified rightly; always to answer the "
+        f"commonest class would get {constant:.1%}",
         "are the pixels scaled and the classes numbered as in training?",
     )
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from types import GenericAlias
 from typing import Any, Literal
 
+from engm.config import TYPES, RunConfig
 from engm.errors import InputError
 from engm.values import UNREADABLE, fit, literal, read
 
@@ -130,7 +131,8 @@ def check(path: Path, values: Mapping[str, Any]) -> dict[str, Any]:
     An int becomes a float where a float is asked for; nothing else is converted.
 
     Raises:
-        InputError: On an unknown name or a value of another type; the message lists what there is.
+        InputError: On an unknown name or a value of another type, the message lists what there is;
+            on a setting of a run that is out of range, such as no epochs.
     """
     return _accept(path, values, fit)
 
@@ -164,6 +166,9 @@ def _accept(
             ) from None
         if accepted[name] in ([], ()) and known[name].default not in ("[]", "()"):
             raise InputError(f"{name} = {value!r} is empty; give at least one value; {listing}")
+    # what a run would refuse later is refused here
+    settings = {k: v for k, v in accepted.items() if k in TYPES and v is not None}
+    RunConfig.from_dict(settings).resolved()
     return accepted
 
 

@@ -181,6 +181,8 @@ def compare(
         raise InputError(
             f"no run has {setting} {wanted!r} to compare with; there is "
             f"{', '.join(sorted(map(str, there.values())))}"
+            + f" (another setting: {baseline}=VALUE)"
+            * (baseline in TYPES)
         )
     baseline = in_words({setting: value})
     if len(there) == 1:

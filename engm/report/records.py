@@ -176,7 +176,7 @@ def near_chance(members: Sequence[Record]) -> str:
     limit = _NEAR_CHANCE / (config.classes or SPECS[config.dataset].num_classes)
     for which in CHECKPOINTS if config.method != "natural" else ():
         if n := sum(member.result[which]["robust_accuracy"] <= limit for member in members):
-            found.append(f"{which} of {n}")
+            found.append(f"{which} in {n}")
     return f"{CHANCE}: {listed(found)} of {len(members)} seeds" if found else ""
 
 

@@ -180,7 +180,10 @@ def _task(target: str, given: Mapping[str, Any]) -> Task:
 
     from engm.lab import batch, parameters
 
-    path = batch.find(target)
+    try:
+        path = batch.find(target)
+    except InputError as error:
+        raise InputError(f"{error}; or {TRAIN}, for training runs") from None
     texts = {name: value for name, value in given.items() if isinstance(value, str)}
     values = parameters.check(path, {k: v for k, v in given.items() if k not in texts})
     values |= parameters.parse(path, texts)
