@@ -31,6 +31,7 @@ def run(
 
     path = batch.find(notebook)
     given = parameters.parse(path, once(values, "leave one of them out"))
+    parameters.check_ranges(given)
     shown = ", ".join(f"{name} = {value!r}" for name, value in given.items())
     say(f"running {path.stem} with {shown or 'its defaults'}, in {quoted(out.resolve())}")
     if "out" in parameters.parameters(path):

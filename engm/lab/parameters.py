@@ -131,8 +131,7 @@ def check(path: Path, values: Mapping[str, Any]) -> dict[str, Any]:
     An int becomes a float where a float is asked for; nothing else is converted.
 
     Raises:
-        InputError: On an unknown name or a value of another type, the message lists what there is;
-            on a setting of a run that is out of range, such as no epochs.
+        InputError: On an unknown name or a value of another type; the message lists what there is.
     """
     return _accept(path, values, fit)
 
@@ -146,6 +145,16 @@ def parse(path: Path, texts: Mapping[str, str]) -> dict[str, Any]:
         InputError: As for `check`.
     """
     return _accept(path, texts, read)
+
+
+def check_ranges(values: Mapping[str, Any]) -> None:
+    """Refuses settings of a run that the run would refuse later, such as no epochs.
+
+    Raises:
+        InputError: If there is one.
+    """
+    settings = {k: v for k, v in values.items() if k in TYPES and v is not None}
+    RunConfig.from_dict(settings).resolved()
 
 
 def _accept(
@@ -166,9 +175,6 @@ def _accept(
             ) from None
         if accepted[name] in ([], ()) and known[name].default not in ("[]", "()"):
             raise InputError(f"{name} = {value!r} is empty; give at least one value; {listing}")
-    # what a run would refuse later is refused here
-    settings = {k: v for k, v in accepted.items() if k in TYPES and v is not None}
-    RunConfig.from_dict(settings).resolved()
     return accepted
 
 

@@ -187,6 +187,7 @@ def _task(target: str, given: Mapping[str, Any]) -> Task:
     texts = {name: value for name, value in given.items() if isinstance(value, str)}
     values = parameters.check(path, {k: v for k, v in given.items() if k not in texts})
     values |= parameters.parse(path, texts)
+    parameters.check_ranges(values)
     cells = [c.source for c in parameters.read_notebook(path).cells if c.cell_type == "code"]
     content = json.dumps([cells, sorted(values.items())])
     digest = hashlib.sha256(content.encode()).hexdigest()[:8]
