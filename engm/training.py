@@ -38,7 +38,7 @@ def train_one_epoch(
     Args:
         model: Left in train mode.
         method: Attack and losses.
-        optimizer: Any whose `step` takes a closure of per-example losses.
+        optimizer: The outer optimizer.
         examples: Pairs of images `[n, c, h, w]` in [0, 1] and labels `[n]`. Processes of
             `torch.distributed` are each given all of them, and share each batch.
         scheduler: Stepped after each step of the optimizer.

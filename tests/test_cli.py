@@ -184,6 +184,7 @@ def test_every_setting_of_a_run_is_an_option(runs):
         (["train", "--lr", "fast"], "'fast' is not a number such as 0.03 or 8/255"),
         (["train", "--epochs", "1.5"], "'1.5' is not a whole number"),
         (["train", "--lr", "-1"], "lr must be above 0, got -1.0"),
+        (["train", "--optimiser", "engm"], "did you mean --optimizer?"),
         (["train", "--wide", "1"], "no such option '--wide'; the options are --recipe, --dataset"),
         (["report", "x", "--wide"], "no such option '--wide'; the options are --compare, --choose"),
         (["train", "--out", ""], "'--out': the path is empty; '.' is the present folder"),

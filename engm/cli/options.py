@@ -3,6 +3,7 @@
 import shlex
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import fields
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,11 @@ class Command(click.Command):
             return super().parse_args(ctx, args)
         except click.NoSuchOption as error:
             options = [o for o in self.get_params(ctx) if isinstance(o, click.Option)]
-            known = ", ".join(option.opts[0] for option in options)
-            message = f"no such option {error.option_name!r}; the options are {known}"
-            raise click.UsageError(message, ctx) from None
+            known = [option.opts[0] for option in options]
+            close = get_close_matches(error.option_name, known, n=1)
+            meant = f"; did you mean {close[0]}?" if close else ""
+            message = f"no such option {error.option_name!r}; the options are {', '.join(known)}"
+            raise click.UsageError(message + meant, ctx) from None
 
 
 class Group(click.Group):
