@@ -239,6 +239,7 @@ def test_each_value_of_the_compared_setting_has_its_own_choice(tmp_path):
         ("channels_last=1", "no run has channels_last '1' to compare with; there is False"),
         ("precision=float32", "all runs have precision float32; there is none to compare with"),
         ("adam", "no run has optimizer 'adam' to compare with; there is engm, msgd$"),
+        ("lr", r"no run has optimizer 'lr' .* \(another setting: lr=VALUE\)$"),
     ],
 )
 def test_what_cannot_be_compared_by_is_refused_with_what_can(sweep, baseline, message):

@@ -160,23 +160,20 @@ class _Bench:
         best = max(matrix["bfloat16"].values()) if "bfloat16" in matrix else None
         # what is compiled or captured does the same work, but cannot be counted
         plain = self.able.get("float32") or self.build("float32")
-        references, kits = (
-            measuring.flops(self.able[REFERENCE].attack),
-            measuring.flops(plain.attack),
-        )
+        counts = dict.fromkeys(alone, measuring.flops(plain.attack))
+        counts[REFERENCE] = measuring.flops(self.able[REFERENCE].attack)
         for name in alone:
             step = _speed(times[name], times[REFERENCE], self.steps)
             images = (self.config.batch_size or 0) / step["median_seconds"]
             once = _speed(alone[name], alone[REFERENCE], attacks)
-            count = references if name == REFERENCE else kits
-            rate = count / once["median_seconds"] / 1e12
+            rate = counts[name] / once["median_seconds"] / 1e12
             self.results[name] = {
                 **step,
                 "images_per_second": images,
                 "epochs_per_hour": 3600 * images / EPOCH,
                 "attack": {
                     **once,
-                    "flops": count,
+                    "flops": counts[name],
                     "tflops": rate,
                     "fraction": rate / best if best else None,
                 },

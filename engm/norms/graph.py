@@ -27,7 +27,7 @@ class Call:
         layer: The layer.
         training: Whether it was in train mode.
         a: Its input; where a checkpoint (or another hook on what autograd saves) is to keep it, the
-            node that asks for it.
+            node that asks for it; `None` once nobody needs it.
         version: Of a; counts the changes in place.
         above: What made a.
         output: Which of the node's outputs was the layer's.

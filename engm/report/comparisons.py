@@ -178,11 +178,10 @@ def compare(
     with suppress(ValueError):
         value = read(wanted.lower(), TYPES[setting])
     if value not in there.values():
+        other = f" (another setting: {baseline}=VALUE)" if baseline in TYPES else ""
         raise InputError(
             f"no run has {setting} {wanted!r} to compare with; there is "
-            f"{', '.join(sorted(map(str, there.values())))}"
-            + f" (another setting: {baseline}=VALUE)"
-            * (baseline in TYPES)
+            f"{', '.join(sorted(map(str, there.values())))}{other}"
         )
     baseline = in_words({setting: value})
     if len(there) == 1:
