@@ -241,7 +241,7 @@ def test_the_plans_are_ready_to_run():
         "cifar10-search": 20, "cifar10": 15, "cifar10-long": 4, "cifar10-methods": 12,
         "cifar10-precision": 12, "cifar100": 6, "tiny-imagenet": 4, "cifar10-cpu-rates": 20,
         "cifar10-cpu-more-rates": 5, "cifar10-cpu": 25, "cifar10-cpu-noise": 12,
-        "cifar10-cpu-more-rows": 11, "cifar10-cpu-more-main": 5,
+        "cifar10-cpu-more-rows": 11, "cifar10-cpu-more-main": 10,
         "cifar10-cpu-augmented": 12, "tiny-imagenet-cpu": 12,
     }  # fmt: skip
 
