@@ -73,9 +73,12 @@ def test_an_installed_kit_is_whole(away):
 
 
 def test_notebooks_run_from_an_installed_kit(away):
-    run = ("-m", "engm", "run", "--out", "outputs")
-    call(*run, "00_tour", "-p", "epochs", 10, **away)
-    call(*run, "09_results", **away)
+    call("-m", "engm", "run", "--out", "outputs", "09_results", **away)
     result = read_json(away["cwd"] / "outputs" / "09_results.result.json")
     verdict, source = logs.verdict_of("09_results", [])
     assert (result["verdict"], source) == (verdict, "as saved")  # of the same logs: the same
+    # by plain papermill, too
+    notebook, out = away["cwd"] / "site/engm/notebooks/01_attacks.ipynb", away["cwd"] / "out.ipynb"
+    values = ("-p", "epochs", 5, "-p", "eps", 0.2, "-k", "python3", "--no-progress-bar")
+    call("-m", "papermill", notebook, out, *values, **away)
+    assert "eps 0.200" in out.read_text()

@@ -27,11 +27,13 @@ from test_sweep_plan import notebook
 
 from engm import sweep
 from engm.cli import main
+from engm.config import RunConfig
 from engm.errors import InputError
 from engm.report.records import collect, summarise, to_markdown
 from engm.runs import load_tensors, read_config, write_json
 from engm.sweep import clusters, running
 from engm.sweep.plan import TRAIN, code_version, plan
+from engm.training import fit
 
 FIXED = {"subset": 40, "width": 2, "num_steps": 1, "eval_steps": 1}
 SETTINGS = [part for name, value in FIXED.items() for part in ("--set", name, str(value))]
@@ -106,16 +108,25 @@ def weights(folder):
     }
 
 
+@pytest.fixture
+def one_thread():
+    """As the workers have; another number of threads may end with other bits."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("one_thread")
 def test_killed_workers_and_a_killed_sweep_change_no_bit(start, tmp_path):
-    what = [TRAIN, *SETTINGS, "--set", "epochs", 30, "--workers", 2, "--seeds", 3]
+    what = [TRAIN, *SETTINGS, "--set", "epochs", 20, "--workers", 2, "--seeds", 2]
     what += ["--grid", "optimizer=msgd,engm", "--grid", "lr=0.05,0.1"]
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    out, err = start(*what, "--out", whole).ended()
-    assert out.startswith("12 runs, 0 done already, in ")
-    assert err.count("\r") < 20  # nobody watches
+    grid = {"optimizer": ["msgd", "engm"], "lr": [0.05, 0.1]}
+    for task in plan(TRAIN, grid, settings=FIXED | {"epochs": 20}, seeds=2):
+        fit(RunConfig(**task.settings), whole, device="cpu", progress=False)
     runs = collect(whole)[0]
     table = to_markdown(summarise(runs))
-    assert table in out and len(runs) == 12
 
     disturbed = start(*what, "--out", cut)
     for _ in range(2):
@@ -130,10 +141,11 @@ def test_killed_workers_and_a_killed_sweep_change_no_bit(start, tmp_path):
     disturbed.process.wait()
     assert gone(family)
     before = results(cut)
-    assert 2 <= len(before) < 12
+    assert 2 <= len(before) < 8
 
-    out, _ = start(*what, "--out", cut).ended()
-    assert f"12 runs, {len(before)} done already" in out
+    out, err = start(*what, "--out", cut).ended()
+    assert out.startswith(f"8 runs, {len(before)} done already, in ")
+    assert err.count("\r") < 20  # nobody watches
     assert table in out
     after = results(cut)
     assert {path: after[path] for path in before} == before  # not run again
@@ -225,8 +237,7 @@ def test_ctrl_c_leaves_no_process_and_a_second_start_goes_on(start, tmp_path):
     out, _ = start(*what).ended()
     assert out.startswith("3 runs, 0 done already")
     assert len(list(tmp_path.glob("out/*/*/done.json"))) == 3
-    out, _ = start(*what).ended()
-    assert out.startswith("3 runs, 3 done already")
+    assert call(*what).output.startswith("3 runs, 3 done already")
 
 
 @contextmanager
@@ -259,11 +270,10 @@ def processes():
 
 
 @contextmanager
-def cluster(port, workers=2):
+def cluster(port):
     with processes() as begin:
         scheduler = begin("scheduler", "--host", "127.0.0.1", "--port", port)
-        for _ in range(workers):
-            begin(*worker(port))
+        begin(*worker(port))
         yield scheduler
 
 
@@ -306,19 +316,19 @@ def test_a_scheduler_elsewhere_may_be_away_or_be_gone(tmp_path, monkeypatch):
         first = stack.enter_context(cluster(port))
         other = threading.Thread(target=disturb, args=[first])
         other.start()
-        found = call(*what, "--seeds", 6)
+        found = call(*what, "--seeds", 4)
         other.join()
     assert found.exit_code == 1, found.output
     assert "the scheduler is gone; start it and its workers again" in found.output
     before = results(tmp_path)
-    assert 2 <= len(before) < 6
+    assert 2 <= len(before) < 4
     monkeypatch.setattr(running, "_PATIENCE", 60)
     with cluster(port):
-        found = call(*what, "--seeds", 6)
+        found = call(*what, "--seeds", 4)
     assert found.exit_code == 0, found.output
-    assert f"6 runs, {len(before)} done already" in found.output
+    assert f"4 runs, {len(before)} done already" in found.output
     after = results(tmp_path)
-    assert len(after) == 6
+    assert len(after) == 4
     assert {path: after[path] for path in before} == before
 
 
