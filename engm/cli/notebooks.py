@@ -5,11 +5,11 @@ from pathlib import Path
 
 import click
 
-from engm.cli.options import Command, PathType, once, quoted, say
+from engm.cli.options import PathType, main, once, quoted, say, stoppable, warn_of_hours
 from engm.errors import InputError
 
 
-@click.command(cls=Command)
+@main.command()
 @click.argument("notebook")
 @click.option("-p", "values", nargs=2, multiple=True, metavar="NAME VALUE",
               help="set a parameter of the notebook; may be repeated")  # fmt: skip
@@ -31,22 +31,29 @@ def run(
 
     path = batch.find(notebook)
     given = parameters.parse(path, once(values, "leave one of them out"))
-    parameters.check_ranges(given)
+    config = parameters.check_ranges(given)
     shown = ", ".join(f"{name} = {value!r}" for name, value in given.items())
-    say(f"running {path.stem} with {shown or 'its defaults'}, in {quoted(out.resolve())}")
+    folder = out.resolve()
+    say(f"running {path.stem} with {shown or 'its defaults'}, in {quoted(folder)}")
+    then = f"{quoted(folder / path.name)} has what ran; the same command runs it from the start"
     if "out" in parameters.parameters(path):
-        # the notebook works in the folder `out` of the command
-        kept = quoted(out.resolve() / given["out"]) if given.get("out") else ""
-        say(f"what it makes is kept in {kept}, and the same command goes on with it" if kept else
-            "what it makes is not kept: -p out FOLDER keeps it, and goes on with it")  # fmt: skip
-    done = batch.run(path, given, output_dir=out, timeout=timeout)
+        if given.get("out"):  # the notebook works in the folder `out` of the command
+            kept = f"kept in {quoted(folder / given['out'])}, and the same command goes on with it"
+            say(f"what it makes is {kept}")
+            then = f"what it made is {kept}"
+        else:
+            say("what it makes is not kept: -p out FOLDER keeps it, and goes on with it")
+            then += ", with -p out FOLDER it keeps what it makes and goes on with it"
+    warn_of_hours(config, "auto", f"engm train --dataset {config.dataset} ")
+    with stoppable(then):
+        done = batch.run(path, given, output_dir=out, timeout=timeout)
     click.echo(click.format_filename(done.path))
     if done.error is not None:
         raise click.ClickException(f"{notebook} failed in {done.error}")
     say(f"next: jupyter lab {quoted(done.path)}")
 
 
-@click.command(cls=Command)
+@main.command()
 @click.option("--out", type=PathType(), default=Path("outputs"), show_default=True,
               help="folder of the executed notebooks and the report")  # fmt: skip
 def demo(out: Path) -> None:
@@ -57,12 +64,15 @@ def demo(out: Path) -> None:
     from engm.lab import page as html
 
     say(f"running the notebooks with their defaults, in {quoted(out.resolve())}")
-    if not all(done.ok for done in html.demo(out)):
+    kept = f"the notebooks that it ran are kept in {quoted(out.resolve())}"
+    with stoppable(f"{kept}; the same command runs all of them again, engm run NAME one of them"):
+        runs = html.demo(out)
+    if not all(done.ok for done in runs):
         sys.exit(1)
     say(f"next: open {quoted(out / 'index.html')} in a browser")
 
 
-@click.command(cls=Command)
+@main.command()
 @click.option("--repo", metavar="OWNER/NAME", help="your repository on GitHub, a public one")
 @click.option("--branch", default="main", show_default=True, help="its branch")
 @click.option("--remove", is_flag=True, help="take badge and cell out again")
@@ -91,7 +101,7 @@ def colab(repo: str | None, branch: str, remove: bool, folder: Path) -> None:
         say(f"next: commit and push them to {repo}; then each badge opens its notebook")
 
 
-@click.command(cls=Command)
+@main.command()
 @click.argument("out", type=PathType())
 @click.option("--notebooks", "folder", type=PathType(), default=Path("notebooks"),
               show_default=True, help="folder of the notebooks")  # fmt: skip

@@ -1,7 +1,9 @@
-"""What the commands share: options from the fields of `RunConfig`, paths, messages."""
+"""The command `engm`, and what its subcommands share: options, paths, messages."""
 
 import shlex
-from collections.abc import Callable, Collection, Iterable
+import sys
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import fields
 from difflib import get_close_matches
 from pathlib import Path
@@ -12,6 +14,8 @@ import click
 from engm.config import TYPES, RunConfig, alternatives, choices
 from engm.errors import InputError, NonFiniteLossError
 from engm.values import read
+
+QUICK = "--subset 500 --width 8 --epochs 1 --validation-images 100 --test-images 200"
 
 
 class Command(click.Command):
@@ -49,6 +53,17 @@ class Group(click.Group):
             raise  # the reader of a pipe has seen enough; click ends in silence
         except (InputError, NonFiniteLossError, OSError) as error:
             raise click.ClickException(str(error)) from None
+
+
+@click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="engm")
+def main() -> None:
+    """Learn, test and use ENGM, the outer optimizer for adversarial training.
+
+    The usual order: `engm prepare` fetches a data set (the digits are there), `engm train` makes a
+    run directory, `engm evaluate` attacks what it holds, `engm report` puts many of them into one
+    table. `engm run` runs a notebook with parameters.
+    """
 
 
 class PathType(click.Path):
@@ -95,6 +110,29 @@ def say(text: str) -> None:
 def quoted(path: Path) -> str:
     """Returns a path as a shell takes it."""
     return shlex.quote(click.format_filename(path))
+
+
+@contextmanager
+def stoppable(then: str) -> Iterator[None]:
+    """Lets Ctrl-C end a block, and the command, with a sentence: what is kept, how to go on."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        say(f"\nstopped; {then}")
+        sys.exit(130)  # what shells report of Ctrl-C
+
+
+def warn_of_hours(config: RunConfig, device: str, command: str = "") -> None:
+    """Says so where a large network is to see all training or test images on a CPU.
+
+    `command` is what the options of a quick try belong to, where it is not this one.
+    """
+    from engm.device import pick_device
+
+    whole = config.model != "small_cnn" and None in (config.subset, config.test_images)
+    if whole and pick_device(device).type == "cpu":
+        long = "all images on a CPU take long, hours or days at the usual width"
+        say(f"{long}; a quick try: {command}{QUICK}")
 
 
 def once(pairs: Iterable[tuple[str, Any]], instead: str) -> dict[str, Any]:

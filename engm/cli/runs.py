@@ -1,7 +1,6 @@
-"""The commands `train`, `evaluate` and `report`."""
+"""The commands `prepare`, `train`, `evaluate` and `report`."""
 
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -9,22 +8,62 @@ import click
 from click.core import ParameterSource
 
 from engm.cli.options import (
-    Command,
+    QUICK,
     PathType,
     Setting,
     data_root_option,
     device_option,
+    main,
     quoted,
     say,
     settings_options,
+    stoppable,
+    warn_of_hours,
 )
-from engm.config import RECIPES, RunConfig
+from engm.config import RECIPES, TYPES, RunConfig, choices
 from engm.errors import InputError
 
-_QUICK = "--subset 500 --width 8 --epochs 1 --validation-images 100 --test-images 100"
+_PREPARED = [name for name in choices(TYPES["dataset"]) if name != "digits"]
 
 
-@click.command(cls=Command)
+@main.command()
+@click.argument("name", required=False, type=click.Choice(_PREPARED))
+@click.option("--archive", type=PathType(),
+              help="take this zip, tar or folder instead of downloading: the official files, or "
+              "the same images as train/<class>/*.png and test/<class>/*.png")  # fmt: skip
+@click.option("--root", type=PathType(),
+              help="folder to write to; default: ENGM_DATA, or else ~/.cache/engm")  # fmt: skip
+def prepare(name: str | None, archive: Path | None, root: Path | None) -> None:
+    """Prepare the data set NAME for the kit: download (or --archive), check, convert.
+
+    Writes NAME.npz and NAME.json. Without NAME, lists the names, and what each takes on the disk.
+    The digits come with scikit-learn and need no preparation. Images of your own do not work:
+    names, counts and classes are held to those of the official data sets.
+
+    \b
+    engm prepare cifar10
+    engm prepare cifar10 --archive cifar-10-python.tar.gz
+    """
+    from engm.data import SPECS, data_root
+    from engm.preparation import caches
+
+    if name is None:
+        click.echo("Data sets to prepare (engm prepare NAME, or --help):")
+        for spec in (SPECS[name] for name in _PREPARED):
+            size = " x ".join(map(str, spec.image_shape))
+            counts = f"{spec.train_count:,} + {spec.test_count:,} images, {size}"
+            click.echo(f"  {spec.name:14} {counts:36} {caches.cache_size(spec):.2f} GB on the disk")
+        click.echo("A download takes room beside the cache until it has been read.")
+        return
+    try:
+        cache = caches.prepare(SPECS[name], archive, data_root(root))
+    except OSError as error:
+        raise InputError(f"{error}; {name} is not prepared") from None
+    setting = "" if cache.parent == data_root() else f"ENGM_DATA={quoted(cache.parent)} "
+    say(f"next: {setting}engm train --dataset {name} {QUICK}")
+
+
+@main.command()
 @settings_options
 @click.option("--out", type=PathType(), default=Path("runs"), show_default=True,
               help="folder of the run directories")  # fmt: skip
@@ -47,7 +86,6 @@ def train(
     source_of = click.get_current_context().get_parameter_source
     given = {n: v for n, v in settings.items() if source_of(n) is not ParameterSource.DEFAULT}
     config = RunConfig(**given).resolved()
-    from engm.device import pick_device
     from engm.report.records import Record, summarise, to_markdown
     from engm.runs import RESULT
     from engm.training import fit
@@ -64,15 +102,10 @@ def train(
         else:
             does = "training, then attacking the test images"
             say(f"\n{does}, in {place}; bars say how long it takes")
-            whole = config.model != "small_cnn" and config.subset is None
-            if whole and pick_device(device).type == "cpu":
-                say(f"all images on a CPU take long; a quick try: {_QUICK}")
+            warn_of_hours(config, device)
     where: dict[str, Any] = dict(device=device, data_root=data_root)
-    try:
+    with stoppable("the same command goes on after the last whole epoch"):
         run = fit(config, out, **where, save_adversarial=save_adversarial)
-    except KeyboardInterrupt:
-        click.echo("\nstopped; the same command goes on after the last whole epoch", err=True)
-        sys.exit(130)  # what shells report of Ctrl-C
     if first:
         click.echo(f"\n{click.format_filename(run.folder)}\n")
         click.echo(to_markdown(summarise([Record(run.folder, run.config, run.result)])))
@@ -82,7 +115,7 @@ def train(
         )
 
 
-@click.command(cls=Command)
+@main.command()
 @click.argument("run", type=PathType())
 @click.option("--checkpoint", type=click.Choice(["best", "last"]), help="default: both")
 @click.option("--num-steps", type=click.IntRange(min=1), help="PGD steps; default: the run's own")
@@ -148,7 +181,7 @@ def _run_directory(folder: Path) -> Path:
     return folder.resolve()
 
 
-@click.command(cls=Command)
+@main.command()
 @click.argument("runs", type=PathType(), nargs=-1, required=True)
 @click.option("--compare", metavar="OPTIMIZER|SETTING=VALUE",
               help="compare the other optimizers, or values of the setting, with this one, seed by "

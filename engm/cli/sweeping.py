@@ -8,20 +8,21 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from engm.cli.options import (
-    Command,
     PathType,
     data_root_option,
     device_option,
+    main,
     once,
     quoted,
     say,
+    stoppable,
 )
 
 if TYPE_CHECKING:
     from engm.sweep import Outcome
 
 
-@click.command(cls=Command)
+@main.command()
 @click.argument("target")
 @click.option("--grid", multiple=True, metavar="NAME=VALUE,...",
               help="values to try, each with each of the others; may be repeated")  # fmt: skip
@@ -88,15 +89,11 @@ def sweep(
         here = "1 process" if how.workers == 1 else f"{how.workers} processes"
         place = f"the workers of {scheduler}" if scheduler else f"{here} of this machine"
         say(f"running {len(tasks) - done} on {place}; the bar says how long it takes")
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("always", category=UserWarning)
-            warnings.filterwarnings("ignore", category=UserWarning, module="distributed")
-            warnings.showwarning = lambda message, *_, **__: say(f"\nwarning: {message}")
-            outcomes = sweeps.run(tasks, out, how)
-    except KeyboardInterrupt:
-        click.echo("\nstopped; the same command goes on where this one was", err=True)
-        sys.exit(130)  # what shells report of Ctrl-C
+    with stoppable("the same command goes on where this one was"), warnings.catch_warnings():
+        warnings.filterwarnings("always", category=UserWarning)
+        warnings.filterwarnings("ignore", category=UserWarning, module="distributed")
+        warnings.showwarning = lambda message, *_, **__: say(f"\nwarning: {message}")
+        outcomes = sweeps.run(tasks, out, how)
     _tell(outcomes, folder)
     if any(outcome.error is not None for outcome in outcomes):
         sys.exit(1)

@@ -168,13 +168,14 @@ def run(
         late = timeout is not None and isinstance(stopped, TimeoutError)
         reason = f"not finished within {timeout:g} s" if late else str(stopped)
         why = (type(stopped).__name__, reason)
-    seconds = time.monotonic() - began
-    notebook = read_notebook(path)
-    # papermill adds cells that say that there was an error; the report says it better
-    added = "papermill-error-cell-tag"
-    notebook.cells = [cell for cell in notebook.cells if added not in cell.metadata.tags]
-    notebook.metadata.pop("papermill", None)
-    write_text(path, nbformat.writes(notebook))
+    finally:  # of Ctrl-C, too
+        seconds = time.monotonic() - began
+        notebook = read_notebook(path)
+        # papermill adds cells that say that there was an error; the report says it better
+        added = "papermill-error-cell-tag"
+        notebook.cells = [cell for cell in notebook.cells if added not in cell.metadata.tags]
+        notebook.metadata.pop("papermill", None)
+        write_text(path, nbformat.writes(notebook))
     error = _error(notebook, started[-1] if started else None, *why) if why else None
     error = error or _unfinished(notebook)
     result = None if error else _published(executed)  # its file has the keys sorted

@@ -147,14 +147,10 @@ def parse(path: Path, texts: Mapping[str, str]) -> dict[str, Any]:
     return _accept(path, texts, read)
 
 
-def check_ranges(values: Mapping[str, Any]) -> None:
-    """Refuses settings of a run that the run would refuse later, such as no epochs.
-
-    Raises:
-        InputError: If there is one.
-    """
+def check_ranges(values: Mapping[str, Any]) -> RunConfig:
+    """Returns the run that these values describe; refuses what a run would, such as no epochs."""
     settings = {k: v for k, v in values.items() if k in TYPES and v is not None}
-    RunConfig.from_dict(settings).resolved()
+    return RunConfig.from_dict(settings).resolved()
 
 
 def _accept(
