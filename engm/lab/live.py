@@ -15,7 +15,7 @@ from torch import Tensor
 from engm import data
 from engm.config import TYPES, RunConfig, choices
 from engm.optim import ENGM
-from engm.plots.style import BLUE, ORANGE, finish, open_axes, percent_axis, to_png
+from engm.plots import BLUE, ORANGE, finish, open_axes, percent_axis, to_png
 from engm.training import Trainer
 
 _CHOICES = ("method", "optimizer", "lr", "eps", "epochs")

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from engm import ENGM, MSGD, PGD, PGDAT, Natural, RunConfig, data, plots
 from engm.methods import Method
 from engm.models import build_model
-from engm.plots.style import BLUE, ORANGE, RED, open_axes, sharp_png
+from engm.plots import BLUE, ORANGE, RED, open_axes, sharp_png
 from engm.training import train_one_epoch
 
 
