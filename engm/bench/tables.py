@@ -77,12 +77,11 @@ def _ms(seconds: float) -> str:
 
 def _verdict(spread: Sequence[float], goal: float, shown: str, most: bool = False) -> str:
     """Says whether a goal, the least or the `most` wanted, was reached, if both quartiles agree."""
+    good = [value <= goal if most else value >= goal for value in spread[1:]]
     middle, low, high = map(shown.format, spread)
-    if (spread[2] <= goal) if most else (spread[1] >= goal):
-        return f"reached ({middle})"
-    if (spread[1] > goal) if most else (spread[2] < goal):
-        return f"NOT reached ({middle})"
-    return f"not settled ({middle}, quartiles {low} to {high})"
+    if len(set(good)) > 1:
+        return f"not settled ({middle}, quartiles {low} to {high})"
+    return f"reached ({middle})" if good[0] else f"NOT reached ({middle})"
 
 
 # --- the outer step
