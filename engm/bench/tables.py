@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from engm.report.tables import markdown, to_markdown
-from engm.runs import atomic_path, write_json
+from engm.runs import write_bytes, write_json
 
 # What the kit set itself for one NVIDIA H200, at batch sizes 128 and 256 (source: this kit).
 SPEED_GOAL = 6.0
@@ -53,8 +53,7 @@ def write(result: Mapping[str, Any], out: Path) -> None:
             panels[f"time, {title}"] = {name: _spread(cost) for name, cost in costs.items()}
             peaks = {name: (cost["peak_ratio"],) * 3 for name, cost in costs.items()}
             panels[f"peak memory, {title}"] = peaks
-    with atomic_path(out / "bench.png") as temporary:
-        temporary.write_bytes(to_png(cost_ratios(panels)))
+    write_bytes(out / "bench.png", to_png(cost_ratios(panels)))
 
 
 def _parted(entries: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:

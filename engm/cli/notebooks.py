@@ -114,13 +114,27 @@ def student(out: Path, folder: Path) -> None:
     \b
     engm student class
     """
-    from engm.lab import batch
-    from engm.lab import student as copies
+    import nbformat
+
+    from engm.lab.batch import kit
+    from engm.lab.parameters import blank, read_notebook
+    from engm.runs import write_text
 
     if folder == Path("notebooks") and not folder.exists():
-        folder = batch.kit("notebooks")
-    for path in copies.write_copies(_numbered(folder), out):
-        click.echo(click.format_filename(path))
+        folder = kit("notebooks")
+    paths = _numbered(folder)
+    if there := [path.name for path in paths if (out / path.name).exists()]:
+        raise InputError(
+            f"{out} has {', '.join(there)} already, perhaps with somebody's answers; choose "
+            "another folder, or take them away"
+        )
+    for path in paths:
+        notebook = read_notebook(path)
+        solution = "<details><summary>Solution</summary>"
+        notebook.cells = [cell for cell in notebook.cells if not cell.source.startswith(solution)]
+        blank(notebook)
+        write_text(out / path.name, nbformat.writes(notebook) + "\n")
+        click.echo(click.format_filename(out / path.name))
 
 
 def _numbered(folder: Path) -> list[Path]:

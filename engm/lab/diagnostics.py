@@ -96,9 +96,6 @@ def gradient_statistics(
         examples: Batches `(x, y)`, such as `data.batches` makes.
         seed: Seed of the attack's random starts. The global generator is left as it was.
 
-    Returns:
-        The moments over all examples, of the network and of each layer.
-
     Raises:
         InputError: If there are no examples, or the losses are not one an example.
         NonFiniteLossError: If a loss or a gradient is inf or nan.
@@ -181,24 +178,18 @@ def c1_verdict(
         raise InputError("give both trainings with the same seeds, measured at the same moments")
     horizons = []
     for end in range(count - (count - 1) // 3, count + 1):
-        norms = _ratios("mean_norm", natural, adversarial, end)
-        variances = _ratios("variance", natural, adversarial, end)
+        norms, variances = (
+            [
+                fmean(getattr(moments, kind) for moments in at[:end])
+                / fmean(getattr(moments, kind) for moments in nt[:end])
+                for nt, at in zip(natural, adversarial, strict=True)
+            ]
+            for kind in ("mean_norm", "variance")
+        )
         held = [norm > 1 and variance > 1 for norm, variance in zip(norms, variances, strict=True)]
         horizons.append(verdicts.from_seeds(held))
     outcome = horizons[-1] if len(set(horizons)) == 1 else verdicts.NOT_SETTLED
     return C1Verdict(outcome, norms, variances, horizons)
-
-
-def _ratios(
-    kind: str,
-    natural: Sequence[Sequence[Moments]],
-    adversarial: Sequence[Sequence[Moments]],
-    end: int,
-) -> list[float]:
-    def mean(run: Sequence[Moments]) -> float:
-        return fmean(getattr(moments, kind) for moments in run[:end])
-
-    return [mean(at) / mean(nt) for nt, at in zip(natural, adversarial, strict=True)]
 
 
 def _moments(

@@ -47,13 +47,7 @@ def train(
 ) -> Iterator[Epoch]:
     """Trains on the device of `images`, and yields each epoch as it ends; nothing is written.
 
-    Args:
-        images: The data set of `config`.
-        config: The run.
-        stopped: Asked before each batch; the epoch that it ends is not yielded.
-
-    Raises:
-        NonFiniteLossError: As `engm.training.Trainer`.
+    `stopped` is asked before each batch; the epoch that it ends is not yielded.
     """
     trainer = Trainer(config, images)
     while trainer.epoch < trainer.config.epochs:
@@ -85,11 +79,8 @@ def _watched(
 def view(history: Sequence[Epoch], earlier: Mapping[str, Sequence[Epoch]] | None = None) -> Figure:
     """Draws loss and accuracies over the epochs so far, and how the example weights are spread.
 
-    The figure is not one of pyplot's, which belong to the main thread.
-
-    Args:
-        history: The epochs of the run.
-        earlier: Runs to compare it with, under their names: faint lines.
+    Runs from `earlier`, under their names, are faint lines. The figure is not one of pyplot's,
+    which belong to the main thread.
     """
     figure = Figure(figsize=(9, 2.8))
     left, middle, right = figure.subplots(1, 3)
@@ -129,11 +120,9 @@ class TrainingLab(ipywidgets.VBox):
 
     Attributes:
         method: Its choice; likewise `optimizer`, `lr`, `eps` and `epochs`.
-        start: The button that starts a run.
-        stop: The button that ends it after the batch at hand.
+        start: The button that starts a run; `stop` ends it after the batch at hand.
         message: How it goes, in one sentence.
-        picture: The epochs so far, as a PNG.
-        history: The epochs so far.
+        history: The epochs so far; `picture` shows them, as a PNG.
         earlier: The runs before, each under what was chosen.
     """
 
@@ -173,7 +162,7 @@ class TrainingLab(ipywidgets.VBox):
         self._stopped = threading.Event()
         self._thread: threading.Thread | None = None
         self.start.on_click(self._on_start)
-        self.stop.on_click(lambda _: self._on_stop())
+        self.stop.on_click(self._on_stop)
         choose = [getattr(self, name) for name in _CHOICES]
         buttons = ipywidgets.HBox([self.start, self.stop])
         super().__init__([*choose, buttons, self.message, self.picture])
@@ -200,7 +189,7 @@ class TrainingLab(ipywidgets.VBox):
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
-    def _on_stop(self) -> None:
+    def _on_stop(self, _: Any) -> None:
         self._stopped.set()
         self.message.value = "Stopping after this batch."
 

@@ -49,11 +49,7 @@ class Parameter:
 
 
 def read_notebook(path: Path) -> Any:
-    """The notebook at `path` as an nbformat node; every cell has `metadata.tags`.
-
-    Raises:
-        InputError: If it cannot be read, or nbformat is not installed.
-    """
+    """The notebook at `path` as an nbformat node; every cell has `metadata.tags`."""
     try:
         import nbformat
     except ImportError:
@@ -65,6 +61,19 @@ def read_notebook(path: Path) -> Any:
     for cell in notebook.cells:
         cell.metadata.setdefault("tags", [])
     return notebook
+
+
+def blank(notebook: Any) -> None:
+    """Takes outputs and counts out of a notebook."""
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            cell.outputs, cell.execution_count = [], None
+
+
+def shown(notebook: Any, kind: str) -> list[Any]:
+    """Returns what the cells of a notebook put out of a MIME type."""
+    outputs = [output for cell in notebook["cells"] for output in cell.get("outputs", [])]
+    return [output["data"][kind] for output in outputs if kind in output.get("data", {})]
 
 
 def parameters(path: Path) -> dict[str, Parameter]:
@@ -137,13 +146,7 @@ def check(path: Path, values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def parse(path: Path, texts: Mapping[str, str]) -> dict[str, Any]:
-    """Values from the command line: `{"lr": "0.05", "eps": "8/255", "seeds": "[0, 1]"}`.
-
-    Each text is read by the parameter's type, as `engm.values.read` does.
-
-    Raises:
-        InputError: As for `check`.
-    """
+    """The same for texts, each read by `engm.values.read`: `{"lr": "0.05", "eps": "8/255"}`."""
     return _accept(path, texts, read)
 
 
