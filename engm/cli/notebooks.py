@@ -5,7 +5,16 @@ from pathlib import Path
 
 import click
 
-from engm.cli.options import PathType, main, once, quoted, say, stoppable, warn_of_hours
+from engm.cli.options import (
+    PathType,
+    main,
+    notebooks_option,
+    once,
+    quoted,
+    say,
+    stoppable,
+    warn_of_hours,
+)
 from engm.errors import InputError
 
 
@@ -76,8 +85,7 @@ def demo(out: Path) -> None:
 @click.option("--repo", metavar="OWNER/NAME", help="your repository on GitHub, a public one")
 @click.option("--branch", default="main", show_default=True, help="its branch")
 @click.option("--remove", is_flag=True, help="take badge and cell out again")
-@click.option("--notebooks", "folder", type=PathType(), default=Path("notebooks"),
-              show_default=True, help="folder of the notebooks")  # fmt: skip
+@notebooks_option
 def colab(repo: str | None, branch: str, remove: bool, folder: Path) -> None:
     """Let the notebooks open in Google Colab, from a repository of yours.
 
@@ -103,8 +111,7 @@ def colab(repo: str | None, branch: str, remove: bool, folder: Path) -> None:
 
 @main.command()
 @click.argument("out", type=PathType())
-@click.option("--notebooks", "folder", type=PathType(), default=Path("notebooks"),
-              show_default=True, help="folder of the notebooks")  # fmt: skip
+@notebooks_option
 def student(out: Path, folder: Path) -> None:
     """Write a copy of the notebooks into OUT for a class, without solutions and outputs.
 

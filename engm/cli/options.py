@@ -136,11 +136,7 @@ def warn_of_hours(config: RunConfig, device: str, command: str = "") -> None:
 
 
 def once(pairs: Iterable[tuple[str, Any]], instead: str) -> dict[str, Any]:
-    """Returns names and values as a dictionary.
-
-    Raises:
-        InputError: If a name is there twice; the message ends with what to do `instead`.
-    """
+    """Returns names and values as a dictionary; a name that is there twice is an `InputError`."""
     values: dict[str, Any] = {}
     for name, value in pairs:
         if name in values:
@@ -174,3 +170,11 @@ device_option = click.option(
 data_root_option = click.option(
     "--data-root", type=PathType(), help="where `engm prepare` put the datasets"
 )
+save_option = click.option(
+    "--save-adversarial/--no-save-adversarial", default=True, show_default=True,
+    help="keep the adversarial test examples",
+)  # fmt: skip
+notebooks_option = click.option(
+    "--notebooks", "folder", type=PathType(), default=Path("notebooks"), show_default=True,
+    help="folder of the notebooks",
+)  # fmt: skip
