@@ -26,13 +26,9 @@ PACKAGE = Path(__file__).resolve().parents[1]
 
 @dataclass(frozen=True)
 class NotebookError:
-    """Why a notebook stopped.
+    """Why a notebook stopped: name of an exception, what it says, and the first line of its cell.
 
-    Attributes:
-        cell: The number that Jupyter shows beside the cell, as in `[3]`; None before the first.
-        source: The first line of that cell.
-        name: The exception's name.
-        value: What the exception says.
+    `cell` is the number that Jupyter shows beside it, as in `[3]`; None before the first.
     """
 
     cell: int | None
@@ -48,12 +44,9 @@ class NotebookError:
 
 @dataclass(frozen=True)
 class NotebookRun:
-    """One executed notebook.
+    """One executed notebook, at `path`; its name is that without `.ipynb`.
 
     Attributes:
-        name: The notebook's name without `.ipynb`.
-        path: The executed notebook.
-        seconds: How long it took.
         error: Why it stopped, or None where every cell ran.
         result: What it handed to `publish`, or None.
     """
@@ -86,11 +79,7 @@ def available() -> list[Path]:
 
 
 def find(name: str | Path) -> Path:
-    """The notebook that `name` means: a path, or a name with or without `.ipynb`.
-
-    Raises:
-        InputError: If there is none; the message lists those there are.
-    """
+    """The notebook that `name` means: a path, or a name with or without `.ipynb`."""
     for folder in (Path(), Path("notebooks"), kit("notebooks")):
         for path in (folder / name, folder / f"{name}.ipynb"):
             if path.suffix == ".ipynb" and path.is_file():

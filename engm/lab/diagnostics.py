@@ -28,17 +28,11 @@ from engm.report import verdicts
 
 @dataclass(frozen=True)
 class Moments:
-    """First and second moments of gradients g_i, of a whole network or of one layer.
+    """First and second moments of gradients g_i, of a whole network or of one layer."""
 
-    Attributes:
-        mean_norm: Mean of the |g_i|.
-        mean_square: Mean of the |g_i|^2.
-        gradient_square: |mean g_i|^2, the square of the length of the full gradient.
-    """
-
-    mean_norm: float
-    mean_square: float
-    gradient_square: float
+    mean_norm: float  # mean |g_i|
+    mean_square: float  # mean |g_i|^2
+    gradient_square: float  # |mean g_i|^2
 
     @property
     def gradient_norm(self) -> float:

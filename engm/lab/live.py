@@ -23,13 +23,10 @@ _CHOICES = ("method", "optimizer", "lr", "eps", "epochs")
 
 @dataclass(frozen=True)
 class Epoch:
-    """What one epoch of training came to.
+    """What one epoch of training came to: mean training loss, accuracies on validation images.
 
-    Attributes:
-        loss: Mean training loss.
-        clean_accuracy: Fraction of the validation images that are classified rightly.
-        robust_accuracy: Fraction that still is under an attack like that of training.
-        weights: w_i of every example of the epoch, `[n]`; all 1 where the optimizer has none.
+    The `weights` are the w_i of every example of the epoch, `[n]`; all 1 where the optimizer has
+    none. The attack is like that of training.
     """
 
     loss: float

@@ -33,10 +33,9 @@ def update(readme: Path, executed: Path) -> None:
     """
     lines = readme.read_text(encoding="utf-8").splitlines()
     for index, line in enumerate(lines):
-        row = _ROW.match(line)
-        if not row or not (executed / f"{row[1]}.ipynb").is_file():
+        name = row[1] if (row := _ROW.match(line)) else ""
+        if not (executed / f"{name}.ipynb").is_file():
             continue
-        name = row[1]
         notebook = read_notebook(executed / f"{name}.ipynb")
         taken, figures = seconds(notebook), shown(notebook, "image/png")
         if taken is None or not figures:

@@ -26,14 +26,8 @@ class Parameter:
 
     The type may stand in a line of its own further up, `name: type`: papermill, when it is used by
     itself, does not understand `int | None` or `Literal["a", "b"]` in the line of the value, and
-    says that the parameter is unknown.
-
-    Attributes:
-        name: What is set.
-        type: Its type, as it is written there.
-        default: Its value, as it is written there.
-        help: The comment.
-        kind: The type itself.
+    says that the parameter is unknown. `type` and `default` are as they are written there, `kind`
+    is the type itself.
     """
 
     name: str
@@ -82,8 +76,8 @@ def parameters(path: Path) -> dict[str, Parameter]:
     The cell is read as Python, not by papermill's pattern.
 
     Raises:
-        InputError: If no cell has that tag, if a line is not `name: type = value`, if a type has no
-            value, or if a default is not of its own type.
+        InputError: If there is no such cell, or it has more than `name: type = value`, each value
+            of its type.
     """
     cells = [cell for cell in read_notebook(path).cells if "parameters" in cell.metadata.tags]
     if not cells:
