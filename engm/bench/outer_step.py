@@ -58,7 +58,7 @@ REFRESH_EVERY = 20
 _FRACTIONS = {"step": 1.0, "refresh": 1 / REFRESH_EVERY, "plain": 1 - 1 / REFRESH_EVERY}
 LARGEST_LOOP = 16
 TOLERANCES = {"float32": 1e-3, "bfloat16": 5e-2}
-SETTINGS = (
+_SETTINGS = (
     *("model", "width", "model_norm", "batch_size", "num_steps", "precision", "channels_last"),
     "seed",
 )
@@ -106,7 +106,7 @@ def run(
             chosen = {n: m for n, m in able.items() if step == "outer" or n in WHOLE}
             for name, costs in _measure(chosen, step == "at", repeats, results).items():
                 results[name][step] = costs
-    settings = {name: getattr(config, name) for name in SETTINGS}
+    settings = {name: getattr(config, name) for name in _SETTINGS}
     settings |= {"image_size": image_size, "repeats": repeats, "methods": ",".join(names)}
     result = described(settings, target)
     versions = {package.name: package.version for package in distributions()}

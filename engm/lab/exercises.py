@@ -189,7 +189,7 @@ def refreshing(estimated: float, exact: float, k: int, at_most: float) -> list[f
 
 
 def expected(notebook: str, number: int) -> Any:
-    """Returns what `check` compares an answer with, of a notebook such as "08" the exercise."""
+    """Returns what `check` compares the answer to an exercise of notebook "08", say, with."""
     return {
         ("04", 1): _clips_each_example,
         ("04", 2): 16,  # (4 ** (1 / 2)) ** 4
