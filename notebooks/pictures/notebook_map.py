@@ -1,6 +1,6 @@
 """Fills in `notebooks/README.md`: for each notebook its time and a picture, from executed ones.
 
-python -m engm.lab.notebook_map FOLDER     # of executed notebooks, such as outputs
+python notebook_map.py FOLDER     # of executed notebooks, such as outputs
 """
 
 import base64

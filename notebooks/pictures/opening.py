@@ -1,4 +1,4 @@
-"""The picture at the top of README.md: `python -m engm.lab.opening OUT.png`."""
+"""The picture at the top of README.md: `python opening.py OUT.png`."""
 
 import sys
 from pathlib import Path
