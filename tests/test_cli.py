@@ -351,6 +351,14 @@ def test_a_loss_that_is_not_finite_is_said_in_one_line(tmp_path):
     assert "Error: epoch" in output and "A smaller lr may help" in output
 
 
+def test_ctrl_c_elsewhere_is_said_too(monkeypatch):
+    def collect(root):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("engm.report.records.collect", collect)
+    assert call("report", "runs", code=130) == "\nstopped\n"
+
+
 def test_a_reader_that_leaves_early_is_no_error(monkeypatch):
     def collect(root):
         raise BrokenPipeError(errno.EPIPE, "Broken pipe")

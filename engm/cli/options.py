@@ -15,6 +15,7 @@ from engm.config import TYPES, RunConfig, alternatives, choices
 from engm.errors import InputError, NonFiniteLossError
 from engm.values import read
 
+STOPPED = 130  # what shells report of Ctrl-C
 QUICK = "--subset 500 --width 8 --epochs 1 --validation-images 100 --test-images 200"
 
 
@@ -51,6 +52,9 @@ class Group(click.Group):
             return super().invoke(ctx)
         except BrokenPipeError:
             raise  # the reader of a pipe has seen enough; click ends in silence
+        except KeyboardInterrupt:
+            say("\nstopped")
+            sys.exit(STOPPED)
         except (InputError, NonFiniteLossError, OSError) as error:
             raise click.ClickException(str(error)) from None
 
@@ -119,7 +123,7 @@ def stoppable(then: str) -> Iterator[None]:
         yield
     except KeyboardInterrupt:
         say(f"\nstopped; {then}")
-        sys.exit(130)  # what shells report of Ctrl-C
+        sys.exit(STOPPED)
 
 
 def warn_of_hours(config: RunConfig, device: str, command: str = "") -> None:
