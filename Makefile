@@ -66,8 +66,8 @@ test-colab: .venv-colab/ready  ## install and run the notebooks as Colab does, a
 	cd $(OUT)/colab && PYDEVD_DISABLE_FILE_VALIDATION=1 $(CURDIR)/.venv-colab/bin/engm demo --out .
 
 map: demo  ## measure the times in notebooks/README.md, and renew its pictures
-	$(BIN)/python -m engm.lab.notebook_map $(OUT)
-	$(BIN)/python -m engm.lab.opening notebooks/pictures/opening.png
+	$(BIN)/python notebooks/pictures/notebook_map.py $(OUT)
+	$(BIN)/python notebooks/pictures/opening.py notebooks/pictures/opening.png
 
 lab: .venv/ready  ## open the notebooks in JupyterLab
 	$(BIN)/jupyter lab $(if $(filter 0,$(shell id -u)),--allow-root) notebooks

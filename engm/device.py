@@ -149,11 +149,9 @@ class AttackedModel(nn.Module):
     def run(self, key: Hashable, work: _Work, loss: _Work, *inputs: Tensor) -> Tensor:
         """Returns `work(*inputs)`, by a replay where it was recorded.
 
-        Args:
-            key: What the work is; work with the same key and inputs of the same shapes is the same.
-            work: Calls this model, and reads nothing else that changes but the inputs.
-            loss: What the work climbs, a single number for images such as the first input.
-            *inputs: Tensors.
+        Work with the same key and inputs of the same shapes is the same. It calls this model, reads
+        nothing else that changes but the inputs, and climbs `loss`, a single number for images such
+        as the first input.
         """
         self._known.add(self._begun)
         self._first = self._first or inputs[0].shape

@@ -71,11 +71,8 @@ def averaged(
 ) -> dict[Tensor, Tensor]:
     """Returns the mean gradients over the examples of all processes.
 
-    Args:
-        gradients: The means over this process's `count` examples; one that is missing here, but not
-            in all processes, counts as zero.
-        parameters: Those that there may be gradients of, in the same order in every process.
-        count: How many examples this process had.
+    Given are the means over this process's `count` examples; one that is missing here, but not in
+    all processes, counts as zero. `parameters` may have gradients, in the same order everywhere.
     """
     if not several():
         return gradients
@@ -103,11 +100,9 @@ def average(gradients: Sequence[Tensor], count: int | Tensor) -> None:
 
 
 def mean(values: Tensor, keep: Tensor | None = None) -> Tensor:
-    """Returns the mean of the values of all processes, one float64 on their device.
+    """Returns the mean of the values of all processes, `[n]` each, one float64 on their device.
 
-    Args:
-        values: `[n]`, of any length, on each process its own.
-        keep: Which of them count, `[n]` booleans; all where left out. 0 where none do.
+    `keep`, `[n]` booleans, says which of them count: all where left out; the mean of none is 0.
     """
     if keep is None:
         keep = torch.ones_like(values, dtype=torch.bool)

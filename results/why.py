@@ -14,7 +14,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from engm.lab.diagnostics import Moments, c1_verdict
-from engm.plots.style import BLUE, GREEN, GREY, ORANGE, PINK, finish, panels, sharp_png
+from engm.plots import BLUE, GREEN, GREY, ORANGE, PINK, finish, panels, sharp_png
 from engm.report import verdicts
 from engm.report.records import Record, collect
 from engm.report.statistics import Interval, student_interval

@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from engm import PGD, data, models
-from engm.bench import kit, measuring, profile, reference, tables, training
+from engm.bench import measuring, profile, reference, tables, training
 from engm.cli import main
 from engm.config import RunConfig
 from engm.errors import InputError
@@ -156,10 +156,10 @@ def test_bad_names_and_numbers_are_refused_before_anything_is_measured(tmp_path)
 
 
 def test_names_are_read_in_any_order_and_written_in_one():
-    name = kit.row_name("capture engm-input compile bfloat16")
+    name = training.row_name("capture engm-input compile bfloat16")
     assert name == "engm-input bfloat16 compile capture"
-    assert kit.row_name("msgd") == "float32"
-    assert [kit.row_name(name) for name in training.METHODS[1:]] == list(training.METHODS[1:])
+    assert training.row_name("msgd") == "float32"
+    assert [training.row_name(name) for name in training.METHODS[1:]] == list(training.METHODS[1:])
 
 
 def test_cifar_is_taken_where_it_is_prepared_and_random_images_where_not(tmp_path, monkeypatch):
@@ -223,7 +223,7 @@ def test_with_compiled_rows_torch_fails_where_it_would_stop_compiling():
     from torch._dynamo import config
 
     before = config.recompile_limit
-    with kit.compiling(["reference", "float32 compile"]):
+    with training.compiling(["reference", "float32 compile"]):
         assert config.recompile_limit > before
         assert config.fail_on_recompile_limit_hit
     assert config.recompile_limit == before and not config.fail_on_recompile_limit_hit
@@ -358,7 +358,7 @@ def test_the_reference_reads_four_numbers_a_step():
 def test_a_step_of_the_kit_has_ten_forward_passes_in_eval_mode_and_one_in_train_mode(name):
     config = replace(TINY, num_steps=10)
     model = models.build("small_cnn", width=4, norm="batch")
-    runner = kit.Kit(model, training.random_images(24, 0), config, name)
+    runner = training.Kit(model, training.random_images(24, 0), config, name)
     model, calls = runner.trainer.model, watch(runner.trainer.model)
     before, statistics = model.conv1.weight.detach().clone(), model.norm1.running_mean.clone()
     runner.attack()
@@ -372,7 +372,9 @@ def test_a_step_of_the_kit_has_ten_forward_passes_in_eval_mode_and_one_in_train_
 
 def test_the_kit_trains_on_whole_augmented_batches_as_engm_train_does(monkeypatch):
     images_of = training.random_images(22, 0)
-    runner = kit.Kit(models.build("small_cnn", width=4), images_of, TINY, "engm-input bfloat16")
+    runner = training.Kit(
+        models.build("small_cnn", width=4), images_of, TINY, "engm-input bfloat16"
+    )
     assert type(runner.trainer.optimizer.measure).__name__ == "ProxyMeasure"
     assert runner.trainer.precision.dtype == torch.bfloat16
     assert runner.trainer.attacked is None  # on the CPU, without compile
@@ -384,7 +386,7 @@ def test_the_kit_trains_on_whole_augmented_batches_as_engm_train_does(monkeypatc
     epochs = [data.batches(images_of.train, 4, epoch=epoch, **how) for epoch in (1, 2)]
     expected = list(itertools.chain(*epochs))[1:8]  # the first is attacked alone
     assert all(torch.equal(x, wanted) for (x, _), (wanted, _) in zip(given, expected, strict=True))
-    compiled = kit.Kit(models.build("small_cnn", width=4), images_of, TINY, "compile")
+    compiled = training.Kit(models.build("small_cnn", width=4), images_of, TINY, "compile")
     assert type(compiled.trainer.attacked).__name__ == "AttackedModel"
 
 

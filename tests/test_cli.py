@@ -6,9 +6,12 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
+import nbformat
 import pytest
+import torch
 from click.testing import CliRunner
 
 from engm import training
@@ -65,8 +68,10 @@ def test_a_recipe_is_overridden_by_what_is_given_alone_even_where_that_is_the_de
     assert seen[0].items() >= (published | {"lr": 0.1}).items()
     assert "recipe mart: YisenWang/MART, train_resnet.py; options override it" in output
     assert "a quick try: --subset 500 --width 8" in output
-    again = call(*command, "--subset", "500", code=130)
-    assert seen[1]["subset"] == 500 and "a quick try" not in again
+    few = "--subset", "500", "--test-images", "100"
+    assert "a quick try" in call(*command, *few[:2], code=130)  # it attacks all test images
+    assert "a quick try" not in call(*command, *few, code=130)
+    assert seen[2]["subset"] == 500
 
 
 def test_evaluate_attacks_both_checkpoints_and_leaves_what_training_recorded(runs, tmp_path):
@@ -266,6 +271,30 @@ def test_run_hands_on_its_values_and_fails_with_the_notebook(monkeypatch, tmp_pa
     assert "lr is set twice; leave one of them out" in twice
 
 
+def test_run_and_demo_say_what_takes_hours_and_how_to_go_on_after_ctrl_c(monkeypatch, tmp_path):
+    from engm.lab import batch as notebooks
+    from engm.lab import page as report
+
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(notebooks, "run", stop)
+    monkeypatch.setattr(report, "run", stop)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    again = "has what ran; the same command runs it from the start"
+    plain = call("run", "03_engm_step_by_step", "--out", tmp_path, code=130)
+    assert plain.endswith(f"stopped; {tmp_path / '03_engm_step_by_step.ipynb'} {again}\n")
+    assert "take long" not in plain
+    large = call("run", "06_cifar", "-p", "dataset", "cifar10", "--out", tmp_path, code=130)
+    assert "hours or days at the usual width; a quick try: engm train --dataset cifar10" in large
+    assert ", with -p out FOLDER it keeps what it makes and goes on with it" in large
+    kept = call("run", "06_cifar", "-p", "out", "runs/a", "--out", tmp_path, code=130)
+    goes_on = f"kept in {tmp_path / 'runs/a'}, and the same command goes on with it\n"
+    assert kept.endswith(f"stopped; what it made is {goes_on}")
+    demo = call("demo", "--out", tmp_path, code=130)
+    assert f"stopped; the notebooks that it ran are kept in {tmp_path}; the same command" in demo
+
+
 @pytest.mark.parametrize("broken", [False, True])
 def test_demo_fails_where_a_notebook_does(broken, monkeypatch, tmp_path):
     from engm.lab import batch as notebooks
@@ -277,15 +306,15 @@ def test_demo_fails_where_a_notebook_does(broken, monkeypatch, tmp_path):
     call("demo", "--out", tmp_path, code=int(broken))
 
 
-def test_ctrl_c_ends_in_one_line_and_the_same_command_goes_on(tmp_path):
-    arguments = ["train", *SMALL[:-4], "--epochs", "3000", "--device", "cpu", "--out", tmp_path]
+def stopped_when(there: Callable[[], bool], *arguments: object) -> str:
+    """What a command says on its standard error when Ctrl-C meets it at a moment."""
     # a test run in the background of a shell ignores the signal, and hands that on
     heed = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
     code = heed + f"from engm.cli import main; main({[str(a) for a in arguments]!r})"
     command = [sys.executable, "-c", code]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 120
-    while not list(tmp_path.glob("*/checkpoint-last.pt")):
+    while not there():
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline
         time.sleep(0.01)
@@ -293,12 +322,41 @@ def test_ctrl_c_ends_in_one_line_and_the_same_command_goes_on(tmp_path):
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "Traceback" not in errors
+    return errors
+
+
+def test_ctrl_c_ends_in_one_line_and_the_same_command_goes_on(tmp_path):
+    arguments = ["train", *SMALL[:-4], "--epochs", "3000", "--device", "cpu", "--out", tmp_path]
+    errors = stopped_when(lambda: any(tmp_path.glob("*/checkpoint-last.pt")), *arguments)
     assert errors.endswith("stopped; the same command goes on after the last whole epoch\n")
+
+
+def test_ctrl_c_ends_a_notebook_in_one_line_and_keeps_what_ran(tmp_path):
+    sleeps = "open('here', 'w').close(); import time; time.sleep(600)"
+    cells = [nbformat.v4.new_code_cell(each) for each in ("n: int = 1", "print(n)", sleeps)]
+    cells[0].metadata.tags = ["parameters"]
+    nbformat.write(nbformat.v4.new_notebook(cells=cells), tmp_path / "00_sleeps.ipynb")
+    out = tmp_path / "out"
+    command = ["run", tmp_path / "00_sleeps.ipynb", "--out", out]
+    errors = stopped_when((out / "here").exists, *command)
+    then = "has what ran; the same command runs it from the start"
+    assert errors.endswith(f"stopped; {out / '00_sleeps.ipynb'} {then}\n")
+    kept = nbformat.read(out / "00_sleeps.ipynb", as_version=4)
+    assert [cell.source for cell in kept.cells] == [cell.source for cell in cells]
+    assert kept.cells[1].outputs and "papermill" not in kept.metadata
 
 
 def test_a_loss_that_is_not_finite_is_said_in_one_line(tmp_path):
     output = call("train", *SMALL, "--lr", "1e20", "--out", tmp_path, code=1)
     assert "Error: epoch" in output and "A smaller lr may help" in output
+
+
+def test_ctrl_c_elsewhere_is_said_too(monkeypatch):
+    def collect(root):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("engm.report.records.collect", collect)
+    assert call("report", "runs", code=130) == "\nstopped\n"
 
 
 def test_a_reader_that_leaves_early_is_no_error(monkeypatch):

@@ -1,10 +1,16 @@
 import re
+from pathlib import Path
 
-from engm.lab.opening import draw
+PICTURES = Path(__file__).parents[1] / "notebooks" / "pictures"
 
 
-def test_the_picture_shows_an_image_that_is_misread_and_pulls_of_which_one_kind_is_bounded():
-    figure = draw(epochs=8)
+def test_the_picture_shows_an_image_that_is_misread_and_pulls_of_which_one_kind_is_bounded(
+    monkeypatch,
+):
+    monkeypatch.syspath_prepend(PICTURES)
+    import opening
+
+    figure = opening.draw(epochs=8)
     *images, pulls = figure.axes
     before, change, after = (axes.get_title() for axes in images)
     digit, other = (re.match(r"network: (\d) \(\d+%\)$", title) for title in (before, after))

@@ -10,7 +10,7 @@ from PIL import Image
 
 from engm import plots
 from engm.norms.inputs import Fit
-from engm.plots.style import sharp_png
+from engm.plots import sharp_png
 from engm.report.records import Quantity
 from engm.report.statistics import paired_differences
 

@@ -70,12 +70,12 @@ def test_everything_that_is_imported_is_declared():
     at_work = {name_of(r) for r in PROJECT["dependencies"]}
     at_work |= used["notebooks"] | used["batch"] | used["autoattack"] | used["sweep"]
     declared = {"engm": at_work | used["peers"], "data_scripts": at_work}
+    declared["notebooks/pictures"] = at_work
     declared["tests"] = at_work | used["test"]
     for folder, names in declared.items():
         files = [*(ROOT / folder).rglob("*.py")]
-        own = {"engm"} | {
-            p.stem for f in ("results", "results/plans", "tests") for p in (ROOT / f).glob("*.py")
-        }
+        scripts = ("results", "results/plans", "notebooks/pictures", "tests")
+        own = {"engm"} | {p.stem for f in scripts for p in (ROOT / f).glob("*.py")}
         for path in files:
             for node in ast.walk(ast.parse(path.read_text())):
                 modules = [a.name for a in node.names] if isinstance(node, ast.Import) else []

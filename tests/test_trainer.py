@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from engm import data
-from engm.bench.kit import Kit
+from engm.bench.training import Kit
 from engm.config import RunConfig
 from engm.errors import InputError
 from engm.evaluation.accuracy import attack_of

@@ -16,7 +16,6 @@ from nbclient import NotebookClient
 from PIL import Image
 
 from engm.lab import batch as notebooks
-from engm.lab import notebook_map
 from engm.lab.parameters import check, parameters
 
 FOLDER = Path(__file__).parents[1] / "notebooks"
@@ -211,8 +210,11 @@ def test_the_map_has_a_row_a_time_and_a_picture_of_each_notebook():
         assert (FOLDER / "pictures" / f"{name}.png").stat().st_size <= 30_000
 
 
-def test_the_map_takes_times_and_pictures_from_executed_notebooks(tmp_path):
+def test_the_map_takes_times_and_pictures_from_executed_notebooks(tmp_path, monkeypatch):
     from matplotlib.figure import Figure
+
+    monkeypatch.syspath_prepend(FOLDER / "pictures")
+    import notebook_map
 
     figure, file = Figure(figsize=(9, 3)), io.BytesIO()
     figure.subplots().plot([1, 2])

@@ -54,7 +54,6 @@ METHODS = ("msgd", *WAYS, *PEERS)
 WHOLE = ("msgd", *(name for name in WAYS if name != "loop"))
 STEPS = ("outer", "at")
 REFRESH_EVERY = 20
-_NEVER = 10**9
 # What part of a method's steps is of a kind.
 _FRACTIONS = {"step": 1.0, "refresh": 1 / REFRESH_EVERY, "plain": 1 - 1 / REFRESH_EVERY}
 LARGEST_LOOP = 16
@@ -76,8 +75,7 @@ def run(
     """Measures one step of each method, on random images and labels.
 
     Args:
-        config: Model, batch size, attack and precision; of the dataset only channels and classes
-            matter, which are those of CIFAR-10.
+        config: Model, batch size, attack and precision; channels and classes are CIFAR-10's.
         image_size: Height and width of the images.
         repeats: Rounds.
         names: Which of `METHODS`; "msgd" is always one.
@@ -88,9 +86,6 @@ def run(
         could not be measured, or for "outer" and "at": all `seconds`, `median_seconds`, the time
         `ratio` to MSGD with its quartiles `low` and `high`, `peak_bytes` and `peak_ratio`; besides,
         whether its gradient `agrees`, with the relative `error`.
-
-    Raises:
-        InputError: If a name is unknown or a number is out of range.
     """
     config = config.resolved()
     for name in names:
@@ -114,11 +109,9 @@ def run(
     settings = {name: getattr(config, name) for name in _SETTINGS}
     settings |= {"image_size": image_size, "repeats": repeats, "methods": ",".join(names)}
     result = described(settings, target)
-    result["environment"]["peers"] = {
-        package.name: package.version
-        for package in distributions()
-        if package.name in ("opacus", "backpack-for-pytorch")
-    }
+    versions = {package.name: package.version for package in distributions()}
+    peers = [name for name in versions if name in ("opacus", "backpack-for-pytorch")]
+    result["environment"]["peers"] = {name: versions[name] for name in peers}
     return {**result, "methods": {name: results[name] for name in names}}
 
 
@@ -207,7 +200,7 @@ class _Method:
         kind = _AlwaysFirst if self.name == "exact-first" else ENGM
         engm = partial(kind, self.model, **sgd, floor=config.floor, norms=norms)
         if line:
-            return {"refresh": engm(refresh_every=1), "plain": engm(refresh_every=_NEVER)}
+            return {"refresh": engm(refresh_every=1), "plain": engm(refresh_every=10**9)}
         optimizer: Any = engm(refresh_every=None)
         if self.name in PEERS:
             optimizer.measure = PEERS[self.name](self.model, self.batch.y, self.batch.autocast)
@@ -251,8 +244,7 @@ class _Method:
 
     def seconds(self, whole: bool) -> dict[str, float]:
         """Returns what a step of each kind takes."""
-        steps = {kind: partial(self.step, kind, whole) for kind in self.optimizers}
-        return {kind: seconds(step, self.device) for kind, step in steps.items()}
+        return {k: seconds(partial(self.step, k, whole), self.device) for k in self.optimizers}
 
     def peak(self, whole: bool) -> int:
         """Returns the most bytes that a step of any kind holds."""

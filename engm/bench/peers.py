@@ -153,5 +153,5 @@ def _taken(model: nn.Module, attribute: str) -> dict[Tensor, Tensor]:
 
 
 def _has_batch_norm(model: nn.Module) -> bool:
-    # Strict, Opacus refuses BatchNorm, but also every buffer, such as the pixels' mean.
+    # strict, Opacus refuses BatchNorm, but also every buffer, such as the pixels' mean
     return any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())

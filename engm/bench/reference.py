@@ -66,8 +66,7 @@ class Crops(Dataset[tuple[np.ndarray, int]]):
     def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
         """The image at `index`, float64 [c, h, w], and its label."""
         image, label = self.pairs[index]
-        height, width = self.size
-        top, left = self.top[index], self.left[index]
+        (height, width), top, left = self.size, self.top[index], self.left[index]
         image = image[:, top : top + height, left : left + width]
         if self.mirror[index]:
             image = image[:, :, ::-1].copy()  # torch takes no negative strides
@@ -102,11 +101,9 @@ def attack(
 class Reference:
     """The reference's training loop, held between steps, so that its workers stay warm.
 
-    Args:
-        model: The model, on its device. It is trained in float32.
-        split: Training images, anywhere.
-        config: Batch size, attack, learning rate, and the seed of the augmentation; the order comes
-            from torch's global generator.
+    The model is on its device and is trained in float32; the images may be anywhere. The config has
+    batch size, attack, learning rate and the seed of the augmentation; the order comes from torch's
+    global generator.
     """
 
     def __init__(self, model: nn.Module, split: Split, config: RunConfig) -> None:

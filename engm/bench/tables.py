@@ -1,13 +1,14 @@
 """What both benches show and write of their results: markdown tables, a chart, and the numbers."""
 
 from collections.abc import Mapping, Sequence
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from engm.report.tables import markdown, to_markdown
-from engm.runs import atomic_path, write_json
+from engm.runs import write_bytes, write_json
 
 # What the kit set itself for one NVIDIA H200, at batch sizes 128 and 256 (source: this kit).
 SPEED_GOAL = 6.0
@@ -17,11 +18,7 @@ OUTPUT_GOAL = 1.01
 
 
 def table(result: Mapping[str, Any]) -> str:
-    """Returns what a bench measured as markdown tables, with what explains them.
-
-    Args:
-        result: Of `engm.bench.run`, or of `engm.bench.training.run`, which says so under "what".
-    """
+    """Returns what `outer_step.run` or `training.run` measured as markdown tables, explained."""
     able, reasons = _parted(result["methods"])
     whole = result.get("what") == "training"
     lines = _training_lines(result, able) if whole else _step_lines(result, able)
@@ -53,8 +50,7 @@ def write(result: Mapping[str, Any], out: Path) -> None:
             panels[f"time, {title}"] = {name: _spread(cost) for name, cost in costs.items()}
             peaks = {name: (cost["peak_ratio"],) * 3 for name, cost in costs.items()}
             panels[f"peak memory, {title}"] = peaks
-    with atomic_path(out / "bench.png") as temporary:
-        temporary.write_bytes(to_png(cost_ratios(panels)))
+    write_bytes(out / "bench.png", to_png(cost_ratios(panels)))
 
 
 def _parted(entries: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
@@ -77,12 +73,11 @@ def _ms(seconds: float) -> str:
 
 def _verdict(spread: Sequence[float], goal: float, shown: str, most: bool = False) -> str:
     """Says whether a goal, the least or the `most` wanted, was reached, if both quartiles agree."""
+    good = [value <= goal if most else value >= goal for value in spread[1:]]
     middle, low, high = map(shown.format, spread)
-    if (spread[2] <= goal) if most else (spread[1] >= goal):
-        return f"reached ({middle})"
-    if (spread[1] > goal) if most else (spread[2] < goal):
-        return f"NOT reached ({middle})"
-    return f"not settled ({middle}, quartiles {low} to {high})"
+    if len(set(good)) > 1:
+        return f"not settled ({middle}, quartiles {low} to {high})"
+    return f"reached ({middle})" if good[0] else f"NOT reached ({middle})"
 
 
 # --- the outer step
@@ -93,12 +88,17 @@ def _titles(result: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _step_lines(result: Mapping[str, Any], able: Mapping[str, Any]) -> list[str]:
+    def cells(cost: Mapping[str, Any] | None) -> tuple[str, str, str]:
+        if cost is None:
+            return "", "", ""
+        return _ms(cost["median_seconds"]), _ratio(cost), f"{cost['peak_ratio']:.2f}"
+
     titles = _titles(result)
     head = ["method", *(part for title in titles.values() for part in (title, "time", "memory"))]
     rows = [
         [
             name,
-            *(cell for step in titles for cell in _cost_cells(entry.get(step))),
+            *(cell for step in titles for cell in cells(entry.get(step))),
             "agrees" if entry["agrees"] else "DISAGREES",
         ]
         for name, entry in able.items()
@@ -111,12 +111,6 @@ def _step_lines(result: Mapping[str, Any], able: Mapping[str, Any]) -> list[str]
         verdict = _verdict(_spread(able["output"]["at"]), OUTPUT_GOAL, "{:.3f}", most=True)
         lines.append(f"goal, {titles['at']} with output at most {OUTPUT_GOAL}: {verdict}")
     return lines
-
-
-def _cost_cells(cost: Mapping[str, Any] | None) -> list[str]:
-    if cost is None:
-        return [""] * 3
-    return [_ms(cost["median_seconds"]), _ratio(cost), f"{cost['peak_ratio']:.2f}"]
 
 
 # --- whole training
@@ -161,11 +155,9 @@ def _speed_row(name: str, entry: Mapping[str, Any]) -> dict[str, str]:
 def _matrix_line(matrix: Mapping[str, Any]) -> str:
     if "reason" in matrix:
         return f"not able: rate of products of matrices: {matrix['reason']}"
-    best = []
-    for name, rates in matrix.items():
-        size = max(rates, key=rates.__getitem__)
-        best.append(f"{name} {rates[size]:.3g} TFLOP/s ({size} rows)")
-    return f"products of square matrices: {', '.join(best)}"
+    best = {name: max(rates.items(), key=itemgetter(1)) for name, rates in matrix.items()}
+    shown = [f"{name} {rate:.3g} TFLOP/s ({size} rows)" for name, (size, rate) in best.items()]
+    return f"products of square matrices: {', '.join(shown)}"
 
 
 def _goal_lines(able: Mapping[str, Any]) -> list[str]:

@@ -22,23 +22,26 @@ of the kit's fastest row.
 
 import copy
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from itertools import chain, count, islice
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from engm import data
 from engm.bench import measuring
-from engm.bench.kit import Kit, compiling, row_name
 from engm.bench.profile import profile
 from engm.bench.reference import Reference
 from engm.config import RunConfig
-from engm.device import pick_device
-from engm.errors import check_choice, check_count
+from engm.device import kernels_compared, pick_device
+from engm.errors import InputError, check_choice, check_count
 from engm.models import build_model
+from engm.training import Trainer
 
 REFERENCE = "reference"
 _FASTEST = "bfloat16 channels_last compile capture"
@@ -52,7 +55,12 @@ WARM_UP = 3
 PROFILED = 5
 _IMAGES_ON_CPU = 2_000
 _SETTINGS = ("model", "width", "model_norm", "batch_size", "num_steps", "seed")
-_Runner = Kit | Reference
+# The words of a name, in their order, and the setting that each of them is.
+_WORDS: dict[str, tuple[str, Any]] = {
+    **{name: ("optimizer", name) for name in ("msgd", "engm", "engm-input")},
+    **{name: ("precision", name) for name in ("float32", "bfloat16")},
+    **{name: (name, True) for name in ("channels_last", "compile", "capture")},
+}
 
 
 def run(
@@ -75,7 +83,7 @@ def run(
         data_root: As for `engm.data.load`.
         steps: Steps of a round; by default 20 on CUDA and 2 on the CPU.
         repeats: Rounds.
-        names: "reference", which is always one, and names for `engm.bench.kit.row_name`.
+        names: "reference", which is always one, and names for `row_name`.
         device: As for `engm.training.fit`.
         save: Given the result before the profiles, which may end the process.
 
@@ -105,12 +113,17 @@ def run(
         images = data.load("cifar10", root=data_root, subset=config.subset)
     settings = {name: getattr(config, name) for name in _SETTINGS}
     settings |= {"dataset": dataset, "subset": config.subset, "steps": steps, "repeats": repeats}
-    settings |= {"methods": ",".join(names)}
+    settings["methods"] = ",".join(names)
     with measuring.undisturbed(target), compiling(names):
         torch.manual_seed(config.seed)
         bench = _Bench(config, images.to(target), steps)
         result = measuring.described(settings, target, what="training")
-        result["environment"] |= _flags()
+        cudnn, matrices = torch.backends.cudnn, torch.backends.cuda.matmul
+        result["environment"] |= {
+            "tf32": {"convolutions": cudnn.allow_tf32, "matrices": matrices.allow_tf32},
+            "cudnn": cudnn.version(),
+            "cudnn_benchmark": cudnn.benchmark,  # of the reference; the kit compares kernels
+        }
         result["data"] = {"title": images.title, "images": len(images.train)}
         result |= {**bench.measure(names, repeats), "profile": {}}
         if save is not None:
@@ -129,6 +142,72 @@ def random_images(count: int, seed: int) -> data.Dataset:
     return data.Dataset("cifar10", split, split, split, classes, mean, std, "random images")
 
 
+def row_name(name: str) -> str:
+    """Returns a name with its words in their order, "engm float32 compile" for "compile engm"."""
+    words = name.split()
+    settings = [_WORDS[word][0] for word in words if word in _WORDS]
+    if not words or len(settings) < len(words):
+        raise InputError(
+            f"unknown method {name!r}; name 'reference', or a few of the words "
+            f"{', '.join(_WORDS)}, such as 'bfloat16 channels_last'"
+        )
+    if len(set(settings)) < len(settings):
+        raise InputError(f"{name!r} names a setting twice; name it once")
+    if "precision" not in settings:
+        words.append("float32")
+    return " ".join(word for word in _WORDS if word in words and word != "msgd")
+
+
+@contextmanager
+def compiling(names: Sequence[str]) -> Iterator[None]:
+    """Sees to it that rows that are to be compiled are, or fail."""
+    if not any("compile" in name.split() for name in names):
+        yield
+        return
+    from torch._dynamo import config
+
+    # after 8 models of one class torch would go on without compiling
+    wanted = {"recompile_limit": 64, "fail_on_recompile_limit_hit": True}
+    with config.patch({name: value for name, value in wanted.items() if hasattr(config, name)}):
+        yield
+
+
+class Kit:
+    """The kit's training loop, held between steps; the images are on the device.
+
+    `name` says how to train, see `row_name`; attack and batch size are those of `config`.
+    """
+
+    def __init__(
+        self, model: nn.Module, dataset: data.Dataset, config: RunConfig, name: str
+    ) -> None:
+        plain = {setting: getattr(RunConfig, setting) for setting, _ in _WORDS.values()}
+        settings = plain | dict(_WORDS[word] for word in row_name(name).split())
+        self.trainer = Trainer(replace(config, **settings), dataset, model=model)
+        size, seed = self.trainer.config.batch_size or 0, config.seed
+        epochs = (
+            data.batches(dataset.train, size, seed=seed, epoch=epoch, augment=True, drop_last=True)
+            for epoch in count(1)
+        )
+        self.batches = chain.from_iterable(epochs)
+        x, self.y = next(self.batches)  # that is attacked alone
+        self.x = x.contiguous(memory_format=self.trainer.precision.memory_format)
+
+    def train(self, steps: int) -> None:
+        """Takes `steps` steps."""
+        self.trainer.train_on(islice(self.batches, steps))
+
+    def attack(self, times: int = 1) -> None:
+        """Attacks one batch, always the same, and throws the result away."""
+        trainer = self.trainer
+        with kernels_compared(), trainer.precision.autocast(self.x.device):
+            for _ in range(times):
+                trainer.method.attack(trainer.attacked or trainer.model, self.x, self.y)
+
+
+_Runner = Kit | Reference
+
+
 class _Bench:
     """The methods that are `able` to train, and of each what was measured, or a `reason`."""
 
@@ -141,21 +220,20 @@ class _Bench:
 
     def measure(self, names: Sequence[str], repeats: int) -> dict[str, Any]:
         """Returns the methods and the matrix rates."""
-        warm = measuring.in_turns(
-            "warm-up", {name: name for name in names}, self.warm, self.results
-        )
+        in_turns = partial(measuring.in_turns, failed=self.results)
+        warm = in_turns("warm-up", {name: name for name in names}, self.warm)
         self.able = {name: runner for name, (runner,) in warm.items()}
         attacks = max(self.steps // 4, 1)
 
-        def train(runner: _Runner) -> float:
-            return measuring.seconds(lambda: runner.train(self.steps), self.device, wall=True)
-
-        def attack(runner: _Runner) -> float:
-            work = partial(runner.attack, attacks)
+        def timed(work: Callable[[], object]) -> float:
             return measuring.seconds(work, self.device, wall=True)
 
-        times = measuring.in_turns("training", self.able, train, self.results, repeats)
-        alone = measuring.in_turns("attack alone", self.able, attack, self.results, repeats)
+        times = in_turns(
+            "training", self.able, lambda r: timed(lambda: r.train(self.steps)), repeats=repeats
+        )
+        alone = in_turns(
+            "attack alone", self.able, lambda r: timed(lambda: r.attack(attacks)), repeats=repeats
+        )
         matrix = _or_reason(partial(measuring.matrix_rates, self.device))
         best = max(matrix["bfloat16"].values()) if "bfloat16" in matrix else None
         # what is compiled or captured does the same work, but cannot be counted
@@ -164,24 +242,15 @@ class _Bench:
         counts[REFERENCE] = measuring.flops(self.able[REFERENCE].attack)
         for name in alone:
             step = _speed(times[name], times[REFERENCE], self.steps)
-            images = (self.config.batch_size or 0) / step["median_seconds"]
-            once = _speed(alone[name], alone[REFERENCE], attacks)
-            rate = counts[name] / once["median_seconds"] / 1e12
-            self.results[name] = {
-                **step,
-                "images_per_second": images,
-                "epochs_per_hour": 3600 * images / EPOCH,
-                "attack": {
-                    **once,
-                    "flops": counts[name],
-                    "tflops": rate,
-                    "fraction": rate / best if best else None,
-                },
-            }
+            step["images_per_second"] = (self.config.batch_size or 0) / step["median_seconds"]
+            step["epochs_per_hour"] = 3600 * step["images_per_second"] / EPOCH
+            attack = _speed(alone[name], alone[REFERENCE], attacks) | {"flops": counts[name]}
+            attack["tflops"] = counts[name] / attack["median_seconds"] / 1e12
+            attack["fraction"] = attack["tflops"] / best if best else None
+            self.results[name] = {**step, "attack": attack}
         return {"methods": {name: self.results[name] for name in names}, "matrix": matrix}
 
     def warm(self, name: str) -> _Runner:
-        """Builds a method and lets it train."""
         runner = self.build(name)
         runner.train(WARM_UP)
         runner.attack()
@@ -218,12 +287,3 @@ def _or_reason(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         return work()
     except Exception as error:
         return {"reason": measuring.reason(error)}
-
-
-def _flags() -> dict[str, Any]:
-    cudnn, matrices = torch.backends.cudnn, torch.backends.cuda.matmul
-    return {
-        "tf32": {"convolutions": cudnn.allow_tf32, "matrices": matrices.allow_tf32},
-        "cudnn": cudnn.version(),
-        "cudnn_benchmark": cudnn.benchmark,  # of the reference; the kit compares kernels
-    }

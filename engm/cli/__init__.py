@@ -1,5 +1,6 @@
 """The command `engm`. Torch is imported when a command needs it, so `--help` answers at once."""
 
-from engm.cli.command import main
+from engm.cli import measuring, notebooks, runs  # whose commands `main` then has
+from engm.cli.options import main
 
 __all__ = ["main"]

@@ -8,10 +8,10 @@ import click
 from click.core import ParameterSource
 
 from engm.cli.options import (
-    Command,
     PathType,
     data_root_option,
     device_option,
+    main,
     say,
     settings_options,
 )
@@ -37,7 +37,7 @@ _OWN = {
 }
 
 
-@click.command(cls=Command)
+@main.command()
 @click.option("--what", type=click.Choice(["step", "training"]), default="step", show_default=True,
               help="the cost of a step of ENGM beside other ways to it, or the speed of training "
               "beside that of a public reference")  # fmt: skip

@@ -5,11 +5,20 @@ from pathlib import Path
 
 import click
 
-from engm.cli.options import Command, PathType, once, quoted, say
+from engm.cli.options import (
+    PathType,
+    main,
+    notebooks_option,
+    once,
+    quoted,
+    say,
+    stoppable,
+    warn_of_hours,
+)
 from engm.errors import InputError
 
 
-@click.command(cls=Command)
+@main.command()
 @click.argument("notebook")
 @click.option("-p", "values", nargs=2, multiple=True, metavar="NAME VALUE",
               help="set a parameter of the notebook; may be repeated")  # fmt: skip
@@ -31,22 +40,29 @@ def run(
 
     path = batch.find(notebook)
     given = parameters.parse(path, once(values, "leave one of them out"))
-    parameters.check_ranges(given)
+    config = parameters.check_ranges(given)
     shown = ", ".join(f"{name} = {value!r}" for name, value in given.items())
-    say(f"running {path.stem} with {shown or 'its defaults'}, in {quoted(out.resolve())}")
+    folder = out.resolve()
+    say(f"running {path.stem} with {shown or 'its defaults'}, in {quoted(folder)}")
+    then = f"{quoted(folder / path.name)} has what ran; the same command runs it from the start"
     if "out" in parameters.parameters(path):
-        # the notebook works in the folder `out` of the command
-        kept = quoted(out.resolve() / given["out"]) if given.get("out") else ""
-        say(f"what it makes is kept in {kept}, and the same command goes on with it" if kept else
-            "what it makes is not kept: -p out FOLDER keeps it, and goes on with it")  # fmt: skip
-    done = batch.run(path, given, output_dir=out, timeout=timeout)
+        if given.get("out"):  # the notebook works in the folder `out` of the command
+            kept = f"kept in {quoted(folder / given['out'])}, and the same command goes on with it"
+            say(f"what it makes is {kept}")
+            then = f"what it made is {kept}"
+        else:
+            say("what it makes is not kept: -p out FOLDER keeps it, and goes on with it")
+            then += ", with -p out FOLDER it keeps what it makes and goes on with it"
+    warn_of_hours(config, "auto", f"engm train --dataset {config.dataset} ")
+    with stoppable(then):
+        done = batch.run(path, given, output_dir=out, timeout=timeout)
     click.echo(click.format_filename(done.path))
     if done.error is not None:
         raise click.ClickException(f"{notebook} failed in {done.error}")
     say(f"next: jupyter lab {quoted(done.path)}")
 
 
-@click.command(cls=Command)
+@main.command()
 @click.option("--out", type=PathType(), default=Path("outputs"), show_default=True,
               help="folder of the executed notebooks and the report")  # fmt: skip
 def demo(out: Path) -> None:
@@ -57,17 +73,19 @@ def demo(out: Path) -> None:
     from engm.lab import page as html
 
     say(f"running the notebooks with their defaults, in {quoted(out.resolve())}")
-    if not all(done.ok for done in html.demo(out)):
+    kept = f"the notebooks that it ran are kept in {quoted(out.resolve())}"
+    with stoppable(f"{kept}; the same command runs all of them again, engm run NAME one of them"):
+        runs = html.demo(out)
+    if not all(done.ok for done in runs):
         sys.exit(1)
     say(f"next: open {quoted(out / 'index.html')} in a browser")
 
 
-@click.command(cls=Command)
+@main.command()
 @click.option("--repo", metavar="OWNER/NAME", help="your repository on GitHub, a public one")
 @click.option("--branch", default="main", show_default=True, help="its branch")
 @click.option("--remove", is_flag=True, help="take badge and cell out again")
-@click.option("--notebooks", "folder", type=PathType(), default=Path("notebooks"),
-              show_default=True, help="folder of the notebooks")  # fmt: skip
+@notebooks_option
 def colab(repo: str | None, branch: str, remove: bool, folder: Path) -> None:
     """Let the notebooks open in Google Colab, from a repository of yours.
 
@@ -91,10 +109,9 @@ def colab(repo: str | None, branch: str, remove: bool, folder: Path) -> None:
         say(f"next: commit and push them to {repo}; then each badge opens its notebook")
 
 
-@click.command(cls=Command)
+@main.command()
 @click.argument("out", type=PathType())
-@click.option("--notebooks", "folder", type=PathType(), default=Path("notebooks"),
-              show_default=True, help="folder of the notebooks")  # fmt: skip
+@notebooks_option
 def student(out: Path, folder: Path) -> None:
     """Write a copy of the notebooks into OUT for a class, without solutions and outputs.
 
@@ -104,13 +121,27 @@ def student(out: Path, folder: Path) -> None:
     \b
     engm student class
     """
-    from engm.lab import batch
-    from engm.lab import student as copies
+    import nbformat
+
+    from engm.lab.batch import kit
+    from engm.lab.parameters import blank, read_notebook
+    from engm.runs import write_text
 
     if folder == Path("notebooks") and not folder.exists():
-        folder = batch.kit("notebooks")
-    for path in copies.write_copies(_numbered(folder), out):
-        click.echo(click.format_filename(path))
+        folder = kit("notebooks")
+    paths = _numbered(folder)
+    if there := [path.name for path in paths if (out / path.name).exists()]:
+        raise InputError(
+            f"{out} has {', '.join(there)} already, perhaps with somebody's answers; choose "
+            "another folder, or take them away"
+        )
+    for path in paths:
+        notebook = read_notebook(path)
+        solution = "<details><summary>Solution</summary>"
+        notebook.cells = [cell for cell in notebook.cells if not cell.source.startswith(solution)]
+        blank(notebook)
+        write_text(out / path.name, nbformat.writes(notebook) + "\n")
+        click.echo(click.format_filename(out / path.name))
 
 
 def _numbered(folder: Path) -> list[Path]:

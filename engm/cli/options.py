@@ -1,7 +1,9 @@
-"""What the commands share: options from the fields of `RunConfig`, paths, messages."""
+"""The command `engm`, and what its subcommands share: options, paths, messages."""
 
 import shlex
-from collections.abc import Callable, Collection, Iterable
+import sys
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import fields
 from difflib import get_close_matches
 from pathlib import Path
@@ -12,6 +14,9 @@ import click
 from engm.config import TYPES, RunConfig, alternatives, choices
 from engm.errors import InputError, NonFiniteLossError
 from engm.values import read
+
+STOPPED = 130  # what shells report of Ctrl-C
+QUICK = "--subset 500 --width 8 --epochs 1 --validation-images 100 --test-images 200"
 
 
 class Command(click.Command):
@@ -47,8 +52,22 @@ class Group(click.Group):
             return super().invoke(ctx)
         except BrokenPipeError:
             raise  # the reader of a pipe has seen enough; click ends in silence
+        except KeyboardInterrupt:
+            say("\nstopped")
+            sys.exit(STOPPED)
         except (InputError, NonFiniteLossError, OSError) as error:
             raise click.ClickException(str(error)) from None
+
+
+@click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="engm")
+def main() -> None:
+    """Learn, test and use ENGM, the outer optimizer for adversarial training.
+
+    The usual order: `engm prepare` fetches a data set (the digits are there), `engm train` makes a
+    run directory, `engm evaluate` attacks what it holds, `engm report` puts many of them into one
+    table. `engm run` runs a notebook with parameters.
+    """
 
 
 class PathType(click.Path):
@@ -97,12 +116,31 @@ def quoted(path: Path) -> str:
     return shlex.quote(click.format_filename(path))
 
 
-def once(pairs: Iterable[tuple[str, Any]], instead: str) -> dict[str, Any]:
-    """Returns names and values as a dictionary.
+@contextmanager
+def stoppable(then: str) -> Iterator[None]:
+    """Lets Ctrl-C end a block, and the command, with a sentence: what is kept, how to go on."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        say(f"\nstopped; {then}")
+        sys.exit(STOPPED)
 
-    Raises:
-        InputError: If a name is there twice; the message ends with what to do `instead`.
+
+def warn_of_hours(config: RunConfig, device: str, command: str = "") -> None:
+    """Says so where a large network is to see all training or test images on a CPU.
+
+    `command` is what the options of a quick try belong to, where it is not this one.
     """
+    from engm.device import pick_device
+
+    whole = config.model != "small_cnn" and None in (config.subset, config.test_images)
+    if whole and pick_device(device).type == "cpu":
+        long = "all images on a CPU take long, hours or days at the usual width"
+        say(f"{long}; a quick try: {command}{QUICK}")
+
+
+def once(pairs: Iterable[tuple[str, Any]], instead: str) -> dict[str, Any]:
+    """Returns names and values as a dictionary; a name that is there twice is an `InputError`."""
     values: dict[str, Any] = {}
     for name, value in pairs:
         if name in values:
@@ -136,3 +174,11 @@ device_option = click.option(
 data_root_option = click.option(
     "--data-root", type=PathType(), help="where `engm prepare` put the datasets"
 )
+save_option = click.option(
+    "--save-adversarial/--no-save-adversarial", default=True, show_default=True,
+    help="keep the adversarial test examples",
+)  # fmt: skip
+notebooks_option = click.option(
+    "--notebooks", "folder", type=PathType(), default=Path("notebooks"), show_default=True,
+    help="folder of the notebooks",
+)  # fmt: skip

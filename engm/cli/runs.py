@@ -1,7 +1,8 @@
-"""The commands `train`, `evaluate` and `report`."""
+"""The commands `prepare`, `train`, `evaluate`, `report` and `sweep`."""
 
 import os
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -9,29 +10,70 @@ import click
 from click.core import ParameterSource
 
 from engm.cli.options import (
-    Command,
+    QUICK,
     PathType,
     Setting,
     data_root_option,
     device_option,
+    main,
+    once,
     quoted,
+    save_option,
     say,
     settings_options,
+    stoppable,
+    warn_of_hours,
 )
-from engm.config import RECIPES, RunConfig
+from engm.config import RECIPES, TYPES, RunConfig, choices
 from engm.errors import InputError
 
-_QUICK = "--subset 500 --width 8 --epochs 1 --validation-images 100 --test-images 100"
+_PREPARED = [name for name in choices(TYPES["dataset"]) if name != "digits"]
 
 
-@click.command(cls=Command)
+@main.command()
+@click.argument("name", required=False, type=click.Choice(_PREPARED))
+@click.option("--archive", type=PathType(),
+              help="take this zip, tar or folder instead of downloading: the official files, or "
+              "the same images as train/<class>/*.png and test/<class>/*.png")  # fmt: skip
+@click.option("--root", type=PathType(),
+              help="folder to write to; default: ENGM_DATA, or else ~/.cache/engm")  # fmt: skip
+def prepare(name: str | None, archive: Path | None, root: Path | None) -> None:
+    """Prepare the data set NAME for the kit: download (or --archive), check, convert.
+
+    Writes NAME.npz and NAME.json. Without NAME, lists the names, and what each takes on the disk.
+    The digits come with scikit-learn and need no preparation. Images of your own do not work:
+    names, counts and classes are held to those of the official data sets.
+
+    \b
+    engm prepare cifar10
+    engm prepare cifar10 --archive cifar-10-python.tar.gz
+    """
+    from engm.data import SPECS, data_root
+    from engm.preparation import caches
+
+    if name is None:
+        click.echo("Data sets to prepare (engm prepare NAME, or --help):")
+        for spec in (SPECS[name] for name in _PREPARED):
+            size = " x ".join(map(str, spec.image_shape))
+            counts = f"{spec.train_count:,} + {spec.test_count:,} images, {size}"
+            click.echo(f"  {spec.name:14} {counts:36} {caches.cache_size(spec):.2f} GB on the disk")
+        click.echo("A download takes room beside the cache until it has been read.")
+        return
+    try:
+        cache = caches.prepare(SPECS[name], archive, data_root(root))
+    except OSError as error:
+        raise InputError(f"{error}; {name} is not prepared") from None
+    setting = "" if cache.parent == data_root() else f"ENGM_DATA={quoted(cache.parent)} "
+    say(f"next: {setting}engm train --dataset {name} {QUICK}")
+
+
+@main.command()
 @settings_options
 @click.option("--out", type=PathType(), default=Path("runs"), show_default=True,
               help="folder of the run directories")  # fmt: skip
 @device_option
 @data_root_option
-@click.option("--save-adversarial/--no-save-adversarial", default=True, show_default=True,
-              help="keep the adversarial test examples")  # fmt: skip
+@save_option
 def train(
     out: Path, device: str, data_root: Path | None, save_adversarial: bool, **settings: Any
 ) -> None:
@@ -47,7 +89,6 @@ def train(
     source_of = click.get_current_context().get_parameter_source
     given = {n: v for n, v in settings.items() if source_of(n) is not ParameterSource.DEFAULT}
     config = RunConfig(**given).resolved()
-    from engm.device import pick_device
     from engm.report.records import Record, summarise, to_markdown
     from engm.runs import RESULT
     from engm.training import fit
@@ -58,21 +99,16 @@ def train(
             click.echo(f"{name:17} {'default' if value is None else value}")
         if config.recipe:
             say(f"\nrecipe {config.recipe}: {RECIPES[config.recipe].source}; options override it")
-        place = quoted((out / config.name).resolve())
-        if (out / config.name / RESULT).exists():
-            say(f"\nshowing the finished run in {place}")
+        folder = (out / config.name).resolve()
+        if (folder / RESULT).exists():
+            say(f"\nshowing the finished run in {quoted(folder)}")
         else:
-            does = "training, then attacking the test images"
-            say(f"\n{does}, in {place}; bars say how long it takes")
-            whole = config.model != "small_cnn" and config.subset is None
-            if whole and pick_device(device).type == "cpu":
-                say(f"all images on a CPU take long; a quick try: {_QUICK}")
+            does = f"training, then attacking the test images, in {quoted(folder)}"
+            say(f"\n{does}; bars say how long it takes")
+            warn_of_hours(config, device)
     where: dict[str, Any] = dict(device=device, data_root=data_root)
-    try:
+    with stoppable("the same command goes on after the last whole epoch"):
         run = fit(config, out, **where, save_adversarial=save_adversarial)
-    except KeyboardInterrupt:
-        click.echo("\nstopped; the same command goes on after the last whole epoch", err=True)
-        sys.exit(130)  # what shells report of Ctrl-C
     if first:
         click.echo(f"\n{click.format_filename(run.folder)}\n")
         click.echo(to_markdown(summarise([Record(run.folder, run.config, run.result)])))
@@ -82,7 +118,7 @@ def train(
         )
 
 
-@click.command(cls=Command)
+@main.command()
 @click.argument("run", type=PathType())
 @click.option("--checkpoint", type=click.Choice(["best", "last"]), help="default: both")
 @click.option("--num-steps", type=click.IntRange(min=1), help="PGD steps; default: the run's own")
@@ -148,7 +184,7 @@ def _run_directory(folder: Path) -> Path:
     return folder.resolve()
 
 
-@click.command(cls=Command)
+@main.command()
 @click.argument("runs", type=PathType(), nargs=-1, required=True)
 @click.option("--compare", metavar="OPTIMIZER|SETTING=VALUE",
               help="compare the other optimizers, or values of the setting, with this one, seed by "
@@ -216,3 +252,94 @@ def report(
     if not files and kind is None:
         pairs = "" if compare else ", --compare msgd pairs it seed by seed"
         say(f"next: --out report.html makes a page of it{pairs}")
+
+
+@main.command()
+@click.argument("target")
+@click.option("--grid", multiple=True, metavar="NAME=VALUE,...",
+              help="values to try, each with each of the others; may be repeated")  # fmt: skip
+@click.option("--set", "settings", nargs=2, multiple=True, metavar="NAME VALUE",
+              help="a setting that all runs have; may be repeated")  # fmt: skip
+@click.option("--seeds", type=click.IntRange(min=1),
+              help="run the seeds 0 to this number - 1")  # fmt: skip
+@click.option("--out", type=PathType(), help="folder of the runs; default: the plan's, or runs")
+@click.option("--workers", type=click.IntRange(min=1),
+              help="processes on this machine; default: 1")  # fmt: skip
+@click.option("--scheduler", metavar="ADDRESS",
+              help="use the workers of a dask scheduler, as tcp://10.0.0.1:8786")  # fmt: skip
+@click.option("--timeout", type=click.FloatRange(min=0, min_open=True),
+              help="seconds that a notebook may take; default: no limit")  # fmt: skip
+@device_option
+@data_root_option
+@save_option
+def sweep(
+    target: str,
+    grid: tuple[str, ...],
+    settings: tuple[tuple[str, str], ...],
+    seeds: int | None,
+    out: Path | None,
+    workers: int | None,
+    scheduler: str | None,
+    **options: Any,
+) -> None:
+    """Run TARGET with all values of a grid, on several processes or a cluster.
+
+    TARGET is "train", for training runs with the settings of `engm train`; a notebook, for its
+    parameters; or a plan, a YAML file with all of this. What is done is not run again, and what
+    was cut off goes on: after Ctrl-C, a kill or a power cut, give the same command again.
+
+    \b
+    engm sweep train --grid optimizer=msgd,engm --grid lr=0.1,0.2 --seeds 3 --workers 2
+    engm sweep 06_cifar --grid lr=0.05,0.1 --set dataset cifar10 --set subset none
+    engm sweep plan.yaml --scheduler tcp://10.0.0.1:8786
+    """
+    if workers is not None and scheduler is not None:
+        raise click.UsageError("give either --workers or --scheduler")
+    from engm import sweep as sweeps
+    from engm.report.records import read_record, summarise, to_markdown
+    from engm.sweep.plan import TRAIN, parse_grid, plan, read_plan
+
+    if target.endswith((".yaml", ".yml")):
+        if grid or settings or seeds is not None:
+            raise click.UsageError("a plan has its own grid, settings and seeds; write them there")
+        tasks, planned = read_plan(Path(target))
+        out = out or planned
+    else:
+        # options are written with dashes, settings with underscores
+        dash = "-" if target == TRAIN else "_"
+        axes = ((name.replace(dash, "_"), values) for name, values in parse_grid(grid).items())
+        fixed = once(((n.replace(dash, "_"), v) for n, v in settings), "--grid NAME=A,B tries both")
+        tasks = plan(target, once(axes, "write it once"), settings=fixed, seeds=seeds)
+    out = out or Path("runs")
+    how = sweeps.Options(workers=workers or 1, scheduler=scheduler, **options)
+    folder = sweeps.folder_of(out)
+    done = sum(sweeps.is_done(task, folder) for task in tasks)
+    click.echo(f"{_count(len(tasks))}, {done} done already, in {click.format_filename(folder)}")
+    if others := [p.name for p in folder.parent.glob("engm-*") if p != folder]:
+        click.echo(f"runs of other versions stay beside it: {', '.join(others)}")
+    if done < len(tasks):
+        here = "1 process" if how.workers == 1 else f"{how.workers} processes"
+        place = f"the workers of {scheduler}" if scheduler else f"{here} of this machine"
+        say(f"running {len(tasks) - done} on {place}; the bar says how long it takes")
+    with stoppable("the same command goes on where this one was"), warnings.catch_warnings():
+        warnings.filterwarnings("always", category=UserWarning)
+        warnings.filterwarnings("ignore", category=UserWarning, module="distributed")
+        warnings.showwarning = lambda message, *_, **__: say(f"\nwarning: {message}")
+        outcomes = sweeps.run(tasks, out, how)
+    failed = [outcome for outcome in outcomes if outcome.error is not None]
+    trained = [each for each in outcomes if each.task.target == TRAIN]
+    click.echo(f"\n{click.format_filename(folder)}\n")
+    if records := [read_record(each.folder) for each in trained if each.error is None]:
+        click.echo(to_markdown(summarise(records)))
+    for outcome in failed:
+        say(f"failed: {outcome.task.name}: {outcome.error}")
+    if failed:
+        count = _count(len(outcomes))
+        say(f"{len(failed)} of {count} failed; the same command tries them again")
+        sys.exit(1)
+    notebooks = "each folder has the executed notebook and its result"
+    say(f"next: engm report {quoted(out)}" if trained else notebooks)
+
+
+def _count(number: int) -> str:
+    return f"{number} run{'s' * (number != 1)}"

@@ -13,10 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from engm.device import pick_device
 from engm.errors import InputError
-from engm.lab.parameters import check, parameters, read_notebook
+from engm.lab.parameters import blank, check, read_notebook, shown
+from engm.lab.parameters import parameters as declared
 from engm.report import tables
-from engm.runs import write_json, write_text
+from engm.runs import environment, write_json, write_text
 
 RESULT_TYPE = "application/vnd.engm.result+json"
 PACKAGE = Path(__file__).resolve().parents[1]
@@ -24,13 +26,9 @@ PACKAGE = Path(__file__).resolve().parents[1]
 
 @dataclass(frozen=True)
 class NotebookError:
-    """Why a notebook stopped.
+    """Why a notebook stopped: name of an exception, what it says, and the first line of its cell.
 
-    Attributes:
-        cell: The number that Jupyter shows beside the cell, as in `[3]`; None before the first.
-        source: The first line of that cell.
-        name: The exception's name.
-        value: What the exception says.
+    `cell` is the number that Jupyter shows beside it, as in `[3]`; None before the first.
     """
 
     cell: int | None
@@ -46,12 +44,9 @@ class NotebookError:
 
 @dataclass(frozen=True)
 class NotebookRun:
-    """One executed notebook.
+    """One executed notebook, at `path`; its name is that without `.ipynb`.
 
     Attributes:
-        name: The notebook's name without `.ipynb`.
-        path: The executed notebook.
-        seconds: How long it took.
         error: Why it stopped, or None where every cell ran.
         result: What it handed to `publish`, or None.
     """
@@ -76,21 +71,15 @@ def kit(name: str) -> Path:
 def available() -> list[Path]:
     """The numbered notebooks (`00_tour.ipynb` and on) that a name can mean, sorted by name.
 
-    They lie in `./notebooks`, then in what `kit` says.
+    Those in `./notebooks` come before those in what `kit` says.
     """
-    found: dict[str, Path] = {}
-    for folder in (Path("notebooks"), kit("notebooks")):
-        for path in folder.glob("[0-9]*_*.ipynb"):
-            found.setdefault(path.name, path)
+    folders = (kit("notebooks"), Path("notebooks"))
+    found = {path.name: path for folder in folders for path in folder.glob("[0-9]*_*.ipynb")}
     return [found[name] for name in sorted(found)]
 
 
 def find(name: str | Path) -> Path:
-    """The notebook that `name` means: a path, or a name with or without `.ipynb`.
-
-    Raises:
-        InputError: If there is none; the message lists those there are.
-    """
+    """The notebook that `name` means: a path, or a name with or without `.ipynb`."""
     for folder in (Path(), Path("notebooks"), kit("notebooks")):
         for path in (folder / name, folder / f"{name}.ipynb"):
             if path.suffix == ".ipynb" and path.is_file():
@@ -168,32 +157,28 @@ def run(
         late = timeout is not None and isinstance(stopped, TimeoutError)
         reason = f"not finished within {timeout:g} s" if late else str(stopped)
         why = (type(stopped).__name__, reason)
-    seconds = time.monotonic() - began
-    notebook = read_notebook(path)
-    # papermill adds cells that say that there was an error; the report says it better
-    added = "papermill-error-cell-tag"
-    notebook.cells = [cell for cell in notebook.cells if added not in cell.metadata.tags]
-    notebook.metadata.pop("papermill", None)
-    write_text(path, nbformat.writes(notebook))
+    finally:  # of Ctrl-C, too
+        seconds = time.monotonic() - began
+        notebook = read_notebook(path)
+        # papermill adds cells that say that there was an error; the report says it better
+        added = "papermill-error-cell-tag"
+        notebook.cells = [cell for cell in notebook.cells if added not in cell.metadata.tags]
+        notebook.metadata.pop("papermill", None)
+        write_text(path, nbformat.writes(notebook))
     error = _error(notebook, started[-1] if started else None, *why) if why else None
     error = error or _unfinished(notebook)
-    result = None if error else _published(executed)  # its file has the keys sorted
+    published = [] if error else shown(executed, RESULT_TYPE)  # its file has the keys sorted
+    result = json.loads(json.dumps(published[-1])) if published else None
     if result is not None:
-        write_json(result_path, {**result, "run": _origin(source, values, seconds)})
+        defaults = {name: parameter.default for name, parameter in declared(source).items()}
+        origin = {
+            "notebook": source.stem,
+            "parameters": defaults | {name: repr(value) for name, value in values.items()},
+            "seconds": seconds,
+            "environment": environment(pick_device("auto")),
+        }
+        write_json(result_path, {**result, "run": origin})
     return NotebookRun(source.stem, path, seconds, error, result)
-
-
-def _origin(source: Path, values: Mapping[str, Any], seconds: float) -> dict[str, Any]:
-    from engm.device import pick_device
-    from engm.runs import environment
-
-    defaults = {name: parameter.default for name, parameter in parameters(source).items()}
-    return {
-        "notebook": source.stem,
-        "parameters": {**defaults, **{name: repr(value) for name, value in values.items()}},
-        "seconds": seconds,
-        "environment": environment(pick_device("auto")),
-    }
 
 
 def publish(result: dict[str, Any]) -> None:
@@ -245,9 +230,7 @@ def _fresh(notebook: Any, values: Mapping[str, Any]) -> Any:
     import nbformat
 
     notebook.cells = [c for c in notebook.cells if "injected-parameters" not in c.metadata.tags]
-    for cell in notebook.cells:
-        if cell.cell_type == "code":
-            cell.outputs, cell.execution_count = [], None
+    blank(notebook)
     if values:
         lines = ["# set for this run", *(f"{name} = {value!r}" for name, value in values.items())]
         cell = nbformat.v4.new_code_cell("\n".join(lines))
@@ -298,9 +281,3 @@ def _error(notebook: Any, index: int | None, name: str, value: str) -> NotebookE
     above = [c for c in notebook.cells[: index + 1] if c.cell_type == "code" and c.source.strip()]
     first = notebook.cells[index].source.strip().partition("\n")[0]
     return NotebookError(len(above), first, name, value)
-
-
-def _published(notebook: Any) -> dict[str, Any] | None:
-    outputs = [o for c in notebook.cells if c.cell_type == "code" for o in c.outputs]
-    results = [o.data[RESULT_TYPE] for o in outputs if RESULT_TYPE in o.get("data", {})]
-    return json.loads(json.dumps(results[-1])) if results else None

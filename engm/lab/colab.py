@@ -64,8 +64,7 @@ def stamp(paths: Sequence[Path], repo: str, branch: str = "main") -> list[Path]:
         Those that changed.
 
     Raises:
-        InputError: If `repo` or `branch` is no such name, or a notebook cannot be read; nothing was
-            written then.
+        InputError: If a name or a notebook is wrong; nothing was written then.
     """
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9-]{0,38}/(?!\.{1,2}$)[A-Za-z0-9._-]{1,100}", repo):
         raise InputError(f"{repo!r} is no GitHub repository; write owner/name, without an address")
@@ -75,16 +74,13 @@ def stamp(paths: Sequence[Path], repo: str, branch: str = "main") -> list[Path]:
 
 
 def remove(paths: Sequence[Path]) -> list[Path]:
-    """Takes what `stamp` put into notebooks out again; returns those that changed.
-
-    Raises:
-        InputError: If a notebook cannot be read; nothing was written then.
-    """
+    """Takes what `stamp` put into notebooks out again; returns those that changed."""
     return _rewrite(paths, None, "")
 
 
 def _rewrite(paths: Sequence[Path], repo: str | None, branch: str) -> list[Path]:
     import nbformat
+    from nbformat.v4 import new_code_cell, new_markdown_cell
 
     changed = {}
     for path in paths:
@@ -93,7 +89,11 @@ def _rewrite(paths: Sequence[Path], repo: str | None, branch: str) -> list[Path]
         notebook.cells = [cell for cell in notebook.cells if _TAG not in cell.metadata.tags]
         if repo is not None:
             values = dict(repo=repo, branch=branch, name=path.name)
-            notebook.cells[1:1] = _cells(**values)
+            tags = {"tags": [_TAG]}
+            notebook.cells[1:1] = [
+                new_markdown_cell(_BADGE.format(**values), id="colab-badge", metadata=tags),
+                new_code_cell(_CELL.format(**values), id="colab-cell", metadata=tags),
+            ]
         _count(notebook)
         if nbformat.writes(notebook) != before:
             for cell in notebook.cells:
@@ -103,15 +103,6 @@ def _rewrite(paths: Sequence[Path], repo: str | None, branch: str) -> list[Path]
     for path, text in changed.items():
         write_text(path, text)
     return list(changed)
-
-
-def _cells(**values: str) -> list[Any]:
-    from nbformat.v4 import new_code_cell, new_markdown_cell
-
-    tags = {"tags": [_TAG]}
-    badge = new_markdown_cell(_BADGE.format(**values), id="colab-badge", metadata=tags)
-    cell = new_code_cell(_CELL.format(**values), id="colab-cell", metadata=tags)
-    return [badge, cell]
 
 
 def _count(notebook: Any) -> None:

@@ -50,12 +50,9 @@ class Noise:
         return drawn
 
     def gradients(self, gradient: Tensor, sigma: Tensor, drawn: Tensor) -> Tensor:
-        """Returns g_i, `[..., n, d]`.
+        """Returns g_i, `[..., n, d]`, from grad F, `[..., d]`, and one step of `draw`.
 
-        Args:
-            gradient: grad F, `[..., d]`.
-            sigma: The dial, a shape that broadcasts against `[..., n, d]`.
-            drawn: One step of `draw`.
+        `sigma` is the dial, of a shape that broadcasts against `[..., n, d]`.
         """
         xi, last = drawn[..., :-1], drawn[..., -1:]
         if self.kind != "lengths":
@@ -68,12 +65,7 @@ class Noise:
 class Rule:
     """An outer optimizer on explicit gradients: the update of `engm.MSGD` and `engm.ENGM`.
 
-    Args:
-        optimizer: "msgd"; "msgd-clip", with the batch gradient shortened to `max_norm`; "engm".
-        momentum: Momentum.
-        max_norm: The longest batch gradient under "msgd-clip".
-        scale: ENGM's c, a number or "mean".
-        floor: ENGM's f.
+    "msgd-clip" shortens the batch gradient to `max_norm`; `scale` and `floor` are ENGM's c and f.
     """
 
     optimizer: Literal["msgd", "msgd-clip", "engm"]
@@ -85,10 +77,8 @@ class Rule:
     def combine(self, gradients: Tensor, mean_norm: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Returns u, which the momentum takes in, `[..., d]`, and the new running mean.
 
-        Args:
-            gradients: g_i, `[..., n, d]`.
-            mean_norm: With scale "mean" the running mean of |g_i| over the steps before,
-                `[..., 1]`; `None` in the first step.
+        They follow from g_i, `[..., n, d]`, and, with scale "mean", from the running mean of |g_i|
+        over the steps before, `[..., 1]`; `None` in the first step.
         """
         if self.optimizer == "engm":
             norms = gradients.norm(dim=-1)

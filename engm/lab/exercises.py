@@ -45,13 +45,7 @@ def _close(answer: Any, expected: Any, tolerance: float) -> bool:
 
 
 def success_rate(logits: Tensor, logits_adv: Tensor, y: Tensor) -> float:
-    """Returns the part of the images read correctly when clean that an attack makes misread.
-
-    Args:
-        logits: The model's answers to the clean images, `[n, K]`.
-        logits_adv: Those to the attacked ones, `[n, K]`.
-        y: The labels, `[n]`.
-    """
+    """Returns the part of the images read correctly when clean that an attack makes misread."""
     correct = logits.argmax(1) == y
     return float((correct & (logits_adv.argmax(1) != y)).sum() / correct.sum())
 
@@ -82,41 +76,34 @@ def worst_case(answer: Callable[[Tensor], Any]) -> bool:
     )
 
 
-class _Around(nn.Module):
-    """A classifier with something before it or after it."""
+class _Layer(nn.Module):
+    """A function as a layer."""
 
-    def __init__(
-        self,
-        model: nn.Module,
-        before: Callable[[Tensor], Tensor] = lambda pixels: pixels,
-        after: Callable[[Tensor], Tensor] = lambda logits: logits,
-    ) -> None:
+    def __init__(self, forward: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
-        self.model, self.before, self.after = model, before, after
-
-    def forward(self, pixels: Tensor) -> Tensor:
-        return self.after(self.model(self.before(pixels)))
+        self.forward = forward
 
 
 def defences(fragile: nn.Module, robust: nn.Module) -> dict[str, nn.Module]:
     """Returns four defences under the names A to D; one is what it seems to be.
 
-    Args:
-        fragile: A classifier after natural training, which three of them are built on.
-        robust: One after adversarial training.
+    Three are built on a classifier after natural training, one is after adversarial training.
     """
     return {
-        "A": _Around(fragile, before=lambda pixels: 2 * pixels.detach() - pixels),
+        "A": nn.Sequential(_Layer(lambda pixels: 2 * pixels.detach() - pixels), fragile),
         "B": robust,
-        "C": _Around(fragile, before=lambda pixels: (4 * pixels).round() / 4),
-        "D": _Around(fragile, after=lambda logits: 1e3 * logits),
+        "C": nn.Sequential(_Layer(lambda pixels: (4 * pixels).round() / 4), fragile),
+        "D": nn.Sequential(fragile, _Layer(lambda logits: 1e3 * logits)),
     }
 
 
 def names_the_flaws(answer: Any) -> bool:
     """Tells whether `answer` says what is wrong with the four `defences`, from A to D."""
-    found = answer if isinstance(answer, list | tuple) else []  # a set has no order
-    return [*found] == ["turned gradient", "nothing", "no gradient", "saturation"]
+    return _lists(answer, "turned gradient", "nothing", "no gradient", "saturation")
+
+
+def _lists(answer: Any, *wanted: str) -> bool:
+    return isinstance(answer, list | tuple) and tuple(answer) == wanted  # a set has no order
 
 
 def variance_from_lengths(answer: Callable[[Tensor, Tensor], Any]) -> bool:
@@ -194,11 +181,7 @@ def norms_of_gamma(answer: Callable[[Tensor, Tensor], Tensor]) -> bool:
 def refreshing(estimated: float, exact: float, k: int, at_most: float) -> list[float]:
     """Returns what a step costs on average, and the smallest k for which it is `at_most`.
 
-    Args:
-        estimated: Cost of a step with estimated norms.
-        exact: Cost of one that takes exact norms as well; one in `k` is such a step.
-        k: For the first of the two answers.
-        at_most: For the second.
+    One step in `k` takes exact norms and costs `exact`, all others cost `estimated`.
     """
     averages = {every: (exact + (every - 1) * estimated) / every for every in range(1, 1000)}
     enough = next(every for every, cost in averages.items() if cost <= at_most * (1 + 1e-9))
@@ -206,12 +189,7 @@ def refreshing(estimated: float, exact: float, k: int, at_most: float) -> list[f
 
 
 def expected(notebook: str, number: int) -> Any:
-    """Returns what `check` compares the answer to an exercise with; here, not under the question.
-
-    Args:
-        notebook: The number of the notebook, such as "08".
-        number: The number of the exercise.
-    """
+    """Returns what `check` compares the answer to an exercise of notebook "08", say, with."""
     return {
         ("04", 1): _clips_each_example,
         ("04", 2): 16,  # (4 ** (1 / 2)) ** 4
@@ -220,7 +198,9 @@ def expected(notebook: str, number: int) -> Any:
         ("06", 2): 0.53 - 0.49,
         ("06", 3): _flips_signs,
         ("07", 1): _is_a_rehearsal,
-        ("07", 2): _says_what_differs,
+        ("07", 2): lambda found: _lists(
+            found, "nothing", "classes", "attack", "image size", "nothing", "choice of epoch"
+        ),
         ("07", 3): lambda letters: sorted(letters) == ["a", "c", "d", "f"],
         ("08", 1): _is_the_gap,
         ("08", 2): 2.5,
@@ -274,19 +254,19 @@ def _flips_signs(answer: Any) -> bool:
     return all(abs(answer(each) - sign_flip_test(each).p) < 1e-6 for each in tried)
 
 
+def _whole_numbers(answer: Any) -> list[int]:
+    whole = [int(number) for number in answer]
+    assert whole == list(answer)
+    return whole
+
+
 def _is_a_rehearsal(answer: Any) -> bool:
     from engm.report.statistics import wilson
 
-    classes, images = map(int, answer)
-    assert [classes, images] == list(answer)
+    classes, images = _whole_numbers(answer)
     in_all = classes * images
     above_chance = wilson(3 * images // 2, in_all).low > 1 / classes
     return classes >= 50 and in_all <= 1000 and above_chance
-
-
-def _says_what_differs(answer: Any) -> bool:
-    found = answer if isinstance(answer, list | tuple) else []  # a set has no order
-    return [*found] == ["nothing", "classes", "attack", "image size", "nothing", "choice of epoch"]
 
 
 def _is_the_gap(answer: Any) -> bool:
@@ -302,8 +282,7 @@ def _is_the_gap(answer: Any) -> bool:
 def _is_a_plan(answer: Any) -> bool:
     from scipy import stats
 
-    rates, seeds, new_seeds = map(int, answer)
-    assert [rates, seeds, new_seeds] == list(answer)
+    rates, seeds, new_seeds = _whole_numbers(answer)
     runs = 2 * (rates * seeds + new_seeds)  # two optimizers
     # how often Student's interval leaves out 0 if the mean difference is one deviation
     t = stats.t.ppf(0.975, new_seeds - 1)

@@ -15,7 +15,7 @@ from torch import Tensor
 from engm import data
 from engm.config import TYPES, RunConfig, choices
 from engm.optim import ENGM
-from engm.plots.style import BLUE, ORANGE, finish, open_axes, percent_axis, to_png
+from engm.plots import BLUE, ORANGE, finish, open_axes, percent_axis, to_png
 from engm.training import Trainer
 
 _CHOICES = ("method", "optimizer", "lr", "eps", "epochs")
@@ -23,13 +23,10 @@ _CHOICES = ("method", "optimizer", "lr", "eps", "epochs")
 
 @dataclass(frozen=True)
 class Epoch:
-    """What one epoch of training came to.
+    """What one epoch of training came to: mean training loss, accuracies on validation images.
 
-    Attributes:
-        loss: Mean training loss.
-        clean_accuracy: Fraction of the validation images that are classified rightly.
-        robust_accuracy: Fraction that still is under an attack like that of training.
-        weights: w_i of every example of the epoch, `[n]`; all 1 where the optimizer has none.
+    The `weights` are the w_i of every example of the epoch, `[n]`; all 1 where the optimizer has
+    none. The attack is like that of training.
     """
 
     loss: float
@@ -47,13 +44,7 @@ def train(
 ) -> Iterator[Epoch]:
     """Trains on the device of `images`, and yields each epoch as it ends; nothing is written.
 
-    Args:
-        images: The data set of `config`.
-        config: The run.
-        stopped: Asked before each batch; the epoch that it ends is not yielded.
-
-    Raises:
-        NonFiniteLossError: As `engm.training.Trainer`.
+    `stopped` is asked before each batch; the epoch that it ends is not yielded.
     """
     trainer = Trainer(config, images)
     while trainer.epoch < trainer.config.epochs:
@@ -85,11 +76,8 @@ def _watched(
 def view(history: Sequence[Epoch], earlier: Mapping[str, Sequence[Epoch]] | None = None) -> Figure:
     """Draws loss and accuracies over the epochs so far, and how the example weights are spread.
 
-    The figure is not one of pyplot's, which belong to the main thread.
-
-    Args:
-        history: The epochs of the run.
-        earlier: Runs to compare it with, under their names: faint lines.
+    Runs from `earlier`, under their names, are faint lines. The figure is not one of pyplot's,
+    which belong to the main thread.
     """
     figure = Figure(figsize=(9, 2.8))
     left, middle, right = figure.subplots(1, 3)
@@ -129,11 +117,9 @@ class TrainingLab(ipywidgets.VBox):
 
     Attributes:
         method: Its choice; likewise `optimizer`, `lr`, `eps` and `epochs`.
-        start: The button that starts a run.
-        stop: The button that ends it after the batch at hand.
+        start: The button that starts a run; `stop` ends it after the batch at hand.
         message: How it goes, in one sentence.
-        picture: The epochs so far, as a PNG.
-        history: The epochs so far.
+        history: The epochs so far; `picture` shows them, as a PNG.
         earlier: The runs before, each under what was chosen.
     """
 
@@ -173,7 +159,7 @@ class TrainingLab(ipywidgets.VBox):
         self._stopped = threading.Event()
         self._thread: threading.Thread | None = None
         self.start.on_click(self._on_start)
-        self.stop.on_click(lambda _: self._on_stop())
+        self.stop.on_click(self._on_stop)
         choose = [getattr(self, name) for name in _CHOICES]
         buttons = ipywidgets.HBox([self.start, self.stop])
         super().__init__([*choose, buttons, self.message, self.picture])
@@ -200,7 +186,7 @@ class TrainingLab(ipywidgets.VBox):
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
-    def _on_stop(self) -> None:
+    def _on_stop(self, _: Any) -> None:
         self._stopped.set()
         self.message.value = "Stopping after this batch."
 

@@ -4,6 +4,7 @@ from collections.abc import Collection, Iterable
 from pathlib import Path
 
 from engm.lab.batch import RESULT_TYPE, kit
+from engm.lab.parameters import shown
 from engm.report.records import Record, collect
 from engm.runs import read_json
 
@@ -11,8 +12,7 @@ from engm.runs import read_json
 def committed(*names: str) -> list[Record]:
     """Reads the finished runs of `results/NAME`, with ENGM's default scale and floor.
 
-    Args:
-        names: Folders of `results`. One that is not there (a kit without its repository) has none.
+    A folder that is not there (a kit without its repository) has none.
     """
     folders = [f for f in (kit("results") / name for name in names) if f.is_dir()]
     records = [record for folder in folders for record in collect(folder)[0]]
@@ -36,26 +36,16 @@ def end_of_grid(chosen: float, tried: Collection[float]) -> str:
 
 
 def verdict_of(name: str, places: Iterable[Path]) -> tuple[str, str]:
-    """Returns what a notebook found about its claim, and where that was read.
+    """Returns what a notebook found about its claim, and the file where that was read.
 
-    Args:
-        name: The notebook, such as "04_convergence".
-        places: Folders that may hold its `NAME.result.json`, as `engm run` leaves it. The first
-            that does counts; without any, the notebook as it was saved.
-
-    Returns:
-        The verdict, and the name of the file or "as saved". Where there is neither, "not run yet"
-        and the command that runs it.
+    The first of `places` with the `NAME.result.json` that `engm run` leaves counts; without any,
+    the notebook itself, "as saved". Where that has none, "not run yet" and the command to run it.
     """
     for place in places:
         if (path := place / f"{name}.result.json").exists():
             return read_json(path).get("verdict", "no verdict"), path.name
     saved = kit("notebooks") / f"{name}.ipynb"
-    outputs = (
-        [output.get("data", {}) for cell in read_json(saved)["cells"]
-         for output in cell.get("outputs", [])] if saved.exists() else []
-    )  # fmt: skip
-    results = [data[RESULT_TYPE] for data in outputs if RESULT_TYPE in data]
+    results = shown(read_json(saved), RESULT_TYPE) if saved.exists() else []
     if not results:
         return "not run yet", f"engm run {name}"
     return results[-1].get("verdict", "no verdict"), "as saved"

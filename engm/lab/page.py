@@ -70,42 +70,11 @@ _CHILDREN = {"mfrac": 2, "msub": 2, "msup": 2, "munder": 2, "mover": 2, "msubsup
 _LOADING = ("src", "srcset", "poster", "data", "background", "action", "formaction")
 
 
-# What nbconvert's bare template does not have: numbers, folds, and where the notebook stopped.
-_TEMPLATE = """
-{%- extends "basic/index.html.j2" -%}
-{%- block codecell -%}
-<section class="cell{{ "" if cell.execution_count or cell.metadata.stopped else " not-run" }}">
-<span class="number">[{{ cell.metadata.number }}]</span>{{ super.super() }}</section>
-{%- endblock -%}
-{%- block input_group -%}
-{%- set lines = cell.source.count("\n") + 1 -%}
-{%- if cell.metadata.stopped -%}
-{{ super() }}<p class="alert" id="error">The notebook stopped at this cell.
-{{ cell.metadata.stopped | escape_html }}</p>
-{%- elif lines > 20 -%}
-<details><summary>Code, {{ lines }} lines</summary>{{ super() }}</details>
-{%- else -%}{{ super() }}{%- endif -%}
-{%- endblock -%}
-{%- block markdowncell -%}<div class="prose">{{ cell.source | markdown2html }}</div>{%- endblock -%}
-{%- block data_latex -%}{{ output.data["text/latex"] | markdown2html }}{%- endblock -%}
-"""
-
-
 def demo(output_dir: Path, paths: Sequence[Path] | None = None) -> list[NotebookRun]:
     """Runs notebooks one after another, whatever fails, and writes `output_dir/index.html`.
 
-    Prints a line per notebook: how long it took and whether it went well, or which cell stopped
-    it and why.
-
-    Args:
-        output_dir: For the executed notebooks, their results and files, and the report.
-        paths: The notebooks; None for all the numbered ones.
-
-    Returns:
-        What happened to each notebook; all went well if every one is `ok`.
-
-    Raises:
-        InputError: If there is no notebook.
+    Without `paths` they are all the numbered ones. Prints a line per notebook: how long it took
+    and whether it went well, or which cell stopped it and why.
     """
     paths = available() if paths is None else paths
     if not paths:
@@ -131,23 +100,28 @@ def build(runs: Sequence[NotebookRun], path: Path) -> Path:
     """
     with_mathml = _exporter()
     from jinja2 import Environment
+    from pygments.formatters import HtmlFormatter
 
     pages = {each.name: _Page(each, with_mathml) for each in runs}
     for page in pages.values():
         page.settle_links(pages)
     versions = [f"{name} {metadata.version(name)}" for name in ("engm", "torch")]
     python = f"Python {platform.python_version()}"
-    files = resources.files("engm.lab")
-    template = Environment(autoescape=True).from_string(
-        files.joinpath("page.html").read_text("utf-8")
+    light, dark = (
+        HtmlFormatter(style=style).get_style_defs(".highlight")
+        for style in ("default", "github-dark")
     )
-    html = template.render(
-        title="ENGM, notebook by notebook",
-        style=files.joinpath("page.css").read_text("utf-8") + _code_style(),
-        facts=[time.strftime("%Y-%m-%d %H:%M"), python, *versions, platform.machine()],
-        failed=sum(not each.ok for each in runs),
-        pages=list(pages.values()),
-        claims=_claims(pages),
+    html = (
+        Environment(autoescape=True)
+        .from_string(_text("page.html"))
+        .render(
+            title="ENGM, notebook by notebook",
+            style=f"{_text('page.css')}{light}\n@media (prefers-color-scheme: dark) {{\n{dark}\n}}",
+            facts=[time.strftime("%Y-%m-%d %H:%M"), python, *versions, platform.machine()],
+            failed=sum(not each.ok for each in runs),
+            pages=list(pages.values()),
+            claims=_claims(pages),
+        )
     )
     write_text(Path(path), html + "\n")
     return Path(path)
@@ -328,7 +302,7 @@ def _exporter() -> Any:
 
     made = HTMLExporter(
         template_name="basic",
-        raw_template=_TEMPLATE,
+        raw_template=_text("cells.html"),
         filters={"markdown2html": markdown},
         preprocessors=["nbconvert.preprocessors.CoalesceStreamsPreprocessor"],
         exclude_input_prompt=True,
@@ -340,11 +314,7 @@ def _exporter() -> Any:
 
 
 def formula(tex: str, display: str) -> str:
-    """MathML for `tex`; `display` is "block" or "inline".
-
-    Warns:
-        UserWarning: If there is none; what comes back then is the TeX itself, as code.
-    """
+    """MathML for `tex`, "block" or "inline"; with a warning the TeX itself, where there is none."""
     from latex2mathml.converter import convert
 
     plain = tex.strip()
@@ -396,13 +366,8 @@ def offline(html: str) -> Any:
     return soup
 
 
-def _code_style() -> str:
-    """The style sheet for the colours of code, light and dark."""
-    from pygments.formatters import HtmlFormatter
-
-    light = HtmlFormatter(style="default").get_style_defs(".highlight")
-    dark = HtmlFormatter(style="github-dark").get_style_defs(".highlight")
-    return f"{light}\n@media (prefers-color-scheme: dark) {{\n{dark}\n}}"
+def _text(name: str) -> str:
+    return resources.files("engm.lab").joinpath(name).read_text("utf-8")
 
 
 def _slug(text: str) -> str:

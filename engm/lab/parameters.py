@@ -26,14 +26,8 @@ class Parameter:
 
     The type may stand in a line of its own further up, `name: type`: papermill, when it is used by
     itself, does not understand `int | None` or `Literal["a", "b"]` in the line of the value, and
-    says that the parameter is unknown.
-
-    Attributes:
-        name: What is set.
-        type: Its type, as it is written there.
-        default: Its value, as it is written there.
-        help: The comment.
-        kind: The type itself.
+    says that the parameter is unknown. `type` and `default` are as they are written there, `kind`
+    is the type itself.
     """
 
     name: str
@@ -49,11 +43,7 @@ class Parameter:
 
 
 def read_notebook(path: Path) -> Any:
-    """The notebook at `path` as an nbformat node; every cell has `metadata.tags`.
-
-    Raises:
-        InputError: If it cannot be read, or nbformat is not installed.
-    """
+    """The notebook at `path` as an nbformat node; every cell has `metadata.tags`."""
     try:
         import nbformat
     except ImportError:
@@ -67,14 +57,27 @@ def read_notebook(path: Path) -> Any:
     return notebook
 
 
+def blank(notebook: Any) -> None:
+    """Takes outputs and counts out of a notebook."""
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            cell.outputs, cell.execution_count = [], None
+
+
+def shown(notebook: Any, kind: str) -> list[Any]:
+    """Returns what the cells of a notebook put out of a MIME type."""
+    outputs = [output for cell in notebook["cells"] for output in cell.get("outputs", [])]
+    return [output["data"][kind] for output in outputs if kind in output.get("data", {})]
+
+
 def parameters(path: Path) -> dict[str, Parameter]:
     """What can be set in a notebook, read from its cell tagged `parameters`.
 
     The cell is read as Python, not by papermill's pattern.
 
     Raises:
-        InputError: If no cell has that tag, if a line is not `name: type = value`, if a type has no
-            value, or if a default is not of its own type.
+        InputError: If there is no such cell, or it has more than `name: type = value`, each value
+            of its type.
     """
     cells = [cell for cell in read_notebook(path).cells if "parameters" in cell.metadata.tags]
     if not cells:
@@ -137,24 +140,14 @@ def check(path: Path, values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def parse(path: Path, texts: Mapping[str, str]) -> dict[str, Any]:
-    """Values from the command line: `{"lr": "0.05", "eps": "8/255", "seeds": "[0, 1]"}`.
-
-    Each text is read by the parameter's type, as `engm.values.read` does.
-
-    Raises:
-        InputError: As for `check`.
-    """
+    """The same for texts, each read by `engm.values.read`: `{"lr": "0.05", "eps": "8/255"}`."""
     return _accept(path, texts, read)
 
 
-def check_ranges(values: Mapping[str, Any]) -> None:
-    """Refuses settings of a run that the run would refuse later, such as no epochs.
-
-    Raises:
-        InputError: If there is one.
-    """
+def check_ranges(values: Mapping[str, Any]) -> RunConfig:
+    """Returns the run that these values describe; refuses what a run would, such as no epochs."""
     settings = {k: v for k, v in values.items() if k in TYPES and v is not None}
-    RunConfig.from_dict(settings).resolved()
+    return RunConfig.from_dict(settings).resolved()
 
 
 def _accept(

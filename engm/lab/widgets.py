@@ -43,8 +43,7 @@ class EpsExplorer(_Explorer):
         largest_eps: Where the slider ends, in pixel units.
 
     Attributes:
-        eps: The slider.
-        image: The slider over the images.
+        eps: The slider; `image` is that over the images.
         picture: The figure, as a PNG.
         predicted: The class that the model sees at the moment.
     """
@@ -91,10 +90,8 @@ class WeightExplorer(_Explorer):
         norms: |g_i| of a batch, `[n]`, such as `optimizer.last.norms`.
 
     Attributes:
-        scale: The slider of c, in units of the mean |g_i|, on a log axis.
-        floor: The slider of f.
-        picture: The figure, as a PNG.
-        readout: What the strongest tenth pulls, before and after, in words.
+        scale: The slider of c, in units of the mean |g_i|, on a log axis; `floor` is that of f.
+        picture: The figure, as a PNG; `readout` says what the strongest tenth pulls.
     """
 
     def __init__(self, norms: Tensor) -> None:

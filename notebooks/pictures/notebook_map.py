@@ -1,6 +1,6 @@
 """Fills in `notebooks/README.md`: for each notebook its time and a picture, from executed ones.
 
-python -m engm.lab.notebook_map FOLDER     # of executed notebooks, such as outputs
+python notebook_map.py FOLDER     # of executed notebooks, such as outputs
 """
 
 import base64
@@ -11,12 +11,12 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from engm.lab.parameters import read_notebook
-from engm.runs import atomic_path, write_text
+from engm.lab.parameters import read_notebook, shown
+from engm.runs import write_bytes, write_text
 
 # Which of a notebook's figures stands for it, where it is not the first.
 _FIGURE = {
-    **{"01_attacks": 1, "02_gradient_variance": 1, "05_norms_from_inputs": 0},
+    **{"01_attacks": 1, "02_gradient_variance": 1},
     **{"07_tiny_imagenet": 3, "08_overfitting_and_sensitivity": 4},
 }
 _WIDTH, _COLOURS = 360, 128  # pixels; enough to recognise a figure by
@@ -33,18 +33,16 @@ def update(readme: Path, executed: Path) -> None:
     """
     lines = readme.read_text(encoding="utf-8").splitlines()
     for index, line in enumerate(lines):
-        row = _ROW.match(line)
-        if not row or not (executed / f"{row[1]}.ipynb").is_file():
+        name = row[1] if (row := _ROW.match(line)) else ""
+        if not (executed / f"{name}.ipynb").is_file():
             continue
-        name = row[1]
         notebook = read_notebook(executed / f"{name}.ipynb")
-        taken, figures = seconds(notebook), _figures(notebook)
+        taken, figures = seconds(notebook), shown(notebook, "image/png")
         if taken is None or not figures:
             continue
         picture = f"pictures/{name}.png"
-        figure = figures[min(_FIGURE.get(name, 0), len(figures) - 1)]
-        with atomic_path(readme.parent / picture) as temporary:
-            temporary.write_bytes(thumbnail(figure))
+        figure = base64.b64decode(figures[min(_FIGURE.get(name, 0), len(figures) - 1)])
+        write_bytes(readme.parent / picture, thumbnail(figure))
         title, purpose, *_ = line.split(" | ")
         link = f"[![a figure from it]({picture})]({name}.ipynb)"
         lines[index] = f"{title} | {purpose} | {taken:.0f} s | {link} |"
@@ -71,12 +69,6 @@ def thumbnail(png: bytes) -> bytes:
     file = io.BytesIO()
     small.save(file, format="png", optimize=True)
     return file.getvalue()
-
-
-def _figures(notebook: Any) -> list[bytes]:
-    outputs = [o for c in notebook.cells if c.cell_type == "code" for o in c.outputs]
-    found = [o.data["image/png"] for o in outputs if "image/png" in o.get("data", {})]
-    return [base64.b64decode(each) for each in found]
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The picture at the top of README.md: `python -m engm.lab.opening OUT.png`."""
+"""The picture at the top of README.md: `python opening.py OUT.png`."""
 
 import sys
 from pathlib import Path
@@ -9,33 +9,29 @@ from matplotlib.figure import Figure
 from engm import ENGM, MSGD, PGD, PGDAT, Natural, RunConfig, data, plots
 from engm.methods import Method
 from engm.models import build_model
-from engm.plots.style import BLUE, ORANGE, RED, open_axes, sharp_png
+from engm.plots import BLUE, ORANGE, open_axes, sharp_png
 from engm.training import train_one_epoch
 
 
-def draw(epochs: int = 15, seed: int = 0) -> Figure:
+def draw(epochs: int = 15) -> Figure:
     """Draws an image that fools a network, and how hard attacked images pull on another's weights.
 
     On the left the test image whose answer a small change turns most clearly, after natural
     training; on the right the pulls of one step, |g_i| (MSGD) and w_i |g_i| (ENGM), after
     adversarial training. Both networks are small ones on the digits, as in the tour.
-
-    Args:
-        epochs: How long both networks are trained.
-        seed: Of the weights and batches.
     """
     config = RunConfig(dataset="digits").resolved()
     assert config.eps and config.batch_size
     batch_size = config.batch_size
     images = data.load("digits")
-    x, y = next(data.batches(images.test, 200, seed=seed, epoch=0))
+    x, y = next(data.batches(images.test, 200, seed=0, epoch=0))
 
     def trained(method: Method) -> torch.nn.Module:
-        torch.manual_seed(seed)
+        torch.manual_seed(0)
         model = build_model(config, images)
         optimizer = MSGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=5e-4)
         for epoch in range(epochs):
-            examples = data.batches(images.train, batch_size, seed=seed, epoch=epoch)
+            examples = data.batches(images.train, batch_size, seed=0, epoch=epoch)
             train_one_epoch(model, method, optimizer, examples)
         return model.eval()
 
@@ -51,14 +47,12 @@ def draw(epochs: int = 15, seed: int = 0) -> Figure:
     turned = (before.argmax(1) == y) & (after.argmax(1) != y)
     i = int((turned * before.amax(1) * after.amax(1)).argmax())
     shown = {
-        f"network: {says(before[i])}": (x[i], "black"),
-        f"change, at most {little:.2f}": ((x_adv - x)[i] / (2 * little) + 0.5, "black"),
-        f"network: {says(after[i])}": (x_adv[i], RED),
+        f"network: {says(before[i])}": (x[i], False),
+        f"change, at most {little:.2f}": ((x_adv - x)[i] / (2 * little) + 0.5, False),
+        f"network: {says(after[i])}": (x_adv[i], True),
     }
-    for place, (title, (pixels, colour)) in enumerate(shown.items()):
-        axes = figure.add_subplot(places[0, place])
-        plots.show_image(axes, pixels)
-        axes.set_title(title, fontsize=9, color=colour)
+    for place, (title, (pixels, wrong)) in enumerate(shown.items()):
+        plots.show_image(figure.add_subplot(places[0, place]), pixels, title, wrong)
 
     robust = trained(PGDAT(attack(config.eps)))
     few, labels = attack(config.eps)(robust, x[:50], y[:50]), y[:50]
