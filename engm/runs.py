@@ -16,6 +16,7 @@ import platform
 import secrets
 import shutil
 import subprocess
+import tempfile
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -278,7 +279,8 @@ def _cpu() -> str:
 _REMEDIES = dict.fromkeys(
     (errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "make room, and make the same call again"
 ) | dict.fromkeys(
-    (errno.EACCES, errno.EPERM, errno.EROFS), "choose a folder that can be written to"
+    (errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR),
+    "choose a folder that can be written to",
 )
 
 
@@ -292,6 +294,15 @@ def writing(path: Path) -> Iterator[None]:
             raise
         message = f"{error.strerror}; {_REMEDIES[error.errno]}"
         raise OSError(error.errno, message, str(path)) from None
+
+
+def make_folder(folder: Path, instead: str) -> None:
+    """Makes a folder to write to; where that fails, an `InputError` says what to do `instead`."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise InputError(f"{folder} cannot be written to ({error.strerror}); {instead}") from None
 
 
 @contextmanager

@@ -17,14 +17,7 @@ from engm.config import RunConfig
 from engm.data import Dataset, Split, to_float
 from engm.errors import InputError, check_choice, check_count
 from engm.models import build_model
-from engm.runs import (
-    CHECKPOINTS,
-    check_data,
-    fits_config,
-    load_tensors,
-    read_config,
-    save_tensors,
-)
+from engm.runs import CHECKPOINTS, check_data, fits_config, load_tensors, read_config, save_tensors
 
 # float32 rounds x + perturbation: |x_adv - x| may exceed eps by some 1e-7
 _ROUNDING = 1e-5

@@ -27,13 +27,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from engm.attacks import (
-    Model,
-    check_pixels,
-    checked_logits,
-    eval_mode,
-    fooled,
-)
+from engm.attacks import Model, check_pixels, checked_logits, eval_mode, fooled
 from engm.errors import InputError, check_choice, check_count
 from engm.evaluation.accuracy import digest, kept
 from engm.evaluation.attacks import as_module

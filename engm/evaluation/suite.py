@@ -7,10 +7,11 @@ report.flags
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec
 
 import numpy as np
 import torch
@@ -22,14 +23,7 @@ from engm.config import parse_number
 from engm.data import Dataset, Split, stratified_order, to_float
 from engm.errors import InputError
 from engm.evaluation import checks
-from engm.evaluation.accuracy import (
-    Attack,
-    Attacked,
-    correct,
-    load_model,
-    recount,
-    run_attack,
-)
+from engm.evaluation.accuracy import Attack, Attacked, correct, load_model, recount, run_attack
 from engm.evaluation.attacks import (
     RandomSearch,
     StraightThrough,
@@ -247,6 +241,24 @@ def standard_attacks(eps: float, norm: str = "linf", num_steps: int = _STEPS) ->
     }
 
 
+P = ParamSpec("P")
+
+
+def _one_pair(evaluate: Callable[P, RobustnessReport]) -> Callable[P, RobustnessReport]:
+    # the y of evaluate(model, x, y) would end in a TypeError that names no way out
+    @wraps(evaluate)
+    def call(*given: P.args, **options: P.kwargs) -> RobustnessReport:
+        if len(given) > 2:
+            raise InputError(
+                "images and classes are one argument, and all others have names: "
+                "evaluate(model, (x, y), eps=8 / 255)"
+            )
+        return evaluate(*given, **options)
+
+    return call
+
+
+@_one_pair
 @torch.inference_mode(False)
 def evaluate(
     model: Model,

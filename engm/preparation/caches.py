@@ -15,7 +15,7 @@ import numpy as np
 from engm.data import DatasetSpec
 from engm.errors import InputError
 from engm.preparation.layouts import Contents, read_dataset
-from engm.runs import atomic_path, write_json
+from engm.runs import atomic_path, make_folder, write_json
 
 
 def prepare(spec: DatasetSpec, archive: Path | None, root: Path) -> Path:
@@ -32,13 +32,7 @@ def prepare(spec: DatasetSpec, archive: Path | None, root: Path) -> Path:
     Raises:
         InputError: If anything is wrong with the source or the folder; nothing was written then.
     """
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=root).close()
-    except OSError as error:
-        raise InputError(
-            f"{root} cannot be written to ({error.strerror}); give another folder with --root"
-        ) from None
+    make_folder(root, "give another folder with --root")
     if archive is not None:
         return _convert(spec, archive, archive.name, root)
     with tempfile.TemporaryDirectory(prefix=".download-", dir=root) as folder:

@@ -13,7 +13,7 @@ from engm.report import records as results
 from engm.report.comparisons import OF_OPTIMIZERS, READ_BY
 from engm.report.records import EVALUATIONS, Record, refuse_copies
 from engm.report.statistics import Paired
-from engm.runs import CONFIG, METRICS, RESULT, read_metrics, write_bytes, write_text
+from engm.runs import CONFIG, METRICS, RESULT, make_folder, read_metrics, write_bytes, write_text
 
 if TYPE_CHECKING:
     import pandas
@@ -90,6 +90,7 @@ class RunReport:
         """
         if out.suffix and not out.is_dir():
             return self._write_file(out, format_of(out, kind))
+        make_folder(out, "give another file or folder for the tables")
         files = []
         for name in tables.FORMATS if kind is None else [kind]:
             files += self._write_file(out / f"report{tables.FORMATS[name][0]}", name)
@@ -102,6 +103,7 @@ class RunReport:
         """Writes the figures as PNG files, for example `best_and_last.png`, into `folder`."""
         from engm import plots
 
+        make_folder(folder, "give another folder for the figures")
         files = []
         for name, (_, figure) in self.figures().items():
             files.append(folder / f"{name}.png")
@@ -325,6 +327,7 @@ def copy_logs(records: Sequence[Record], folder: Path) -> list[Path]:
                 f"{target} is, or would be, the place of another run than {record.folder}; choose "
                 "another folder for the logs"
             )
+    make_folder(folder, "give another folder for the logs")
     for target, record in targets.items():
         # the result last: a run is complete when it is there
         for name in (CONFIG, METRICS, *EVALUATIONS.values(), RESULT):
