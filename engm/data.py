@@ -280,7 +280,6 @@ class DatasetSpec:
     """What is fixed about a data set before a byte of it is read.
 
     Attributes:
-        title: What tables and figures call it.
         image_shape: Channels, height, width in pixels.
         train_count: Images of the official training split, as many of each class.
         test_count: Images of the split that the kit tests on, likewise (the digits: about).
@@ -346,12 +345,8 @@ def stratified_order(labels: np.ndarray, seed: int) -> np.ndarray:
 def read_arrays(spec: DatasetSpec, root: Path | str | None) -> tuple[Arrays, dict[str, Any]]:
     """Reads a data set whole, from its cache in `data_root(root)`; the digits from scikit-learn.
 
-    Returns:
-        `train_images`, `train_labels`, `test_images` and `test_labels`, all uint8, and a record
-        with `title`, `class_names`, `mean`, `std` and `cache_sha256`.
-
-    Raises:
-        InputError: If the cache is missing or damaged; the message names the command that makes it.
+    Returns `train_images`, `train_labels`, `test_images` and `test_labels`, all uint8, and a record
+    with `title`, `class_names`, `mean`, `std` and `cache_sha256`.
     """
     if spec.name == "digits":
         return _digits(spec)

@@ -42,10 +42,9 @@ _BROKEN = (
 def list_files(path: Path) -> list[str]:
     """Names the files of a folder or archive, with `/` between folders; hidden ones are left out.
 
-    Raises:
-        InputError: If there is nothing at `path`, it is not a whole zip or tar, it would unpack to
-            more than `MAX_BYTES` or `MAX_FILES`, or it holds links, devices, paths that lead out of
-            it, headers beyond `MAX_HEADER_BYTES`, or one name twice.
+    Refused is what is no whole zip or tar, unpacks to more than `MAX_BYTES` or `MAX_FILES`, or
+    holds links, devices, paths that lead out of it, headers beyond `MAX_HEADER_BYTES`, or a name
+    twice.
     """
     names = [name for name, _, _ in _entries(path)]
     twice, times = max(Counter(names).items(), key=lambda item: item[1], default=("", 0))
@@ -55,12 +54,7 @@ def list_files(path: Path) -> list[str]:
 
 
 def read_files(path: Path, wanted: Collection[str]) -> Iterator[tuple[str, bytes]]:
-    """Gives name and content of the `wanted` files, in the order in which they are stored.
-
-    Raises:
-        InputError: As `list_files`, or if a wanted file is not there or is larger than
-            `MAX_FILE_BYTES`.
-    """
+    """Gives name and content of the `wanted` files, in the order in which they are stored."""
     missing = set(wanted)
     for name, size, read in _entries(path):
         if name in missing:

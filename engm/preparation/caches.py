@@ -21,16 +21,8 @@ from engm.runs import atomic_path, make_folder, write_json
 def prepare(spec: DatasetSpec, archive: Path | None, root: Path) -> Path:
     """Writes the cache of one data set into `root`; what is there is replaced when all is well.
 
-    Args:
-        spec: Which data set, and the counts that it must have.
-        archive: A zip, a tar or a folder; None downloads the official files.
-        root: The folder to write to.
-
-    Returns:
-        The path of the cache file.
-
-    Raises:
-        InputError: If anything is wrong with the source or the folder; nothing was written then.
+    `archive` is a zip, a tar or a folder; without one the official files are downloaded. Where
+    anything is wrong with them nothing is written. Returns the path of the cache.
     """
     make_folder(root, "give another folder with --root")
     if archive is not None:

@@ -72,9 +72,6 @@ def setting_of(baseline: str) -> tuple[str, str]:
     """Reads the setting that runs are compared by and the baseline's value, as text.
 
     That is `precision=float32`, or `msgd` for `optimizer=msgd`.
-
-    Raises:
-        InputError: If runs cannot be compared by it; the message lists the settings.
     """
     name, equals, value = baseline.partition("=")
     if not equals:

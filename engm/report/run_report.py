@@ -84,9 +84,6 @@ class RunReport:
         A CSV file holds one table: the others go beside it, as `NAME-differences.csv`. In a
         folder the files are called `report.md`, `report.csv` and so on, every format unless one is
         asked for, and `runs.csv` has one line a run.
-
-        Raises:
-            InputError: If the extension is unknown, or another than that of `kind`.
         """
         if out.suffix and not out.is_dir():
             return self._write_file(out, format_of(out, kind))
@@ -176,18 +173,15 @@ def build(
     mixed: bool = False,
     costs: bool = False,
 ) -> RunReport:
-    """Puts runs side by side.
+    """Puts finished runs side by side.
 
     Args:
-        records: Finished runs.
+        records: The runs.
         compare: The baseline, see `comparisons.setting_of`.
         choose: Settings of which each optimizer (or value of the compared setting) keeps the value
             that the validation images prefer.
         mixed: Allow runs that were not evaluated alike.
         costs: Add what the runs took, and on what hardware.
-
-    Raises:
-        InputError: If runs were not evaluated alike, are there twice, or cannot be compared.
     """
     if not mixed:
         results.check_protocol(records)
@@ -256,11 +250,7 @@ _TIMES = (
 
 
 def format_of(path: Path, kind: str | None) -> str:
-    """Returns the format that the extension of a file stands for.
-
-    Raises:
-        InputError: If it stands for none, or for another than `kind`.
-    """
+    """Returns the format that the extension of a file stands for; refuses another than `kind`."""
     known = {suffix: name for name, (suffix, _) in tables.FORMATS.items()}
     found = known.get(path.suffix.lower())
     if found is None:
@@ -307,12 +297,9 @@ def _values(rows: Sequence[dict[str, Any]], names: Sequence[str]) -> int:
 def copy_logs(records: Sequence[Record], folder: Path) -> list[Path]:
     """Copies what `engm report` reads of each run to `folder / NAME`, NAME as `engm train` has it.
 
-    That is the config, metrics, result and evaluations, some 10 to 30 KB; weights and images stay
-    where they are. A run that is there already gets what it lacks, and the newest evaluations.
-
-    Raises:
-        InputError: Before anything is written, if one of these folders holds another run, even one
-            of the same config, or two of the runs would share one.
+    That is the config, metrics, result and evaluations, some 10 to 30 KB. A run that is there
+    already gets what it lacks, and the newest evaluations; where one of the folders holds another
+    run, or two would share one, nothing is written.
     """
     refuse_copies(records)
     targets = {folder / record.config.name: record for record in records}
