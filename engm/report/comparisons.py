@@ -46,9 +46,7 @@ _BELONGING = {
 class Difference(Quantity):
     """A quantity that is shown with its sign, in percentage points."""
 
-    def percent(self) -> str:
-        """As for `Quantity`, with the sign of the mean."""
-        return f"{100 * self.mean:+.1f}{self._spread()}"
+    _format = "+.1f"
 
 
 @dataclass(frozen=True)

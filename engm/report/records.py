@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from statistics import mean, median, stdev
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from engm.attacks import FGSM, PGD
 from engm.config import RunConfig
@@ -48,6 +48,7 @@ class Quantity:
     mean: float
     deviation: float | None
     n: int
+    _format: ClassVar[str] = ".1f"
 
     @classmethod
     def of(cls, values: Sequence[float]) -> "Quantity":
@@ -56,17 +57,14 @@ class Quantity:
 
     def percent(self) -> str:
         """Returns the mean, and the deviation where there is one, in percent."""
-        return f"{100 * self.mean:.1f}{self._spread()}"
+        spread = "" if self.deviation is None else f" ± {100 * self.deviation:.1f}"
+        return f"{100 * self.mean:{self._format}}{spread}"
 
-    def __str__(self) -> str:
-        return self.percent()
+    __str__ = percent
 
     def numbers(self) -> dict[str, float | None]:
         """Returns all three, accuracies as fractions, for files that machines read."""
         return {"mean": self.mean, "sd": self.deviation, "n": self.n}
-
-    def _spread(self) -> str:
-        return "" if self.deviation is None else f" ± {100 * self.deviation:.1f}"
 
 
 def collect(root: Path) -> tuple[list[Record], list[Path]]:
@@ -330,8 +328,6 @@ def measured(record: Record) -> tuple[dict[Column, tuple[float, str]], Counter[s
         try:
             found |= _columns(record.config, which, facts)
             names = [str(check["name"]) for check in facts["checks"] if not check["passed"]]
-            if facts["autoattack"] and facts["autoattack"]["warnings"]:
-                names.append("warnings of AutoAttack")  # itself a check, in newer files
             flags.update(dict.fromkeys(names, 1))
         except (KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError):
             raise InputError(

@@ -9,6 +9,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 from engm.errors import InputError
 from engm.sweep.plan import code_version
@@ -82,7 +83,7 @@ def local(workers: int, *, own_gpus: bool = True) -> Iterator[Any]:
         "distributed.nanny.pre-spawn-environ": dict.fromkeys(_THREADS, threads),
     }
     with (
-        _same_environment(),
+        patch.dict(os.environ),  # dask sets what its workers inherit; here it is put back
         dask.config.set(settings),
         SpecCluster(specs, head, silence_logs=logging.CRITICAL) as cluster,
         Client(cluster) as client,
@@ -206,17 +207,6 @@ def _gpus() -> list[str]:
     if visible := os.environ.get("CUDA_VISIBLE_DEVICES"):
         return visible.split(",")
     return [str(index) for index in range(torch.cuda.device_count())]
-
-
-@contextmanager
-def _same_environment() -> Iterator[None]:
-    # dask sets what its workers inherit
-    before = os.environ.copy()
-    try:
-        yield
-    finally:
-        os.environ.clear()
-        os.environ.update(before)
 
 
 def _need_dask() -> None:
