@@ -7,7 +7,7 @@ gets a column of its own, so no mean is of two things.
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from statistics import mean, median, stdev
@@ -111,15 +111,16 @@ def costs(records: Sequence[Record]) -> list[dict[str, Any]]:
         lines = [line for member in members for line in read_metrics(member.folder)]
         times = [line["seconds"] for line in lines if type(line.get("seconds")) in (int, float)]
         seconds = float(median(times)) if times else 0.0
-        row = {
-            **settings,
+        took = {
             "seconds an epoch": seconds or "",
             "epochs an hour": 3600 / seconds if seconds else "",
         }
         origins = [_origin(member) for member in members]
-        for name in ("device", "torch", "commit"):
-            row[name] = listed(dict.fromkeys(origin[name] for origin in origins))
-        rows.append({**row, "seeds": len(members)})
+        where = {
+            name: listed(dict.fromkeys(origin[name] for origin in origins))
+            for name in ("device", "torch", "commit")
+        }
+        rows.append(settings | took | where | {"seeds": len(members)})
     return rows
 
 
@@ -275,16 +276,13 @@ def groups_of(
         for setting, members in zip(settings, groups.values(), strict=True)
     ]
     # by kind first: a scale is a number or a word
-    by: Callable[[Any], Any] = lambda pair: [(str(type(v)), v) for v in pair[0].values()]  # noqa: E731
-    return sorted(found, key=by)
+    return sorted(found, key=lambda pair: [(str(type(v)), v) for v in pair[0].values()])
 
 
 def in_words(settings: dict[str, Any], names: Collection[str] | None = None) -> str:
     """Returns settings as a phrase, such as "engm, lr 0.1"; of `names` only, where given."""
-    shown = (
-        settings.items() if names is None else ((n, settings[n]) for n in names if n in settings)
-    )
-    return ", ".join(short(v) if n in ALWAYS else f"{n} {short(v)}" for n, v in shown)
+    shown = {n: settings[n] for n in (settings if names is None else names) if n in settings}
+    return ", ".join(short(v) if n in ALWAYS else f"{n} {short(v)}" for n, v in shown.items())
 
 
 def listed(values: Iterable[Any]) -> str:
