@@ -240,11 +240,7 @@ class RunConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "RunConfig":
-        """Makes a config from a mapping such as a parsed `config.json`.
-
-        Raises:
-            InputError: If a name is unknown (the message lists the known ones) or a value is wrong.
-        """
+        """Makes a config from a mapping such as a parsed `config.json`; refuses unknown names."""
         unknown = [str(name) for name in values if name not in TYPES]
         if unknown:
             close = get_close_matches(unknown[0], TYPES, n=1)
@@ -280,11 +276,7 @@ def choices(kind: Any) -> list[str]:
 
 
 def parse_number(text: str) -> float:
-    """Reads a float or a fraction such as `8/255`.
-
-    Raises:
-        InputError: If the text is neither.
-    """
+    """Reads a float or a fraction such as `8/255`; anything else is an `InputError`."""
     try:
         return float(read(text, float))
     except ValueError:

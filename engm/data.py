@@ -38,7 +38,6 @@ class Split:
     labels: Tensor
 
     def __post_init__(self) -> None:
-        """Checks the types and shapes."""
         images, labels = self.images, self.labels
         types = images.dtype, labels.dtype, images.ndim
         if types != (torch.uint8, torch.int64, 4) or labels.shape != images.shape[:1]:
@@ -46,7 +45,6 @@ class Split:
             raise InputError(f"a split needs uint8 [n, c, h, w] and int64 [n], these are {found}")
 
     def __len__(self) -> int:
-        """How many images there are."""
         return len(self.labels)
 
     def to(self, device: torch.device | str) -> "Split":

@@ -257,10 +257,7 @@ def _share(standing: Tensor) -> str:
 
 
 def num_classes(model: nn.Module, x: Tensor, y: Tensor) -> int:
-    """Returns the number of classes; refuses a model and examples that no attack can be made on.
-
-    Arguments are those of `engm.attacks.PGD.__call__`; an InputError gives the reason.
-    """
+    """Returns the number of classes; refuses a model and examples that no attack can be made on."""
     highest = check_batch(x, y)
     if len(y) == 0:
         raise InputError("there is no example to evaluate on")
@@ -458,7 +455,7 @@ def repeatable(model: nn.Module, x: Tensor) -> Check:
 
 
 def gradients(model: nn.Module, x: Tensor, y: Tensor) -> list[Check]:
-    """Checks that gradients w.r.t. the pixels are not zero, and that the margin follows its own.
+    """Checks that gradients w.r.t. the pixels are there, and the margin follows its own.
 
     `x` are images that are classified rightly, as `y`.
     """

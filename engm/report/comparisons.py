@@ -53,11 +53,8 @@ class Difference(Quantity):
 class Comparison:
     """One optimizer, or value of a setting, against a baseline over the seeds that both have.
 
-    Attributes:
-        settings: What the first one's runs are, where runs differ.
-        baseline: The other optimizer or value, and its values of what was chosen.
-        quantity: What was compared, such as "robust (best)".
-        paired: The differences, and what they say.
+    `settings` are those of the first one's runs, where runs differ; `baseline` is the other, with
+    its values of what was chosen; `quantity` what was compared, such as "robust (best)".
     """
 
     settings: dict[str, Any]

@@ -103,8 +103,7 @@ def provenance(records: Iterable[Record]) -> list[str]:
 def costs(records: Sequence[Record]) -> list[dict[str, Any]]:
     """Says of each row of `summarise`, in their order, what its runs took and on what they ran.
 
-    Seconds of an epoch are the median over all epochs and seeds, training with validation; versions
-    and commits are those when the runs ended.
+    Seconds are the median over all epochs and seeds, training with validation.
     """
     rows = []
     for settings, members in groups_of(records):

@@ -50,8 +50,8 @@ class RunReport:
     def parts(self, kind: str) -> dict[str, Sequence[dict[str, Any]]]:
         """Returns the rows of "summary", and of "differences" and "costs" where there are any.
 
-        Notes on rows are a column of the summary, but in markdown, where remarks say the same. On
-        paper and pages what goes along with the data or the method is no column, but a remark.
+        Notes on rows are a column, but in markdown, where remarks say the same. On paper and pages
+        what goes along with the data or the method is no column, but a remark.
         """
         summary = self.summary
         if any(self.notes) and kind != "markdown":

@@ -128,8 +128,8 @@ def remote(address: str, needs: Needs, patience: float) -> Iterator[Any]:
 def task(needs: Needs, function: Callable[..., None] | None = None, *arguments: Any) -> Any:
     """Makes what a worker runs: first it looks at itself, then it calls `function`.
 
-    Nobody needs the kit to take the task, so a worker without it can say so. The error of a worker
-    that is not fit has its address as `unfit_worker`.
+    A worker without the kit can take it, too, and say so. The error of one that is not fit has its
+    address as `unfit_worker`.
     """
     content = pickle.dumps((needs, function, arguments))
 
