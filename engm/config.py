@@ -4,6 +4,7 @@ import hashlib
 import json
 from dataclasses import asdict, dataclass, field, fields
 from difflib import get_close_matches
+from operator import ge, gt, le, lt
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -195,9 +196,6 @@ class RunConfig:
             raise InputError(
                 f"eps must be at most 1 (pixels are in [0, 1]), got {self.eps}; write 8/255"
             )
-        self._check_method()
-
-    def _check_method(self) -> None:
         if self.beta is not None and self.method not in _BETAS:
             raise InputError(f"beta is a setting of trades and mart; {self.method} has none")
         if self.label_smoothing and self.method == "mart":
@@ -242,11 +240,7 @@ class RunConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "RunConfig":
-        """Makes a config from a mapping such as a parsed `config.json`.
-
-        Raises:
-            InputError: If a name is unknown (the message lists the known ones) or a value is wrong.
-        """
+        """Makes a config from a mapping such as a parsed `config.json`; refuses unknown names."""
         unknown = [str(name) for name in values if name not in TYPES]
         if unknown:
             close = get_close_matches(unknown[0], TYPES, n=1)
@@ -282,17 +276,14 @@ def choices(kind: Any) -> list[str]:
 
 
 def parse_number(text: str) -> float:
-    """Reads a float or a fraction such as `8/255`.
-
-    Raises:
-        InputError: If the text is neither.
-    """
+    """Reads a float or a fraction such as `8/255`; anything else is an `InputError`."""
     try:
         return float(read(text, float))
     except ValueError:
         raise InputError(f"{text!r} is not a number; write 0.03 or 8/255") from None
 
 
+_BOUNDS = {"above": gt, "at_least": ge, "below": lt, "at_most": le}
 _IN_WORDS = {float: "a finite number", int: "a whole number", bool: "true or false"}
 
 
@@ -305,18 +296,7 @@ def _checked(name: str, value: Any, bounds: dict[str, float]) -> Any:
         wanted = [f"one of {', '.join(names)}"] if names else []
         wanted += [_IN_WORDS.get(k, "nothing") for k in alternatives(kind) if get_origin(k) is None]
         raise InputError(f"{name} must be {' or '.join(wanted)}, got {value!r}") from None
-    if isinstance(value, float | int):
-        _check_bounds(name, value, bounds)
-    return value
-
-
-def _check_bounds(name: str, value: float, bounds: dict[str, float]) -> None:
-    tests = {
-        "above": lambda limit: value > limit,
-        "at_least": lambda limit: value >= limit,
-        "below": lambda limit: value < limit,
-        "at_most": lambda limit: value <= limit,
-    }
     for word, limit in bounds.items():
-        if not tests[word](limit):
+        if isinstance(value, float | int) and not _BOUNDS[word](value, limit):
             raise InputError(f"{name} must be {word.replace('_', ' ')} {limit}, got {value!r}")
+    return value

@@ -38,7 +38,6 @@ class Split:
     labels: Tensor
 
     def __post_init__(self) -> None:
-        """Checks the types and shapes."""
         images, labels = self.images, self.labels
         types = images.dtype, labels.dtype, images.ndim
         if types != (torch.uint8, torch.int64, 4) or labels.shape != images.shape[:1]:
@@ -46,7 +45,6 @@ class Split:
             raise InputError(f"a split needs uint8 [n, c, h, w] and int64 [n], these are {found}")
 
     def __len__(self) -> int:
-        """How many images there are."""
         return len(self.labels)
 
     def to(self, device: torch.device | str) -> "Split":
@@ -280,7 +278,6 @@ class DatasetSpec:
     """What is fixed about a data set before a byte of it is read.
 
     Attributes:
-        title: What tables and figures call it.
         image_shape: Channels, height, width in pixels.
         train_count: Images of the official training split, as many of each class.
         test_count: Images of the split that the kit tests on, likewise (the digits: about).
@@ -346,12 +343,8 @@ def stratified_order(labels: np.ndarray, seed: int) -> np.ndarray:
 def read_arrays(spec: DatasetSpec, root: Path | str | None) -> tuple[Arrays, dict[str, Any]]:
     """Reads a data set whole, from its cache in `data_root(root)`; the digits from scikit-learn.
 
-    Returns:
-        `train_images`, `train_labels`, `test_images` and `test_labels`, all uint8, and a record
-        with `title`, `class_names`, `mean`, `std` and `cache_sha256`.
-
-    Raises:
-        InputError: If the cache is missing or damaged; the message names the command that makes it.
+    Returns `train_images`, `train_labels`, `test_images` and `test_labels`, all uint8, and a record
+    with `title`, `class_names`, `mean`, `std` and `cache_sha256`.
     """
     if spec.name == "digits":
         return _digits(spec)

@@ -16,6 +16,7 @@ import platform
 import secrets
 import shutil
 import subprocess
+import tempfile
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -41,10 +42,6 @@ def locked(folder: Path) -> Iterator[None]:
     """Holds a run directory against other processes; a process that dies lets it go.
 
     What a kill in the middle of a write left there is cleared away.
-
-    Raises:
-        InputError: If another process holds it.
-        OSError: If the folder cannot be written to.
     """
     lock = FileLock(folder / LOCK)
     try:
@@ -66,12 +63,9 @@ def locked(folder: Path) -> Iterator[None]:
 def write_config(
     folder: Path, config: RunConfig, device: torch.device, digest: str | None = None
 ) -> None:
-    """Writes `config.json`, unless the folder has one of the same config already.
+    """Writes `config.json`, unless the folder has one of the same config and data already.
 
     The config is a resolved one, `digest` that of the data, see `engm.data.Dataset`.
-
-    Raises:
-        InputError: If the folder holds a run of another config, or on other data.
     """
     if (folder / CONFIG).exists():
         check_config(folder, config)
@@ -91,9 +85,6 @@ def check_data(folder: Path, digest: str | None) -> None:
     """Refuses data that are not those of the run in `folder`, though they have the same name.
 
     Runs from before digests were kept, and images that are in no cache, are not told apart.
-
-    Raises:
-        InputError: If the run was on the data of another digest.
     """
     origin = read_json(folder / CONFIG).get("environment")
     recorded = origin.get("data_sha256") if isinstance(origin, dict) else None
@@ -106,11 +97,7 @@ def check_data(folder: Path, digest: str | None) -> None:
 
 
 def read_config(folder: Path) -> RunConfig:
-    """Reads the config of the run in `folder`.
-
-    Raises:
-        InputError: If there is none, or it is not a config of this version of the kit.
-    """
+    """Reads the config of the run in `folder`; it must be one of this version of the kit."""
     if not (folder / CONFIG).exists():
         lacks = f"it has no {CONFIG}" if folder.is_dir() else "there is no such folder"
         raise InputError(f"{folder} is not a run directory: {lacks}; `engm train` makes one")
@@ -124,11 +111,7 @@ def read_config(folder: Path) -> RunConfig:
 
 
 def read_result(folder: Path) -> dict[str, Any]:
-    """Reads the result of the finished run in `folder`.
-
-    Raises:
-        InputError: If there is none, or it does not hold what a finished run writes.
-    """
+    """Reads the result of the finished run in `folder`; it must hold what such a run writes."""
     result = read_json(folder / RESULT)
     try:
         numbers = [result[w][f"{k}_accuracy"] for w in CHECKPOINTS for k in ("clean", "robust")]
@@ -161,9 +144,6 @@ def read_metrics(folder: Path, epochs: int | None = None) -> list[dict[str, Any]
     """Reads the whole lines of `metrics.jsonl`, in order; a line cut off at the end is left out.
 
     With `epochs`, as many lines, no more and no fewer.
-
-    Raises:
-        InputError: If there are fewer, or a line that was written whole is not a JSON object.
     """
     path = folder / METRICS
     # what follows the last newline is either nothing or a line cut off by a kill
@@ -199,11 +179,7 @@ def save_tensors(path: Path, state: dict[str, Any]) -> None:
 
 
 def load_tensors(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
-    """Reads what `save_tensors` wrote; no code from the file is run.
-
-    Raises:
-        InputError: If the file is missing, damaged, or holds more than tensors and plain values.
-    """
+    """Reads what `save_tensors` wrote; no code from the file is run."""
     try:
         # torch.load does not compare checksums: a flipped bit would be another weight
         with zipfile.ZipFile(path) as archive:
@@ -278,7 +254,8 @@ def _cpu() -> str:
 _REMEDIES = dict.fromkeys(
     (errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "make room, and make the same call again"
 ) | dict.fromkeys(
-    (errno.EACCES, errno.EPERM, errno.EROFS), "choose a folder that can be written to"
+    (errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR),
+    "choose a folder that can be written to",
 )
 
 
@@ -294,13 +271,21 @@ def writing(path: Path) -> Iterator[None]:
         raise OSError(error.errno, message, str(path)) from None
 
 
+def make_folder(folder: Path, instead: str) -> None:
+    """Makes a folder to write to; where that fails, an `InputError` says what to do `instead`."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise InputError(f"{folder} cannot be written to ({error.strerror}); {instead}") from None
+
+
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
     """Gives a temporary path beside `path`, and moves it there when the block ends well.
 
     A reader sees the old file or the new one, never a half: the bytes reach the disk before the
-    name does. If the block raises, the temporary file is removed and `path` is as it was. A folder
-    that is missing is created.
+    name does. If the block raises, `path` is as it was. A folder that is missing is created.
     """
     path = Path(path)
     temporary = path.parent / f".{path.name}.{secrets.token_hex(4)}.tmp"

@@ -150,6 +150,18 @@ def test_report_compares_writes_and_draws(runs, tmp_path):
     assert "extension is none of" in call("report", "x", "--out", tmp_path / "a.pdf", code=1)
 
 
+@pytest.mark.parametrize("option", ["--figures", "--out", "--logs"])
+def test_report_says_where_it_cannot_write_and_what_to_do(runs, tmp_path, option):
+    file = tmp_path / "file"
+    file.write_text("")
+    # nobody writes to /proc, not even root
+    for place in (file, file / "figures", Path("/proc/figures")):
+        said = call("report", runs[0], option, place, code=1)
+        assert f"Error: {place} cannot be written to (" in said
+        assert "; give another" in said and "Errno" not in said
+    assert file.read_text() == ""
+
+
 def test_report_takes_of_a_run_that_two_versions_made_the_last(runs, tmp_path):
     source = sorted(runs[0].iterdir())[0]
     for version in ("0.1.0", "0.0.9"):

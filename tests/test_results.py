@@ -323,9 +323,12 @@ def evaluated(folder, margin, worst=None, which="best", autoattack=None, **other
         attacks=tuple(AttackResult(a, Accuracy(k, n), how, 0.1, None) for a, k, how in attacks),
         worst=Accuracy(min(margin, autoattack or n) if worst is None else worst, n),
         curve={},
-        checks=tuple(Check(c, c not in what["flags"], "") for c in ("large eps", "loss")),
+        checks=tuple(
+            Check(c, c not in what["flags"], "")
+            for c in ("large eps", "loss", "warnings of AutoAttack")
+        ),
         skipped={},
-        autoattack=autoattack if autoattack is None else {"warnings": what.get("warnings", [])},
+        autoattack=None if autoattack is None else {},
         seed=config.seed,
         environment={},
     )
@@ -410,9 +413,10 @@ def test_settings_that_a_head_does_not_tell_are_refused(tmp_path):
 def test_seeds_that_were_not_evaluated_and_flags_are_said(tmp_path):
     for seed in range(3):
         folder = write_run(tmp_path, 0.6, seed=seed)
-        if seed:
-            evaluated(folder, 20, autoattack=12 if seed == 2 else None, flags=("large eps",),
-                      warnings=["w"])  # fmt: skip
+        if seed == 1:
+            evaluated(folder, 20, flags=("large eps",))
+        if seed == 2:
+            evaluated(folder, 20, autoattack=12, flags=("large eps", "warnings of AutoAttack"))
     _, remarks = results.evaluated(records_of(tmp_path))
     assert remarks[1:] == [
         "Digits, pgd_at, msgd: 2 of 3 seeds evaluated for PGD-20 margin (best, 40 images)",

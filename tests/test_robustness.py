@@ -304,6 +304,15 @@ def test_options_that_are_out_of_range_are_refused(change, message):
         engm.evaluate(model, split, **{"eps": 0.05} | change)
 
 
+@pytest.mark.parametrize("options", [{}, {"eps": 0.1}])
+def test_images_and_classes_in_two_arguments_are_refused_with_the_right_call(options):
+    model, split = linear_problem(4)
+    with pytest.raises(InputError, match=r"evaluate\(model, \(x, y\), eps=8 / 255\)"):
+        engm.evaluate(model, split.images, split.labels, **options)
+    with pytest.raises(TypeError, match="eps"):
+        engm.evaluate(model, (split.images, split.labels))
+
+
 # ---- AutoAttack, runs
 
 

@@ -17,14 +17,7 @@ from engm.config import RunConfig
 from engm.data import Dataset, Split, to_float
 from engm.errors import InputError, check_choice, check_count
 from engm.models import build_model
-from engm.runs import (
-    CHECKPOINTS,
-    check_data,
-    fits_config,
-    load_tensors,
-    read_config,
-    save_tensors,
-)
+from engm.runs import CHECKPOINTS, check_data, fits_config, load_tensors, read_config, save_tensors
 
 # float32 rounds x + perturbation: |x_adv - x| may exceed eps by some 1e-7
 _ROUNDING = 1e-5
@@ -51,12 +44,9 @@ class Attack(Protocol):
 class Attacked:
     """What an attack did to each of n examples; tensors are on the CPU.
 
-    Attributes:
-        correct: Whether the model still is right, `[n]` booleans, recomputed from `x_adv` as kept.
-        claimed: The same before `x_adv` was written; it differs where the file or the model does.
-        largest_perturbation: The largest norm of `x_adv - x`, in pixel units, at most eps.
-        x_adv: The adversarial examples.
-        answers: What the model says of each, `[n]` classes, -1 where a logit is nan.
+    `correct` says whether the model still is right on `x_adv` as kept, `[n]`, and `claimed` the
+    same before it was written; they differ where the file or the model does. `answers` are its
+    classes, -1 where a logit is nan. `largest_perturbation` is in pixel units.
     """
 
     correct: Tensor
@@ -92,10 +82,7 @@ def settings_of(attack: Attack) -> dict[str, Any]:
 
 
 def attack_of(config: RunConfig, *, num_steps: int | None = None) -> PGD:
-    """Returns the PGD that a run is evaluated with; one that stops at broken examples.
-
-    It takes `eval_steps` of the config, or `num_steps`.
-    """
+    """Returns the PGD that a run is evaluated with, of `eval_steps` or `num_steps`."""
     config = config.resolved()
     assert config.eps
     steps = config.eval_steps if num_steps is None else num_steps
@@ -106,8 +93,8 @@ def attack_of(config: RunConfig, *, num_steps: int | None = None) -> PGD:
 def validation_attack(config: RunConfig) -> PGD:
     """Returns the PGD that a run is watched with, of as many steps as its training takes.
 
-    One that trains with a single step gets the steps of its evaluation: a single one sees no
-    catastrophic overfitting, and would choose the wrong epoch.
+    A single one would see no catastrophic overfitting, and choose the wrong epoch: there it gets
+    the steps of the evaluation.
     """
     config = config.resolved()
     return attack_of(config, num_steps=None if config.method == "fast_at" else config.num_steps)
@@ -230,8 +217,7 @@ def recount(
 ) -> Attacked:
     """Judges adversarial examples, on the CPU, by themselves; with `save_to`, as read back from it.
 
-    Raises:
-        InputError: If one is outside the budget of `attack`.
+    One outside the budget of `attack` is an `InputError`.
     """
     if save_to is not None:
         if claimed is None:
@@ -280,10 +266,9 @@ def answers(
 
 
 def digest(call: str, model: nn.Module, tensors: Mapping[str, Tensor]) -> str:
-    """Returns a name for what decides a result: 32 hex digits of the SHA-256 of all of it.
+    """Returns a name for what decides a result: 32 hex digits of a SHA-256.
 
-    A model is its tensors and what it answers, which plain attributes may decide: put logits into
-    `tensors`.
+    Plain attributes of a model may decide what it answers: put its logits into `tensors`.
     """
     found = hashlib.sha256(call.encode())
     for name, tensor in [*tensors.items(), *model.named_parameters(), *model.named_buffers()]:
@@ -312,12 +297,7 @@ def kept(
 
 
 def load_model(folder: Path, which: str, dataset: Dataset) -> nn.Module:
-    """Returns the model of a checkpoint, in eval mode, on the dataset's device.
-
-    Raises:
-        InputError: If there is no such checkpoint, it does not fit the run's config, or the dataset
-            is another one.
-    """
+    """Returns the model of a checkpoint, in eval mode, on the device of the run's dataset."""
     check_choice("checkpoint", which, CHECKPOINTS)
     config = read_config(folder)
     if dataset.name != config.dataset:
@@ -339,10 +319,7 @@ def evaluate_run(
     save_to: Path | None = None,
     progress: bool = False,
 ) -> Evaluation:
-    """Evaluates a checkpoint of a run on the test set, with attack and seed of its config.
-
-    Arguments are those of `load_model` and `accuracy_under`.
-    """
+    """Evaluates a checkpoint of a run on the test set, with attack and seed of its config."""
     model, config = load_model(folder, which, dataset), read_config(folder)
     return accuracy_under(
         model,

@@ -25,19 +25,11 @@ from engm.evaluation.accuracy import Attack
 
 @dataclass(frozen=True, kw_only=True)
 class RandomSearch:
-    """Random patches of one colour; each is kept where it raises the margin loss.
+    """Random patches of one colour; each of `num_queries` is kept where it raises the margin loss.
 
     It needs no gradient, and is much weaker than PGD where gradients are sound: what it alone
     fools, PGD should have. Source: this kit, after the Square Attack of Andriushchenko et al. 2020
     (arXiv 1912.00049), of which AutoAttack runs the full version.
-
-    Attributes:
-        eps: Radius of the ball in pixels, at most 1 for "linf".
-        num_queries: How often the model is asked about an example.
-        norm: "linf" or "l2".
-
-    Raises:
-        InputError: If a setting is out of range.
     """
 
     eps: float
@@ -87,27 +79,19 @@ class RandomSearch:
         else:
             # a patch over all of the image has length eps, a smaller one less
             delta = delta + self.eps * patch / math.sqrt(patch[0].numel())
-            delta = self.eps * delta / _lengths(delta)
+            lengths = delta.flatten(1).norm(dim=1).clamp(min=torch.finfo(wide).tiny)
+            delta = self.eps * delta / lengths.view(-1, *[1] * (delta.ndim - 1))
         stored = PGD(eps=self.eps, norm=self.norm, step_size=1.0)._stored
         return stored((x + delta).clamp(0, 1), x)
 
 
 @dataclass(frozen=True, kw_only=True)
 class TargetedPGD:
-    """PGD towards the most likely other classes, one after the other, until the model is fooled.
+    """PGD towards the `targets` most likely other classes in turn, until the model is fooled.
 
     Each run climbs the logit of one class minus that of the true one, where the untargeted margin
-    may keep changing its mind. Source: Gowal et al. 2019, arXiv 1910.09338 (MultiTargeted), with
-    the classes that are most likely at x.
-
-    Attributes:
-        eps: Radius of the ball in pixels, at most 1 for "linf".
-        norm: "linf" or "l2".
-        num_steps: Steps towards each class; they shrink from 2 eps to 0.
-        targets: How many classes are tried, or as many as there are.
-
-    Raises:
-        InputError: If a setting is out of range.
+    may keep changing its mind, in steps that shrink from 2 eps to 0. Source: Gowal et al. 2019,
+    arXiv 1910.09338 (MultiTargeted), with the classes that are most likely at x.
     """
 
     eps: float
@@ -116,17 +100,15 @@ class TargetedPGD:
     targets: int = 3
 
     def __post_init__(self) -> None:
-        self._towards_one()
+        on_margin(self.eps, self.norm, self.num_steps)
         check_count("targets", self.targets)
-
-    def _towards_one(self) -> PGD:
-        return replace(on_margin(self.eps, self.norm, self.num_steps), stop_early=False)
 
     def __call__(
         self, model: Model, x: Tensor, y: Tensor, *, generator: torch.Generator | None = None
     ) -> Tensor:
         """Attacks a batch, with the arguments and the result of `PGD.__call__`."""
-        highest, pgd = check_batch(x, y), self._towards_one()
+        highest = check_batch(x, y)
+        pgd = replace(on_margin(self.eps, self.norm, self.num_steps), stop_early=False)
         best = x.detach().clone()
         if self.eps == 0 or len(x) == 0:
             return best
@@ -161,9 +143,7 @@ class Transfer:
     What a second model's images fool and the model's own gradients do not find, those gradients
     hide. Source: Papernot et al. 2017, arXiv 1602.02697.
 
-    Attributes:
-        attack: What is made.
-        source: The model that it is made on.
+    `attack` is what is made on the model `source`.
     """
 
     attack: Attack
@@ -228,9 +208,6 @@ def as_module(model: Model, dtype: torch.dtype) -> nn.Module:
 
     A plain function will do, and so will a model with weights of another dtype, or one that was
     made in inference mode (which autograd would not work with, and which is copied).
-
-    Raises:
-        InputError: If `model` cannot be called, or is a class.
     """
     if isinstance(model, type) or not callable(model):
         given = f"the class {model.__name__}" if isinstance(model, type) else repr(model)[:60]
@@ -263,8 +240,3 @@ def _patches(x: Tensor, share: float, generator: torch.Generator | None) -> Tens
     channels = x[0].numel() // (height * width)
     colours = torch.randint(2, (n, channels, 1, 1), device=device, generator=generator) * 2 - 1
     return (inside * colours.to(x.device)).to(x.dtype).reshape(x.shape)
-
-
-def _lengths(delta: Tensor) -> Tensor:
-    lengths = delta.flatten(1).norm(dim=1).clamp(min=torch.finfo(delta.dtype).tiny)
-    return lengths.view(-1, *[1] * (delta.ndim - 1))

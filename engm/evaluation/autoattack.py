@@ -27,13 +27,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from engm.attacks import (
-    Model,
-    check_pixels,
-    checked_logits,
-    eval_mode,
-    fooled,
-)
+from engm.attacks import Model, check_pixels, checked_logits, eval_mode, fooled
 from engm.errors import InputError, check_choice, check_count
 from engm.evaluation.accuracy import digest, kept
 from engm.evaluation.attacks import as_module
@@ -49,7 +43,7 @@ class AutoAttackResult:
     """What AutoAttack left of a model's accuracy.
 
     Attributes:
-        x_adv: `[n, ...]` with the dtype and device of x; x itself where no attack succeeded.
+        x_adv: As x, which it is where no attack succeeded.
         robust: `[n]` booleans, whether the model still answers y on `x_adv`. Recomputed from it.
         counts: Examples classified rightly, by "clean", and after each attack in their order.
         seed: The seed of every attack and chunk.

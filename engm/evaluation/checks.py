@@ -89,14 +89,13 @@ def more_steps(attacks: Mapping[str, Attack], standing: Mapping[str, Tensor]) ->
     pairs = [
         (f, m) for f in kinds for m in kinds if kinds[f][0] == kinds[m][0] and kinds[f] < kinds[m]
     ]
-    seen, n = f"In {len(pairs)} pairs, the attack with more steps is no weaker", 100
     for few, many in pairs:
-        n = len(standing[many])
         if clearly_more(standing[many], standing[few]):
             seen = f"{many} leaves {_share(standing[many])} standing, {few} only "
             wrong = "more steps must not be weaker: look at the step size and at the gradients"
             return _judged("more steps", False, seen + _share(standing[few]), wrong)
-    return _judged("more steps", True, seen, n=n)
+    seen = f"In {len(pairs)} pairs, the attack with more steps is no weaker"
+    return _judged("more steps", True, seen, n=len(standing[pairs[0][0]]) if pairs else 100)
 
 
 def success_rises(curve: Mapping[float, Tensor]) -> Check:
@@ -160,18 +159,6 @@ def autoattack_gap(standing: Tensor, rest: Tensor) -> Check:
         f"AutoAttack leaves {_share(standing)}, the other attacks together {_share(rest)}",
         "so large a gap says that plain PGD fails here: quote AutoAttack, and find out why",
         len(rest),
-    )
-
-
-def below_clean(clean: Tensor, standing: Mapping[str, Tensor]) -> Check:
-    """Checks that no attack leaves clearly more examples right than are right without it."""
-    name = max(standing, key=lambda name: int(standing[name].sum()))
-    return _judged(
-        "below clean",
-        not clearly_more(standing[name], clean),
-        f"{name}, the weakest attack, leaves {_share(standing[name])}; clean {_share(clean)}",
-        "does it go down the loss, or towards y?",
-        len(clean),
     )
 
 
@@ -239,10 +226,17 @@ def after_attacks(
         name for name, attack in attacks.items() if isinstance(attack, RandomSearch | Transfer)
     }
     white = {name: mask for name, mask in standing.items() if name in set(attacks) - blind}
-    largest = max(curve)
+    largest, weakest = max(curve), max(standing, key=lambda name: int(standing[name].sum()))
     made = [
         kept_results(found, eps),
-        below_clean(clean, standing),
+        _judged(
+            "below clean",
+            not clearly_more(standing[weakest], clean),
+            f"{weakest}, the weakest attack, leaves {_share(standing[weakest])}; clean "
+            f"{_share(clean)}",
+            "does it go down the loss, or towards y?",
+            len(clean),
+        ),
         # where eps is so large that images have no room for it, half of all there is
         budget_used(found, min(eps, largest / 2)),
         more_steps(attacks, standing),
@@ -263,10 +257,7 @@ def _share(standing: Tensor) -> str:
 
 
 def num_classes(model: nn.Module, x: Tensor, y: Tensor) -> int:
-    """Returns the number of classes; refuses a model and examples that no attack can be made on.
-
-    Arguments are those of `engm.attacks.PGD.__call__`; an InputError gives the reason.
-    """
+    """Returns the number of classes; refuses a model and examples that no attack can be made on."""
     highest = check_batch(x, y)
     if len(y) == 0:
         raise InputError("there is no example to evaluate on")
@@ -447,27 +438,24 @@ def repeatable(model: nn.Module, x: Tensor) -> Check:
     # what kernels for other batch sizes round differently
     allowed = max(1e-3, 16 * torch.finfo(once.dtype).eps) * spread
     moves = [(once - other).float().abs().max().item() for other in (again, apart)]
-    seen = f"Logits move by up to {max(moves):.3g} (their spread is {spread:.3g}) between two "
-    seen += "passes of the same images"
     if moved or unpacked:
         what = f"changes {moved[0]}" if moved else "takes gradients"
-        name, seen = "test-time training", f"The model {what} while it answers"
         wrong = "attacks do not see what they will meet: take that out, or attack through all of it"
-    elif moves[0] <= allowed:
-        name, seen = "batch statistics", f"{seen} among others"
+        return _judged("test-time training", False, f"The model {what} while it answers", wrong)
+    if max(moves) <= allowed:
+        return _judged("randomness", True, "Two passes, in other batches, give the same logits")
+    seen = f"Logits move by up to {max(moves):.3g} (their spread is {spread:.3g}) between two "
+    seen += "passes of the same images"
+    if moves[0] <= allowed:
         wrong = "as BatchNorm in train mode has it, or noise from a fixed seed, no image has an "
         wrong += "answer of its own: take that out"
-    else:
-        name = "randomness"
-        wrong = "the model draws random numbers, and each attack meets others: take them out, or "
-        wrong += "attack the mean over many draws"
-    if not moved and not unpacked and max(moves) <= allowed:
-        return _judged("randomness", True, "Two passes, in other batches, give the same logits")
-    return _judged(name, False, seen, wrong)
+        return _judged("batch statistics", False, f"{seen} among others", wrong)
+    wrong = "the model draws random numbers, and each attack meets others: take them out, or "
+    return _judged("randomness", False, seen, f"{wrong}attack the mean over many draws")
 
 
 def gradients(model: nn.Module, x: Tensor, y: Tensor) -> list[Check]:
-    """Checks that gradients w.r.t. the pixels are not zero, and that the margin follows its own.
+    """Checks that gradients w.r.t. the pixels are there, and the margin follows its own.
 
     `x` are images that are classified rightly, as `y`.
     """

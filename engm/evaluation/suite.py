@@ -7,10 +7,12 @@ report.flags
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec
 
 import numpy as np
 import torch
@@ -22,14 +24,7 @@ from engm.config import parse_number
 from engm.data import Dataset, Split, stratified_order, to_float
 from engm.errors import InputError
 from engm.evaluation import checks
-from engm.evaluation.accuracy import (
-    Attack,
-    Attacked,
-    correct,
-    load_model,
-    recount,
-    run_attack,
-)
+from engm.evaluation.accuracy import Attack, Attacked, correct, load_model, recount, run_attack
 from engm.evaluation.attacks import (
     RandomSearch,
     StraightThrough,
@@ -82,17 +77,17 @@ class Accuracy:
         ends = [self.interval.low, self.interval.high]
         return {"accuracy": self.fraction, "count": self.count, "interval": ends}
 
-    def __str__(self) -> str:
+    def cells(self) -> tuple[str, str]:
+        """Returns the accuracy and its interval in percent."""
         interval = self.interval
-        return f"{self.fraction:.1%} | {interval.low:.1%} to {interval.high:.1%}"
+        return f"{self.fraction:.1%}", f"{interval.low:.1%} to {interval.high:.1%}"
 
 
 @dataclass(frozen=True)
 class AttackResult:
-    """What one attack left; the attack is `name` in the table, and `settings` says what it did.
+    """What one attack, called `name` in the table, left.
 
-    `largest_perturbation` is in pixel units, at most eps. `file`, in the folder that was asked for,
-    has the adversarial examples that `accuracy` was recomputed from.
+    `largest_perturbation` is in pixel units; `file` has the adversarial examples that were counted.
     """
 
     name: str
@@ -168,10 +163,13 @@ class RobustnessReport:
 
     def to_markdown(self) -> str:
         """Returns the tables that a person reads: accuracies, curve, checks."""
-        rows: list[tuple[str, Any, str]] = [("clean", self.clean, "")]
-        rows += [(r.name, r.accuracy, r.settings) for r in self.attacks]
-        rows += [(name, "not run | ", reason) for name, reason in self.skipped.items()]
-        rows.append(("**worst case**", self.worst, "each example under the attack worst for it"))
+        last = "each example under the attack worst for it"
+        rows = [
+            ("clean", *self.clean.cells(), ""),
+            *((r.name, *r.accuracy.cells(), r.settings) for r in self.attacks),
+            *((name, "not run", "", reason) for name, reason in self.skipped.items()),
+            ("**worst case**", *self.worst.cells(), last),
+        ]
         head = ("attack", "accuracy", "95% interval", "settings")
         curve = "; ".join(f"{eps:.4g}: {a.fraction:.1%}" for eps, a in self.curve.items())
         marks = [
@@ -186,7 +184,7 @@ class RobustnessReport:
             [
                 f"{self.clean.n} examples, {self.norm} eps {self.eps:.6g}, seed {self.seed}",
                 "",
-                markdown(head, [(name, *str(a).split(" | "), how) for name, a, how in rows]),
+                markdown(head, rows),
                 f"Accuracy over eps (PGD on the margin): {curve}",
                 "",
                 f"{verdict}:" if self.flags else f"All {len(self.checks)} checks pass:",
@@ -197,8 +195,7 @@ class RobustnessReport:
             ]
         )
 
-    def __str__(self) -> str:
-        return self.to_markdown()
+    __str__ = to_markdown
 
 
 def in_words(attack: Attack) -> str:
@@ -207,9 +204,8 @@ def in_words(attack: Attack) -> str:
         return f"one step of {attack.eps:.4g}"
     if isinstance(attack, PGD):
         starts = f"{attack.restarts} random start" + "s" * (attack.restarts > 1)
-        length = f"of {attack.step_size:.4g}"
-        if attack.decay:
-            length = f"from {attack.step_size:.4g} down to 0"
+        size = f"{attack.step_size:.4g}"
+        length = f"from {size} down to 0" if attack.decay else f"of {size}"
         return f"{attack.num_steps} steps {length}, {starts if attack.random_start else 'from x'}"
     if isinstance(attack, RandomSearch):
         return f"{attack.num_queries} queries, no gradient"
@@ -247,6 +243,24 @@ def standard_attacks(eps: float, norm: str = "linf", num_steps: int = _STEPS) ->
     }
 
 
+P = ParamSpec("P")
+
+
+def _one_pair(evaluate: Callable[P, RobustnessReport]) -> Callable[P, RobustnessReport]:
+    # the y of evaluate(model, x, y) would end in a TypeError that names no way out
+    @wraps(evaluate)
+    def call(*given: P.args, **options: P.kwargs) -> RobustnessReport:
+        if len(given) > 2:
+            raise InputError(
+                "images and classes are one argument, and all others have names: "
+                "evaluate(model, (x, y), eps=8 / 255)"
+            )
+        return evaluate(*given, **options)
+
+    return call
+
+
+@_one_pair
 @torch.inference_mode(False)
 def evaluate(
     model: Model,
@@ -326,7 +340,7 @@ def evaluate(
             standard(eps), lambda x: torch.stack([source(x) for _ in range(_DRAWS)]).mean(0)
         )
     files = {} if save_to is None else _file_names([_AUTOATTACK, *counted])
-    paths = {} if save_to is None else {name: save_to / file for name, file in files.items()}
+    paths = {name: save_to / file for name, file in files.items()} if save_to else {}
     settings = {name: in_words(attack) for name, attack in counted.items()}
     how: dict[str, Any] = {"batch_size": batch_size, "progress": progress}
     strongest = broken = None
@@ -339,11 +353,13 @@ def evaluate(
             attack = replace(attack, attacks=fit) if unfit else attack
             chunks = None if save_to is None else save_to / "autoattack-chunks"
             strongest = attack.run(source, x, y, save_to=chunks, **how)
-            there, claimed = strongest.x_adv.cpu(), strongest.robust.cpu()
-            where: dict[str, Any] = dict(batch_size=batch_size, save_to=paths.get(_AUTOATTACK))
-            broken = recount(model, x, y, attack, there, claimed=claimed, **where)
-            names = ", ".join(name for name in strongest.counts if name != "clean")
-            settings[_AUTOATTACK] = f"{'a part' if unfit else 'standard'}: {names}"
+            broken = recount(
+                *(model, x, y, attack, strongest.x_adv.cpu()),
+                claimed=strongest.robust.cpu(),
+                batch_size=batch_size,
+                save_to=paths.get(_AUTOATTACK),
+            )
+            settings[_AUTOATTACK] = f"{'a part' if unfit else 'standard'}: {', '.join(fit)}"
 
     def attacked_by(attack: Attack, path: Path | None = None) -> Attacked:
         if source is not model and not isinstance(attack, RandomSearch | Transfer):
@@ -382,9 +398,14 @@ def evaluate(
         norm=norm,
         clean=Accuracy.of(clean),
         attacks=tuple(
-            AttackResult(name, Accuracy.of(a.correct), settings[name], a.largest_perturbation, file)
-            for name, a in found.items()
-            for file in [files.get(name)]
+            AttackResult(
+                name,
+                Accuracy.of(outcome.correct),
+                settings[name],
+                outcome.largest_perturbation,
+                files.get(name),
+            )
+            for name, outcome in found.items()
         ),
         worst=Accuracy.of(worst),
         curve={radius: Accuracy.of(standing) for radius, standing in curve.items()},
@@ -401,13 +422,11 @@ def _worst(standing: Tensor, *found: Attacked) -> Tensor:
 
 
 def _budget(eps: Any) -> float:
-    try:
+    with suppress(TypeError, ValueError):
         number = parse_number(eps) if isinstance(eps, str) else float(eps)
-    except (TypeError, ValueError):
-        number = math.nan
-    if not number > 0:
-        raise InputError(f"eps must be above 0, got {eps!r}; it is in pixel units, as in 8/255")
-    return eps if type(eps) is int else number
+        if number > 0:
+            return eps if type(eps) is int else number
+    raise InputError(f"eps must be above 0, got {eps!r}; it is in pixel units, as in 8/255")
 
 
 def _tensors(data: Any, model: Any) -> tuple[Tensor, Tensor]:
@@ -491,9 +510,6 @@ def evaluate_checkpoint(
         images: How many test images, evenly over the classes and always the same; by default all.
         autoattack: Also run AutoAttack; it goes on where an earlier call was cut off.
         progress: Show progress bars.
-
-    Raises:
-        InputError: If there is no such checkpoint, or an option is out of range.
     """
     config, test = read_config(folder).resolved(), dataset.test
     model = load_model(folder, which, dataset)

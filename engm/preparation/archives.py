@@ -42,10 +42,9 @@ _BROKEN = (
 def list_files(path: Path) -> list[str]:
     """Names the files of a folder or archive, with `/` between folders; hidden ones are left out.
 
-    Raises:
-        InputError: If there is nothing at `path`, it is not a whole zip or tar, it would unpack to
-            more than `MAX_BYTES` or `MAX_FILES`, or it holds links, devices, paths that lead out of
-            it, headers beyond `MAX_HEADER_BYTES`, or one name twice.
+    Refused is what is no whole zip or tar, unpacks to more than `MAX_BYTES` or `MAX_FILES`, or
+    holds links, devices, paths that lead out of it, headers beyond `MAX_HEADER_BYTES`, or a name
+    twice.
     """
     names = [name for name, _, _ in _entries(path)]
     twice, times = max(Counter(names).items(), key=lambda item: item[1], default=("", 0))
@@ -55,12 +54,7 @@ def list_files(path: Path) -> list[str]:
 
 
 def read_files(path: Path, wanted: Collection[str]) -> Iterator[tuple[str, bytes]]:
-    """Gives name and content of the `wanted` files, in the order in which they are stored.
-
-    Raises:
-        InputError: As `list_files`, or if a wanted file is not there or is larger than
-            `MAX_FILE_BYTES`.
-    """
+    """Gives name and content of the `wanted` files, in the order in which they are stored."""
     missing = set(wanted)
     for name, size, read in _entries(path):
         if name in missing:
@@ -112,8 +106,7 @@ def _folder_entries(path: Path) -> Iterator[_Entry]:
 def _zip_entries(path: Path) -> Iterator[_Entry]:
     with zipfile.ZipFile(path) as archive:
         members = archive.infolist()
-        _check_count(path, len(members))
-        _check_size(path, sum(member.file_size for member in members))
+        _check_extent(path, len(members), sum(member.file_size for member in members))
         for member in members:
             name = _checked_name(path, member.filename)
             mode = stat.S_IFMT(member.external_attr >> 16)
@@ -136,8 +129,7 @@ def _tar_entries(path: Path, stream: BinaryIO) -> Iterator[_Entry]:
             if not (member.isfile() or member.isdir()) or member.issparse():
                 raise _not_a_file(path, member.name)
             count, size = count + 1, size + member.size
-            _check_count(path, count)
-            _check_size(path, size)
+            _check_extent(path, count, size)
             counted.allow(member.size if member.isfile() else 0)
             if name is not None and member.isfile():
                 yield name, member.size, partial(_tar_content, archive, member)
@@ -168,7 +160,7 @@ class _Counted(io.RawIOBase):
         content = self.stream.read(len(buffer))
         buffer[: len(content)] = content
         self.count += len(content)
-        _check_size(self.path, self.count)
+        _check_extent(self.path, 0, self.count)
         if self.count > self.allowed:
             raise InputError(
                 f"{self.path} holds a header of more than {MAX_HEADER_BYTES / 2**20:.3g} MB, which "
@@ -177,19 +169,13 @@ class _Counted(io.RawIOBase):
         return len(content)
 
 
-def _check_count(path: Path, count: int) -> None:
-    if count > MAX_FILES:
+def _check_extent(path: Path, count: int, size: int) -> None:
+    if count > MAX_FILES or size > MAX_BYTES:
+        files = f"holds more than {MAX_FILES:,} files"
+        found = files if count > MAX_FILES else f"unpacks to more than {MAX_BYTES / 2**30:.3g} GB"
         raise InputError(
-            f"{path} holds more than {MAX_FILES:,} files, no data set of the kit does; "
-            "if it is right, unpack it yourself and give the folder"
-        )
-
-
-def _check_size(path: Path, size: int) -> None:
-    if size > MAX_BYTES:
-        raise InputError(
-            f"{path} unpacks to more than {MAX_BYTES / 2**30:.3g} GB, no data set of the kit does; "
-            "if it is right, unpack it yourself and give the folder"
+            f"{path} {found}, no data set of the kit does; if it is right, unpack it yourself and "
+            "give the folder"
         )
 
 
@@ -206,8 +192,7 @@ def _checked_name(path: Path, name: str) -> str | None:
 def _not_a_file(path: Path, name: str) -> InputError:
     return InputError(
         f"{path} holds {name!r}, a link or a device or a file with holes, which no data set of "
-        "the kit has; "
-        "fetch it elsewhere"
+        "the kit has; fetch it elsewhere"
     )
 
 

@@ -15,30 +15,16 @@ import numpy as np
 from engm.data import DatasetSpec
 from engm.errors import InputError
 from engm.preparation.layouts import Contents, read_dataset
-from engm.runs import atomic_path, write_json
+from engm.runs import atomic_path, make_folder, write_json
 
 
 def prepare(spec: DatasetSpec, archive: Path | None, root: Path) -> Path:
     """Writes the cache of one data set into `root`; what is there is replaced when all is well.
 
-    Args:
-        spec: Which data set, and the counts that it must have.
-        archive: A zip, a tar or a folder; None downloads the official files.
-        root: The folder to write to.
-
-    Returns:
-        The path of the cache file.
-
-    Raises:
-        InputError: If anything is wrong with the source or the folder; nothing was written then.
+    `archive` is a zip, a tar or a folder; without one the official files are downloaded. Where
+    anything is wrong with them nothing is written. Returns the path of the cache.
     """
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=root).close()
-    except OSError as error:
-        raise InputError(
-            f"{root} cannot be written to ({error.strerror}); give another folder with --root"
-        ) from None
+    make_folder(root, "give another folder with --root")
     if archive is not None:
         return _convert(spec, archive, archive.name, root)
     with tempfile.TemporaryDirectory(prefix=".download-", dir=root) as folder:

@@ -44,12 +44,8 @@ _UNDERSTOOD = {
 class Contents:
     """A data set as it was found.
 
-    Attributes:
-        arrays: `train_images` and `test_images`, uint8 [n, c, h, w]; `train_labels` and
-            `test_labels`, uint8 [n].
-        class_names: In the order of the labels.
-        title: What tables call it; a re-encoding is told apart from the official files.
-        official: Whether these are the official files, not images that somebody made of them.
+    `arrays` has `train_images` and `test_images`, uint8 [n, c, h, w], with `train_labels` and
+    `test_labels`, uint8 [n]. `title` tells a re-encoding apart from the `official` files.
     """
 
     arrays: dict[str, np.ndarray]
@@ -59,16 +55,10 @@ class Contents:
 
 
 def read_dataset(spec: DatasetSpec, path: Path) -> Contents:
-    """Reads a data set from an archive or a folder, and checks it.
+    """Reads a data set from a zip, a tar or a folder, and checks it against its `spec`.
 
-    Args:
-        spec: What it has to hold.
-        path: A zip, a tar or a folder: the official files, or `train/<class>/*.png` (or other
-            image files) with `test/<class>/*.png` or `val/<class>/*.png`.
-
-    Raises:
-        InputError: If `path` cannot be read, has no layout that is understood, or holds other
-            counts, shapes or labels than the official ones.
+    There are the official files, or `train/<class>/*.png` (or other image files) with
+    `test/<class>/*.png` or `val/<class>/*.png`.
     """
     names = list_files(path)
     official: dict[str, Callable[[DatasetSpec, Path, list[str]], Contents | None]] = {

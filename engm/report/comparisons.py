@@ -46,20 +46,15 @@ _BELONGING = {
 class Difference(Quantity):
     """A quantity that is shown with its sign, in percentage points."""
 
-    def percent(self) -> str:
-        """As for `Quantity`, with the sign of the mean."""
-        return f"{100 * self.mean:+.1f}{self._spread()}"
+    _format = "+.1f"
 
 
 @dataclass(frozen=True)
 class Comparison:
     """One optimizer, or value of a setting, against a baseline over the seeds that both have.
 
-    Attributes:
-        settings: What the first one's runs are, where runs differ.
-        baseline: The other optimizer or value, and its values of what was chosen.
-        quantity: What was compared, such as "robust (best)".
-        paired: The differences, and what they say.
+    `settings` are those of the first one's runs, where runs differ; `baseline` is the other, with
+    its values of what was chosen; `quantity` what was compared, such as "robust (best)".
     """
 
     settings: dict[str, Any]
@@ -72,9 +67,6 @@ def setting_of(baseline: str) -> tuple[str, str]:
     """Reads the setting that runs are compared by and the baseline's value, as text.
 
     That is `precision=float32`, or `msgd` for `optimizer=msgd`.
-
-    Raises:
-        InputError: If runs cannot be compared by it; the message lists the settings.
     """
     name, equals, value = baseline.partition("=")
     if not equals:

@@ -7,11 +7,11 @@ gets a column of its own, so no mean is of two things.
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from statistics import mean, median, stdev
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from engm.attacks import FGSM, PGD
 from engm.config import RunConfig
@@ -48,6 +48,7 @@ class Quantity:
     mean: float
     deviation: float | None
     n: int
+    _format: ClassVar[str] = ".1f"
 
     @classmethod
     def of(cls, values: Sequence[float]) -> "Quantity":
@@ -56,28 +57,18 @@ class Quantity:
 
     def percent(self) -> str:
         """Returns the mean, and the deviation where there is one, in percent."""
-        return f"{100 * self.mean:.1f}{self._spread()}"
+        spread = "" if self.deviation is None else f" ± {100 * self.deviation:.1f}"
+        return f"{100 * self.mean:{self._format}}{spread}"
 
-    def __str__(self) -> str:
-        return self.percent()
+    __str__ = percent
 
     def numbers(self) -> dict[str, float | None]:
         """Returns all three, accuracies as fractions, for files that machines read."""
         return {"mean": self.mean, "sd": self.deviation, "n": self.n}
 
-    def _spread(self) -> str:
-        return "" if self.deviation is None else f" ± {100 * self.deviation:.1f}"
-
 
 def collect(root: Path) -> tuple[list[Record], list[Path]]:
-    """Finds the runs at or below `root`.
-
-    Returns:
-        The finished ones, and the folders of those that are not.
-
-    Raises:
-        InputError: If there is no run at all, or a run cannot be read.
-    """
+    """Finds the runs at or below `root`: finished ones, and the folders of those that are not."""
     folders = sorted(path.parent for path in Path(root).rglob(CONFIG))
     if not folders:
         place = Path(root).resolve()
@@ -94,11 +85,7 @@ def read_record(folder: Path) -> Record:
 def check_protocol(records: Iterable[Record]) -> None:
     """Refuses runs that were not evaluated alike: their accuracies would be of different things.
 
-    Alike means the same data and number of test images, the same eps, norm and steps of the attack,
-    and the same attack in words.
-
-    Raises:
-        InputError: If they differ; the message says in what, and how many runs have which value.
+    Alike means the same data and number of test images, and the same attack in all its settings.
     """
     differences = _differences([_protocol(record) for record in records])
     if differences:
@@ -116,35 +103,31 @@ def provenance(records: Iterable[Record]) -> list[str]:
 def costs(records: Sequence[Record]) -> list[dict[str, Any]]:
     """Says of each row of `summarise`, in their order, what its runs took and on what they ran.
 
-    Seconds of an epoch are the median over all epochs and seeds, training with validation; versions
-    and commits are those when the runs ended.
+    Seconds are the median over all epochs and seeds, training with validation.
     """
     rows = []
     for settings, members in groups_of(records):
         lines = [line for member in members for line in read_metrics(member.folder)]
         times = [line["seconds"] for line in lines if type(line.get("seconds")) in (int, float)]
         seconds = float(median(times)) if times else 0.0
-        row = {
-            **settings,
+        took = {
             "seconds an epoch": seconds or "",
             "epochs an hour": 3600 / seconds if seconds else "",
         }
         origins = [_origin(member) for member in members]
-        for name in ("device", "torch", "commit"):
-            row[name] = listed(dict.fromkeys(origin[name] for origin in origins))
-        rows.append({**row, "seeds": len(members)})
+        where = {
+            name: listed(dict.fromkeys(origin[name] for origin in origins))
+            for name in ("device", "torch", "commit")
+        }
+        rows.append(settings | took | where | {"seeds": len(members)})
     return rows
 
 
 def summarise(records: Sequence[Record]) -> list[dict[str, Any]]:
     """Puts finished runs that differ in nothing but their seed into one row.
 
-    Returns:
-        A row for each config, sorted: the settings in which the runs differ, and the `Quantity` of
-        each accuracy. All other settings are the same in every row.
-
-    Raises:
-        InputError: If two records are the same run, which would count twice.
+    Rows are sorted, and have the settings in which the runs differ, then the `Quantity` of each
+    accuracy. Two records of the same run, which would count twice, are refused.
     """
     refuse_copies(records)
     rows = []
@@ -169,8 +152,8 @@ def near_chance(members: Sequence[Record]) -> str:
     """Says how many of the runs of a row do as well as guessing; empty for most.
 
     That is a robust accuracy of at most 1.5 / K, with K classes; source: this kit. A network that
-    gives one answer to all images has 1 / K, whatever the attack. Natural training, from which
-    nothing else is expected, is left out.
+    gives one answer to all images has 1 / K, whatever the attack. Of natural training nothing else
+    is expected.
     """
     config, found = members[0].config, []
     limit = _NEAR_CHANCE / (config.classes or SPECS[config.dataset].num_classes)
@@ -239,9 +222,6 @@ def refuse_copies(records: Iterable[Record]) -> None:
 
     The first would count twice, the others would be averaged. Logs of old do not have the digest
     of their data; their title is believed.
-
-    Raises:
-        InputError: If there is either; the message names two folders.
     """
     seen: dict[Any, Path] = {}
     data: dict[str, tuple[str, Path]] = {}
@@ -277,8 +257,7 @@ def groups_of(
 ) -> list[tuple[dict[str, Any], list[Record]]]:
     """Puts together runs that agree in all but their seed and `without`.
 
-    Returns:
-        The settings in which the groups differ, and the runs of each group, sorted by the settings.
+    Each group has the settings in which the groups differ, by which they are sorted, and its runs.
     """
     groups: dict[str, list[Record]] = defaultdict(list)
     for record in records:
@@ -296,16 +275,13 @@ def groups_of(
         for setting, members in zip(settings, groups.values(), strict=True)
     ]
     # by kind first: a scale is a number or a word
-    by: Callable[[Any], Any] = lambda pair: [(str(type(v)), v) for v in pair[0].values()]  # noqa: E731
-    return sorted(found, key=by)
+    return sorted(found, key=lambda pair: [(str(type(v)), v) for v in pair[0].values()])
 
 
 def in_words(settings: dict[str, Any], names: Collection[str] | None = None) -> str:
     """Returns settings as a phrase, such as "engm, lr 0.1"; of `names` only, where given."""
-    shown = (
-        settings.items() if names is None else ((n, settings[n]) for n in names if n in settings)
-    )
-    return ", ".join(short(v) if n in ALWAYS else f"{n} {short(v)}" for n, v in shown)
+    shown = {n: settings[n] for n in (settings if names is None else names) if n in settings}
+    return ", ".join(short(v) if n in ALWAYS else f"{n} {short(v)}" for n, v in shown.items())
 
 
 def listed(values: Iterable[Any]) -> str:
@@ -319,8 +295,7 @@ def listed(values: Iterable[Any]) -> str:
 class Column(NamedTuple):
     """What an accuracy was measured of; columns are sorted by their fields.
 
-    `place` is that among the columns of its checkpoint; `other`, such as ", linf eps 0.1", what was
-    not as the config of the run says.
+    `place` is that among the columns of its checkpoint; `other` what is not as the config says.
     """
 
     which: str
@@ -337,10 +312,8 @@ class Column(NamedTuple):
 def measured(record: Record) -> tuple[dict[Column, tuple[float, str]], Counter[str]]:
     """Reads what `engm evaluate` wrote in a run directory; an InputError names a wrong file.
 
-    Returns:
-        Accuracy, and the settings of its attacks in words: of PGD on the margin, of AutoAttack
-        where it ran, and of the worst case over all attacks, for each checkpoint that was
-        evaluated; and the checks that raised a flag, with their number.
+    Returns accuracy and attack in words, for PGD on the margin, AutoAttack where it ran, and the
+    worst case over all attacks of each checkpoint; and the number of flags of each check.
     """
     found: dict[Column, tuple[float, str]] = {}
     flags = Counter[str]()
@@ -352,8 +325,6 @@ def measured(record: Record) -> tuple[dict[Column, tuple[float, str]], Counter[s
         try:
             found |= _columns(record.config, which, facts)
             names = [str(check["name"]) for check in facts["checks"] if not check["passed"]]
-            if facts["autoattack"] and facts["autoattack"]["warnings"]:
-                names.append("warnings of AutoAttack")  # itself a check, in newer files
             flags.update(dict.fromkeys(names, 1))
         except (KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError):
             raise InputError(
@@ -367,12 +338,8 @@ def evaluated(
 ) -> tuple[list[dict[str, Quantity | str]], list[str]]:
     """Returns the further cells of each row of `summarise`, in their order, and remarks on them.
 
-    Args:
-        records: Finished runs; those without evaluations have no part in the means.
-        mixed: Allow other settings of the attacks in other rows; within a row they never mix.
-
-    Raises:
-        InputError: If accuracies of one column are of attacks with different settings.
+    Runs without evaluations have no part in the means. `mixed` allows other settings of the attacks
+    in other rows; within a row they never mix.
     """
     groups, found = groups_of(records), {id(record): measured(record) for record in records}
     columns = sorted({column for cells, _ in found.values() for column in cells})

@@ -13,7 +13,7 @@ from engm.report import records as results
 from engm.report.comparisons import OF_OPTIMIZERS, READ_BY
 from engm.report.records import EVALUATIONS, Record, refuse_copies
 from engm.report.statistics import Paired
-from engm.runs import CONFIG, METRICS, RESULT, read_metrics, write_bytes, write_text
+from engm.runs import CONFIG, METRICS, RESULT, make_folder, read_metrics, write_bytes, write_text
 
 if TYPE_CHECKING:
     import pandas
@@ -50,8 +50,8 @@ class RunReport:
     def parts(self, kind: str) -> dict[str, Sequence[dict[str, Any]]]:
         """Returns the rows of "summary", and of "differences" and "costs" where there are any.
 
-        Notes on rows are a column of the summary, but in markdown, where remarks say the same. On
-        paper and pages what goes along with the data or the method is no column, but a remark.
+        Notes on rows are a column, but in markdown, where remarks say the same. On paper and pages
+        what goes along with the data or the method is no column, but a remark.
         """
         summary = self.summary
         if any(self.notes) and kind != "markdown":
@@ -84,12 +84,10 @@ class RunReport:
         A CSV file holds one table: the others go beside it, as `NAME-differences.csv`. In a
         folder the files are called `report.md`, `report.csv` and so on, every format unless one is
         asked for, and `runs.csv` has one line a run.
-
-        Raises:
-            InputError: If the extension is unknown, or another than that of `kind`.
         """
         if out.suffix and not out.is_dir():
             return self._write_file(out, format_of(out, kind))
+        make_folder(out, "give another file or folder for the tables")
         files = []
         for name in tables.FORMATS if kind is None else [kind]:
             files += self._write_file(out / f"report{tables.FORMATS[name][0]}", name)
@@ -102,6 +100,7 @@ class RunReport:
         """Writes the figures as PNG files, for example `best_and_last.png`, into `folder`."""
         from engm import plots
 
+        make_folder(folder, "give another folder for the figures")
         files = []
         for name, (_, figure) in self.figures().items():
             files.append(folder / f"{name}.png")
@@ -174,18 +173,15 @@ def build(
     mixed: bool = False,
     costs: bool = False,
 ) -> RunReport:
-    """Puts runs side by side.
+    """Puts finished runs side by side.
 
     Args:
-        records: Finished runs.
+        records: The runs.
         compare: The baseline, see `comparisons.setting_of`.
         choose: Settings of which each optimizer (or value of the compared setting) keeps the value
             that the validation images prefer.
         mixed: Allow runs that were not evaluated alike.
         costs: Add what the runs took, and on what hardware.
-
-    Raises:
-        InputError: If runs were not evaluated alike, are there twice, or cannot be compared.
     """
     if not mixed:
         results.check_protocol(records)
@@ -254,11 +250,7 @@ _TIMES = (
 
 
 def format_of(path: Path, kind: str | None) -> str:
-    """Returns the format that the extension of a file stands for.
-
-    Raises:
-        InputError: If it stands for none, or for another than `kind`.
-    """
+    """Returns the format that the extension of a file stands for; refuses another than `kind`."""
     known = {suffix: name for name, (suffix, _) in tables.FORMATS.items()}
     found = known.get(path.suffix.lower())
     if found is None:
@@ -305,12 +297,9 @@ def _values(rows: Sequence[dict[str, Any]], names: Sequence[str]) -> int:
 def copy_logs(records: Sequence[Record], folder: Path) -> list[Path]:
     """Copies what `engm report` reads of each run to `folder / NAME`, NAME as `engm train` has it.
 
-    That is the config, metrics, result and evaluations, some 10 to 30 KB; weights and images stay
-    where they are. A run that is there already gets what it lacks, and the newest evaluations.
-
-    Raises:
-        InputError: Before anything is written, if one of these folders holds another run, even one
-            of the same config, or two of the runs would share one.
+    That is the config, metrics, result and evaluations, some 10 to 30 KB. A run that is there
+    already gets what it lacks, and the newest evaluations; where one of the folders holds another
+    run, or two would share one, nothing is written.
     """
     refuse_copies(records)
     targets = {folder / record.config.name: record for record in records}
@@ -325,6 +314,7 @@ def copy_logs(records: Sequence[Record], folder: Path) -> list[Path]:
                 f"{target} is, or would be, the place of another run than {record.folder}; choose "
                 "another folder for the logs"
             )
+    make_folder(folder, "give another folder for the logs")
     for target, record in targets.items():
         # the result last: a run is complete when it is there
         for name in (CONFIG, METRICS, *EVALUATIONS.values(), RESULT):

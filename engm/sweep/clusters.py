@@ -9,6 +9,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 from engm.errors import InputError
 from engm.sweep.plan import code_version
@@ -18,14 +19,7 @@ _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 @dataclass(frozen=True)
 class Needs:
-    """What a worker must have for the tasks of a sweep.
-
-    Attributes:
-        code: What `code_version` gives where the sweep was started.
-        datasets: Those that its tasks train on; where there are some, `device` is needed, too.
-        data_root: Where they are looked for, see `engm.data.data_root`.
-        device: As for `fit`.
-    """
+    """What a worker must have: the same `code_version`, and for training data sets and a device."""
 
     code: str
     datasets: tuple[str, ...] = ()
@@ -67,9 +61,6 @@ def local(workers: int, *, own_gpus: bool = True) -> Iterator[Any]:
     They share the cores, unless OMP_NUM_THREADS says how many threads each has, and with `own_gpus`
     each sees one GPU only. A worker that dies is replaced. If the block raises, all of them are
     killed, with what they started.
-
-    Raises:
-        InputError: If dask is not installed.
     """
     _need_dask()
     import dask
@@ -92,7 +83,7 @@ def local(workers: int, *, own_gpus: bool = True) -> Iterator[Any]:
         "distributed.nanny.pre-spawn-environ": dict.fromkeys(_THREADS, threads),
     }
     with (
-        _same_environment(),
+        patch.dict(os.environ),  # dask sets what its workers inherit; here it is put back
         dask.config.set(settings),
         SpecCluster(specs, head, silence_logs=logging.CRITICAL) as cluster,
         Client(cluster) as client,
@@ -106,14 +97,10 @@ def local(workers: int, *, own_gpus: bool = True) -> Iterator[Any]:
 
 @contextmanager
 def remote(address: str, needs: Needs, patience: float) -> Iterator[Any]:
-    """Connects to a scheduler and its workers; yields a dask client.
+    """Connects to a scheduler, within `patience` seconds; yields a dask client if its workers fit.
 
     If the block is interrupted, workers that do nothing else are started anew, since a task that
     runs in one cannot be stopped in another way.
-
-    Raises:
-        InputError: If there is no scheduler within `patience` seconds, a worker is not fit, or dask
-            is not installed.
     """
     _need_dask()
     from distributed import Client
@@ -141,8 +128,8 @@ def remote(address: str, needs: Needs, patience: float) -> Iterator[Any]:
 def task(needs: Needs, function: Callable[..., None] | None = None, *arguments: Any) -> Any:
     """Makes what a worker runs: first it looks at itself, then it calls `function`.
 
-    Nobody needs the kit to take the task, so a worker without it can say so. The error of a worker
-    that is not fit has its address as `unfit_worker`.
+    A worker without the kit can take it, too, and say so. The error of one that is not fit has its
+    address as `unfit_worker`.
     """
     content = pickle.dumps((needs, function, arguments))
 
@@ -171,8 +158,7 @@ def task(needs: Needs, function: Callable[..., None] | None = None, *arguments: 
 def retire(client: Any, worker: str, reason: str, *, alone: bool) -> None:
     """Ends a worker that is not fit, so that its tasks go to others.
 
-    Raises:
-        InputError: If there is no other at the moment, unless `alone`; it gives the reason.
+    Where there is no other at the moment, the reason is an `InputError`, unless `alone`.
     """
     workers = set(client.nthreads())
     if not alone and workers <= {worker}:
@@ -182,11 +168,7 @@ def retire(client: Any, worker: str, reason: str, *, alone: bool) -> None:
 
 
 def wait_for_connection(client: Any, patience: float) -> None:
-    """Waits for a scheduler that is away, which the client tries to reach.
-
-    Raises:
-        InputError: If it stays away for `patience` seconds.
-    """
+    """Waits up to `patience` seconds for a scheduler that is away while the client tries again."""
     until = time.monotonic() + patience
     while client.status == "connecting" and time.monotonic() < until:
         time.sleep(0.1)
@@ -225,17 +207,6 @@ def _gpus() -> list[str]:
     if visible := os.environ.get("CUDA_VISIBLE_DEVICES"):
         return visible.split(",")
     return [str(index) for index in range(torch.cuda.device_count())]
-
-
-@contextmanager
-def _same_environment() -> Iterator[None]:
-    # dask sets what its workers inherit
-    before = os.environ.copy()
-    try:
-        yield
-    finally:
-        os.environ.clear()
-        os.environ.update(before)
 
 
 def _need_dask() -> None:
