@@ -4,8 +4,6 @@ import asyncio
 import base64
 import io
 import re
-import subprocess
-import sys
 from copy import deepcopy
 from pathlib import Path
 
@@ -186,14 +184,6 @@ def test_plain_papermill_knows_every_parameter(name):
     assert {name: found["default"] for name, found in known.items()} == {
         name: found.default.replace("'", '"') for name, found in declared.items()
     }
-
-
-def test_plain_papermill_runs_a_notebook_too(tmp_path):
-    out = tmp_path / "out.ipynb"
-    command = [sys.executable, "-m", "papermill", str(FOLDER / "01_attacks.ipynb"), str(out)]
-    command += ["-p", "epochs", "5", "-p", "eps", "0.2", "-k", "python3", "--no-progress-bar"]
-    subprocess.run(command, check=True, cwd=tmp_path)
-    assert "eps 0.200" in str(results_of(nbformat.read(out, as_version=4).cells))
 
 
 def test_the_map_has_a_row_a_time_and_a_picture_of_each_notebook():
