@@ -25,11 +25,19 @@ from engm.evaluation.accuracy import Attack
 
 @dataclass(frozen=True, kw_only=True)
 class RandomSearch:
-    """Random patches of one colour; each of `num_queries` is kept where it raises the margin loss.
+    """Random patches of one colour; each is kept where it raises the margin loss.
 
     It needs no gradient, and is much weaker than PGD where gradients are sound: what it alone
     fools, PGD should have. Source: this kit, after the Square Attack of Andriushchenko et al. 2020
     (arXiv 1912.00049), of which AutoAttack runs the full version.
+
+    Attributes:
+        eps: Radius of the ball in pixels, at most 1 for "linf".
+        num_queries: How often the model is asked about an example.
+        norm: "linf" or "l2".
+
+    Raises:
+        InputError: If a setting is out of range.
     """
 
     eps: float
@@ -87,11 +95,20 @@ class RandomSearch:
 
 @dataclass(frozen=True, kw_only=True)
 class TargetedPGD:
-    """PGD towards the `targets` most likely other classes in turn, until the model is fooled.
+    """PGD towards the most likely other classes, one after the other, until the model is fooled.
 
     Each run climbs the logit of one class minus that of the true one, where the untargeted margin
-    may keep changing its mind, in steps that shrink from 2 eps to 0. Source: Gowal et al. 2019,
-    arXiv 1910.09338 (MultiTargeted), with the classes that are most likely at x.
+    may keep changing its mind. Source: Gowal et al. 2019, arXiv 1910.09338 (MultiTargeted), with
+    the classes that are most likely at x.
+
+    Attributes:
+        eps: Radius of the ball in pixels, at most 1 for "linf".
+        norm: "linf" or "l2".
+        num_steps: Steps towards each class; they shrink from 2 eps to 0.
+        targets: How many classes are tried, or as many as there are.
+
+    Raises:
+        InputError: If a setting is out of range.
     """
 
     eps: float
@@ -143,7 +160,9 @@ class Transfer:
     What a second model's images fool and the model's own gradients do not find, those gradients
     hide. Source: Papernot et al. 2017, arXiv 1602.02697.
 
-    `attack` is what is made on the model `source`.
+    Attributes:
+        attack: What is made.
+        source: The model that it is made on.
     """
 
     attack: Attack
