@@ -14,7 +14,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from engm.lab.diagnostics import Moments, c1_verdict
-from engm.plots import BLUE, GREEN, GREY, ORANGE, PINK, finish, panels, sharp_png
+from engm.plots import BLUE, GREEN, GREY, ORANGE, PINK, RED, SKY, finish, panels, sharp_png
 from engm.report import verdicts
 from engm.report.records import Record, collect
 from engm.report.statistics import Interval, student_interval
@@ -31,6 +31,8 @@ ROWS = {
     ("engm", 0.05): ("ENGM", ORANGE),
     ("engm", 1.0): ("ENGM, floor 1", PINK),
     ("engm-input", 0.05): ("ENGM, input gradients", GREY),
+    ("engm-input-only", 0.05): ("ENGM, input gradients alone", SKY),
+    ("engm-output", 0.05): ("ENGM, output gradients alone", RED),
 }
 
 

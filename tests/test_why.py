@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from engm.norms import loop_norms
+from engm.runs import read_metrics, read_result
 
 RESULTS = Path(__file__).parents[1] / "results"
 
@@ -42,6 +43,16 @@ def test_its_sentences_have_the_numbers_of_the_logs(why):
                  for seed in why.looks(*kind, 0.0)]  # fmt: skip
     low, high = 100 * min(explained), 100 * max(explained)
     assert f"explain {low:.0f} to {high:.0f}% of the variance" in page
+
+
+def test_msgd_trained_again_for_the_later_rows_is_the_same_run():
+    [again] = (RESULTS / "cifar10-cpu-repeat").iterdir()
+    first = RESULTS / "cifar10-cpu" / again.name
+    for key in ("best", "last"):
+        ours, theirs = (read_result(folder)[key] for folder in (again, first))
+        assert ours | {"attack": 0} == theirs | {"attack": 0}  # which newer code writes otherwise
+    for ours, theirs in zip(read_metrics(again), read_metrics(first), strict=True):
+        assert ours | {"seconds": 0} == theirs | {"seconds": 0}
 
 
 def test_its_figures_are_drawn_from_the_logs(why):
