@@ -111,9 +111,9 @@ def learned_and_lost() -> Figure:
         axes.set(xlabel="training loss of the last epoch", ylabel=label)
         axes.axvline(np.log(10), color=GREY, linewidth=0.8, linestyle=":")
     for name, colour in ROWS.values():
-        row[0].plot([], [], "o", color=colour, label=name, markersize=5)
-    row[0].plot([], [], "x", color="black", label="runs that chose a rate", markersize=5)
-    row[0].legend(frameon=False, fontsize=8)
+        row[1].plot([], [], "o", color=colour, label=name, markersize=5)
+    row[1].plot([], [], "x", color="black", label="runs that chose a rate", markersize=5)
+    row[1].legend(frameon=False, fontsize=8, loc="lower left")
     return finish(figure)
 
 
