@@ -36,3 +36,7 @@ def __getattr__(name: str) -> Any:
         if name in names:
             return getattr(import_module(f"engm.{module}"), name)
     raise AttributeError(f"module 'engm' has no attribute {name!r}; it has {', '.join(__all__)}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})  # for completion: those that are not loaded yet, too

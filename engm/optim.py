@@ -205,6 +205,11 @@ class _ExampleSGD(torch.optim.SGD):
                 "train mode, nor, with norms='input', round the first layer"
             ) from error
         except RuntimeError as error:
+            if "grad can be implicitly created only for scalar" in str(error):
+                raise InputError(
+                    "the closure calls backward(), which step() does itself; return the losses, "
+                    "one per example, without it"
+                ) from error
             if "backward through the graph a second time" not in str(error):
                 raise
             self._forget()

@@ -217,6 +217,7 @@ def test_every_setting_of_a_run_is_an_option(runs):
         (["evaluate", "nowhere"], "there is no such folder; `engm train` makes one"),
         (["run", "06_cifar", "-p", "epochs", "0"], "epochs must be at least 1"),
         (["run", "06_cifar", "-p", "eps", "8"], "eps must be"),
+        (["sweep", "train", "--set", "lr=0.2"], "requires 2 arguments. Write --set NAME VALUE."),
         (["sweep", "trian", "--grid", "lr=0.1"], "or train, for training runs"),
         (["report", "nowhere"], "there is no run in /"),
         (["evaluate", "ROOT"], "is not a run directory, but holds some; give one of digits-pgd_at"),
@@ -278,7 +279,7 @@ def test_run_hands_on_its_values_and_fails_with_the_notebook(monkeypatch, tmp_pa
     assert "there is no parameter 'nonsense'" in call("run", name, "-p", "nonsense", 1, code=1)
     told = call("run", "06_cifar", "-p", "out", "runs/a", "--out", tmp_path, code=1)
     assert f"kept in {tmp_path / 'runs' / 'a'}, and" in told  # not in ./runs/a
-    assert "-p out FOLDER keeps it" in call("run", "06_cifar", "--out", tmp_path, code=1)
+    assert "-p out FOLDER keeps them" in call("run", "06_cifar", "--out", tmp_path, code=1)
     twice = call("run", name, "-p", "lr", "0.1", "-p", "lr", "0.2", code=1)
     assert "lr is set twice; leave one of them out" in twice
 
@@ -299,7 +300,7 @@ def test_run_and_demo_say_what_takes_hours_and_how_to_go_on_after_ctrl_c(monkeyp
     assert "take long" not in plain
     large = call("run", "06_cifar", "-p", "dataset", "cifar10", "--out", tmp_path, code=130)
     assert "hours or days at the usual width; a quick try: engm train --dataset cifar10" in large
-    assert ", with -p out FOLDER it keeps what it makes and goes on with it" in large
+    assert ", with -p out FOLDER it keeps the runs that it trains and goes on with" in large
     kept = call("run", "06_cifar", "-p", "out", "runs/a", "--out", tmp_path, code=130)
     goes_on = f"kept in {tmp_path / 'runs/a'}, and the same command goes on with it\n"
     assert kept.endswith(f"stopped; what it made is {goes_on}")
@@ -369,6 +370,17 @@ def test_ctrl_c_elsewhere_is_said_too(monkeypatch):
 
     monkeypatch.setattr("engm.report.records.collect", collect)
     assert call("report", "runs", code=130) == "\nstopped\n"
+
+
+def test_ctrl_c_in_evaluate_says_what_is_kept(runs, monkeypatch):
+    from engm.evaluation import suite
+
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(suite, "evaluate_checkpoint", stop)
+    output = call("evaluate", next(runs[0].iterdir()), code=130)
+    assert output.endswith("has finished; the same command makes it anew\n")
 
 
 def test_a_reader_that_leaves_early_is_no_error(monkeypatch):

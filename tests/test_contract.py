@@ -37,6 +37,7 @@ def contract() -> str:
 
 def test_public_names_settings_and_options_are_those_that_people_use():
     assert contract() == CONTRACT.read_text()
+    assert set(engm.__all__) <= set(dir(engm))  # what completion offers
     for name in engm.__all__:
         assert getattr(engm, name).__doc__
 

@@ -136,6 +136,23 @@ def test_a_backward_pass_within_the_closure_is_refused(name, retain):
     step(model, optimizer)  # and it goes on
 
 
+@pytest.mark.parametrize(
+    ("closure", "way_out"),
+    [
+        (lambda model: losses_of(model).mean().backward(), "returns nothing.*leave backward"),
+        (lambda model: losses_of(model).backward(), "return the losses, one per example, without"),
+    ],
+)
+@pytest.mark.parametrize("name", ["msgd", "exact"])
+def test_a_closure_that_goes_backward_as_a_script_did_is_told_what_to_return(
+    name, closure, way_out
+):
+    model = network()
+    optimizer = make(name, model)
+    with pytest.raises(InputError, match=way_out):
+        optimizer.step(lambda: closure(model))
+
+
 def test_losses_from_outside_of_the_closure_leave_no_graph_behind():
     model = network()
     optimizer = ENGM(model, 0.1)

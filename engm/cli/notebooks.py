@@ -21,7 +21,8 @@ from engm.errors import InputError
 @main.command()
 @click.argument("notebook")
 @click.option("-p", "values", nargs=2, multiple=True, metavar="NAME VALUE",
-              help="set a parameter of the notebook; may be repeated")  # fmt: skip
+              help="set a parameter of the notebook, an unknown name lists them; may be "
+              "repeated")  # fmt: skip
 @click.option("--out", type=PathType(), default=Path("outputs"), show_default=True,
               help="folder of the executed notebook and its result")  # fmt: skip
 @click.option("--timeout", type=click.FloatRange(min=0, min_open=True),
@@ -51,8 +52,8 @@ def run(
             say(f"what it makes is {kept}")
             then = f"what it made is {kept}"
         else:
-            say("what it makes is not kept: -p out FOLDER keeps it, and goes on with it")
-            then += ", with -p out FOLDER it keeps what it makes and goes on with it"
+            say("the runs that it trains are not kept: -p out FOLDER keeps them, and goes on")
+            then += ", with -p out FOLDER it keeps the runs that it trains and goes on with them"
     warn_of_hours(config, "auto", f"engm train --dataset {config.dataset} ")
     with stoppable(then):
         done = batch.run(path, given, output_dir=out, timeout=timeout)

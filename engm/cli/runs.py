@@ -157,16 +157,19 @@ def evaluate(
     dataset = dataset.to(pick_device(device))
     options: dict[str, Any] = dict(num_steps=num_steps, eps=eps, images=images)
     checkpoints = [checkpoint] if checkpoint else ["best", "last"]
+    first = ", first with AutoAttack, which takes longest" if autoattack else ""
     say(
         f"attacking the {' and the '.join(checkpoints)} checkpoint of {quoted(run.resolve())} on "
-        f"{images or len(dataset.test):,} test images of {dataset.title}"
-        + ", first with AutoAttack, which takes longest"
-        * autoattack
+        f"{images or len(dataset.test):,} test images of {dataset.title}{first}"
     )
     for which in checkpoints:
-        report = evaluate_checkpoint(
-            run, which, dataset, **options, autoattack=autoattack, progress=True
-        )
+        with stoppable(
+            f"the evaluation of the {which} checkpoint is not kept, but for what AutoAttack has "
+            "finished; the same command makes it anew"
+        ):
+            report = evaluate_checkpoint(
+                run, which, dataset, **options, autoattack=autoattack, progress=True
+            )
         click.echo(f"{which} checkpoint: {report}\n")
     click.echo(f"written to {click.format_filename(run)}")
     say(f"next: engm report {quoted(run.resolve().parent)} shows it beside the other runs")

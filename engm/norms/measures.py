@@ -193,6 +193,11 @@ def run_closure(closure: Closure | None) -> Tensor:
         )
     with torch.enable_grad():
         losses = closure()
+    if losses is None:
+        raise InputError(
+            "the closure returns nothing; it must return one loss per example, a tensor [n], and "
+            "leave backward() to step(): lambda: F.cross_entropy(model(x), y, reduction='none')"
+        )
     if not isinstance(losses, Tensor) or losses.dim() != 1 or not len(losses):
         shape = list(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
         raise InputError(
