@@ -240,7 +240,11 @@ class RunConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "RunConfig":
-        """Makes a config from a mapping such as a parsed `config.json`; refuses unknown names."""
+        """Makes a config from a mapping such as a parsed `config.json`.
+
+        Raises:
+            InputError: If a name is unknown (the message lists the known ones) or a value is wrong.
+        """
         unknown = [str(name) for name in values if name not in TYPES]
         if unknown:
             close = get_close_matches(unknown[0], TYPES, n=1)

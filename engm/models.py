@@ -17,11 +17,18 @@ from engm.config import RunConfig
 from engm.data import Dataset
 from engm.errors import InputError, check_choice, check_count
 
+Floats = Sequence[float] | None
+
 
 def build(name: str, **settings: Any) -> nn.Module:
     """Builds the model called `name`: "small_cnn", "preact_resnet18" or "wide_resnet34_10".
 
-    The settings are its own: `num_classes`, `width`, `norm`, `in_channels`, `mean`, `std`.
+    Args:
+        name: Which one.
+        **settings: Handed on: `num_classes`, `width`, `norm`, `in_channels`, `mean`, `std`.
+
+    Raises:
+        InputError: If there is no such model, or a setting is out of range.
     """
     models = {make.__name__: make for make in (small_cnn, preact_resnet18, wide_resnet34_10)}
     check_choice("model", name, models)
@@ -44,7 +51,13 @@ def build_model(config: RunConfig, dataset: Dataset) -> nn.Module:
 
 
 def small_cnn(
-    num_classes: int = 10, width: int = 32, norm: str = "none", **pixels: Any
+    num_classes: int = 10,
+    width: int = 32,
+    norm: str = "none",
+    *,
+    in_channels: int = 3,
+    mean: Floats = None,
+    std: Floats = None,
 ) -> nn.Module:
     """Three 3x3 convolutions and a linear layer, for 8x8 to 32x32 images. Source: this kit.
 
@@ -55,8 +68,9 @@ def small_cnn(
         width: Channels of the first convolution.
         norm: "none", "batch", or "group" with as many groups as the greatest common divisor of 8
             and the channels: 8 for the usual widths, and a number that divides any width.
-        **pixels: `in_channels` of the images, by default 3; `mean` and `std` of each channel over
-            the training images, in pixels in [0, 1]: without both, pixels go in as they are.
+        in_channels: Channels of the images.
+        mean: Mean of each channel over the training images, in pixels in [0, 1]. Needs `std`.
+        std: Standard deviation of each channel. Without both, pixels go in as they are.
 
     Returns:
         A module from `[n, in_channels, h, w]` pixels in [0, 1] to `[n, num_classes]` logits.
@@ -65,9 +79,8 @@ def small_cnn(
         InputError: If a setting is out of range; when called, if the images do not fit.
     """
     _check(norm, ("none", "batch", "group"), width, num_classes)
-    first = _Pixels(**pixels)
-    layers: OrderedDict[str, nn.Module] = OrderedDict(pixels=first)
-    channels = first.mean.shape[1]
+    layers: OrderedDict[str, nn.Module] = OrderedDict(pixels=_Pixels(in_channels, mean, std))
+    channels = in_channels
     for number, (wider, stride) in enumerate([(width, 1), (2 * width, 2), (4 * width, 2)], start=1):
         # a norm layer has a bias of its own
         layers[f"conv{number}"] = _conv3x3(channels, wider, stride, bias=norm == "none")
@@ -82,7 +95,13 @@ def small_cnn(
 
 
 def preact_resnet18(
-    num_classes: int = 10, width: int = 64, norm: str = "batch", **pixels: Any
+    num_classes: int = 10,
+    width: int = 64,
+    norm: str = "batch",
+    *,
+    in_channels: int = 3,
+    mean: Floats = None,
+    std: Floats = None,
 ) -> nn.Module:
     """PreAct ResNet-18 for 32x32 and 64x64 images: 11.17 million parameters with 10 classes.
 
@@ -93,11 +112,17 @@ def preact_resnet18(
     `width` is that of the stem and the first of four stages; the next are 2, 4 and 8 times as wide.
     """
     stages = [(1, 2, 1), (2, 2, 2), (4, 2, 2), (8, 2, 2)]
-    return _residual(_Pixels(**pixels), width, width, stages, norm, num_classes)
+    return _residual(_Pixels(in_channels, mean, std), width, width, stages, norm, num_classes)
 
 
 def wide_resnet34_10(
-    num_classes: int = 10, width: int = 160, norm: str = "batch", **pixels: Any
+    num_classes: int = 10,
+    width: int = 160,
+    norm: str = "batch",
+    *,
+    in_channels: int = 3,
+    mean: Floats = None,
+    std: Floats = None,
 ) -> nn.Module:
     """Wide ResNet of depth 34, widening factor 10, no dropout: 46.16 million parameters.
 
@@ -110,7 +135,7 @@ def wide_resnet34_10(
     """
     # depth 34 = 3 stages x 5 blocks x 2 convolutions, 3 shortcuts and the stem
     stages = [(1, 5, 1), (2, 5, 2), (4, 5, 2)]
-    return _residual(_Pixels(**pixels), 16, width, stages, norm, num_classes)
+    return _residual(_Pixels(in_channels, mean, std), 16, width, stages, norm, num_classes)
 
 
 class _Pixels(nn.Module):
@@ -118,12 +143,7 @@ class _Pixels(nn.Module):
     mean: Tensor
     std: Tensor
 
-    def __init__(
-        self,
-        in_channels: int = 3,
-        mean: Sequence[float] | None = None,
-        std: Sequence[float] | None = None,
-    ) -> None:
+    def __init__(self, in_channels: int, mean: Floats, std: Floats) -> None:
         super().__init__()
         in_channels = check_count("in_channels", in_channels)
         if (mean is None) != (std is None):
@@ -202,7 +222,9 @@ def _conv3x3(channels: int, wider: int, stride: int = 1, bias: bool = False) -> 
 def _norm_layer(norm: str, channels: int) -> nn.Module:
     if norm == "batch":
         return nn.BatchNorm2d(channels)
-    return nn.GroupNorm(math.gcd(8, channels), channels) if norm == "group" else nn.Identity()
+    if norm == "group":
+        return nn.GroupNorm(math.gcd(8, channels), channels)
+    return nn.Identity()
 
 
 def _initialise(model: nn.Module, fan: Any) -> nn.Module:

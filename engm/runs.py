@@ -97,7 +97,11 @@ def check_data(folder: Path, digest: str | None) -> None:
 
 
 def read_config(folder: Path) -> RunConfig:
-    """Reads the config of the run in `folder`; it must be one of this version of the kit."""
+    """Reads the config of the run in `folder`.
+
+    Raises:
+        InputError: If there is none, or it is not a config of this version of the kit.
+    """
     if not (folder / CONFIG).exists():
         lacks = f"it has no {CONFIG}" if folder.is_dir() else "there is no such folder"
         raise InputError(f"{folder} is not a run directory: {lacks}; `engm train` makes one")
@@ -111,7 +115,11 @@ def read_config(folder: Path) -> RunConfig:
 
 
 def read_result(folder: Path) -> dict[str, Any]:
-    """Reads the result of the finished run in `folder`; it must hold what such a run writes."""
+    """Reads the result of the finished run in `folder`.
+
+    Raises:
+        InputError: If there is none, or it does not hold what a finished run writes.
+    """
     result = read_json(folder / RESULT)
     try:
         numbers = [result[w][f"{k}_accuracy"] for w in CHECKPOINTS for k in ("clean", "robust")]
@@ -144,6 +152,9 @@ def read_metrics(folder: Path, epochs: int | None = None) -> list[dict[str, Any]
     """Reads the whole lines of `metrics.jsonl`, in order; a line cut off at the end is left out.
 
     With `epochs`, as many lines, no more and no fewer.
+
+    Raises:
+        InputError: If there are fewer, or a line that was written whole is not a JSON object.
     """
     path = folder / METRICS
     # what follows the last newline is either nothing or a line cut off by a kill
@@ -179,7 +190,11 @@ def save_tensors(path: Path, state: dict[str, Any]) -> None:
 
 
 def load_tensors(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
-    """Reads what `save_tensors` wrote; no code from the file is run."""
+    """Reads what `save_tensors` wrote; no code from the file is run.
+
+    Raises:
+        InputError: If the file is missing, damaged, or holds more than tensors and plain values.
+    """
     try:
         # torch.load does not compare checksums: a flipped bit would be another weight
         with zipfile.ZipFile(path) as archive:

@@ -200,7 +200,7 @@ class _Method:
         kind = _AlwaysFirst if self.name == "exact-first" else ENGM
         engm = partial(kind, self.model, **sgd, floor=config.floor, norms=norms)
         if line:
-            return {"refresh": engm(refresh_every=1), "plain": engm(refresh_every=10**9)}
+            return {"refresh": engm(refresh_every=1), "plain": engm(refresh_every=10**9)}  # never
         optimizer: Any = engm(refresh_every=None)
         if self.name in PEERS:
             optimizer.measure = PEERS[self.name](self.model, self.batch.y, self.batch.autocast)

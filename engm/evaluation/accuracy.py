@@ -44,9 +44,12 @@ class Attack(Protocol):
 class Attacked:
     """What an attack did to each of n examples; tensors are on the CPU.
 
-    `correct` says whether the model still is right on `x_adv` as kept, `[n]`, and `claimed` the
-    same before it was written; they differ where the file or the model does. `answers` are its
-    classes, -1 where a logit is nan. `largest_perturbation` is in pixel units.
+    Attributes:
+        correct: Whether the model still is right, `[n]` booleans, recomputed from `x_adv` as kept.
+        claimed: The same before `x_adv` was written; it differs where the file or the model does.
+        largest_perturbation: The largest norm of `x_adv - x`, in pixel units, at most eps.
+        x_adv: The adversarial examples.
+        answers: What the model says of each, `[n]` classes, -1 where a logit is nan.
     """
 
     correct: Tensor
@@ -297,7 +300,12 @@ def kept(
 
 
 def load_model(folder: Path, which: str, dataset: Dataset) -> nn.Module:
-    """Returns the model of a checkpoint, in eval mode, on the device of the run's dataset."""
+    """Returns the model of a checkpoint, in eval mode, on the dataset's device.
+
+    Raises:
+        InputError: If there is no such checkpoint, it does not fit the run's config, or the dataset
+            is another one.
+    """
     check_choice("checkpoint", which, CHECKPOINTS)
     config = read_config(folder)
     if dataset.name != config.dataset:
@@ -319,7 +327,10 @@ def evaluate_run(
     save_to: Path | None = None,
     progress: bool = False,
 ) -> Evaluation:
-    """Evaluates a checkpoint of a run on the test set, with attack and seed of its config."""
+    """Evaluates a checkpoint of a run on the test set, with attack and seed of its config.
+
+    Arguments are those of `load_model` and `accuracy_under`.
+    """
     model, config = load_model(folder, which, dataset), read_config(folder)
     return accuracy_under(
         model,

@@ -227,6 +227,9 @@ def as_module(model: Model, dtype: torch.dtype) -> nn.Module:
 
     A plain function will do, and so will a model with weights of another dtype, or one that was
     made in inference mode (which autograd would not work with, and which is copied).
+
+    Raises:
+        InputError: If `model` cannot be called, or is a class.
     """
     if isinstance(model, type) or not callable(model):
         given = f"the class {model.__name__}" if isinstance(model, type) else repr(model)[:60]

@@ -43,7 +43,7 @@ class AutoAttackResult:
     """What AutoAttack left of a model's accuracy.
 
     Attributes:
-        x_adv: As x, which it is where no attack succeeded.
+        x_adv: `[n, ...]` with the dtype and device of x; x itself where no attack succeeded.
         robust: `[n]` booleans, whether the model still answers y on `x_adv`. Recomputed from it.
         counts: Examples classified rightly, by "clean", and after each attack in their order.
         seed: The seed of every attack and chunk.

@@ -243,13 +243,13 @@ def standard_attacks(eps: float, norm: str = "linf", num_steps: int = _STEPS) ->
     }
 
 
-P = ParamSpec("P")
+_P = ParamSpec("_P")
 
 
-def _one_pair(evaluate: Callable[P, RobustnessReport]) -> Callable[P, RobustnessReport]:
+def _one_pair(evaluate: Callable[_P, RobustnessReport]) -> Callable[_P, RobustnessReport]:
     # the y of evaluate(model, x, y) would end in a TypeError that names no way out
     @wraps(evaluate)
-    def call(*given: P.args, **options: P.kwargs) -> RobustnessReport:
+    def call(*given: _P.args, **options: _P.kwargs) -> RobustnessReport:
         if len(given) > 2:
             raise InputError(
                 "images and classes are one argument, and all others have names: "
@@ -510,6 +510,9 @@ def evaluate_checkpoint(
         images: How many test images, evenly over the classes and always the same; by default all.
         autoattack: Also run AutoAttack; it goes on where an earlier call was cut off.
         progress: Show progress bars.
+
+    Raises:
+        InputError: If there is no such checkpoint, or an option is out of range.
     """
     config, test = read_config(folder).resolved(), dataset.test
     model = load_model(folder, which, dataset)

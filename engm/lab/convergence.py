@@ -65,7 +65,12 @@ class Noise:
 class Rule:
     """An outer optimizer on explicit gradients: the update of `engm.MSGD` and `engm.ENGM`.
 
-    "msgd-clip" shortens the batch gradient to `max_norm`; `scale` and `floor` are ENGM's c and f.
+    Args:
+        optimizer: "msgd"; "msgd-clip", with the batch gradient shortened to `max_norm`; "engm".
+        momentum: Momentum.
+        max_norm: The longest batch gradient under "msgd-clip".
+        scale: ENGM's c, a number or "mean".
+        floor: ENGM's f.
     """
 
     optimizer: Literal["msgd", "msgd-clip", "engm"]

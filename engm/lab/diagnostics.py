@@ -28,11 +28,17 @@ from engm.report import verdicts
 
 @dataclass(frozen=True)
 class Moments:
-    """First and second moments of gradients g_i, of a whole network or of one layer."""
+    """First and second moments of gradients g_i, of a whole network or of one layer.
 
-    mean_norm: float  # mean |g_i|
-    mean_square: float  # mean |g_i|^2
-    gradient_square: float  # |mean g_i|^2
+    Attributes:
+        mean_norm: Mean of the |g_i|.
+        mean_square: Mean of the |g_i|^2.
+        gradient_square: |mean g_i|^2, the square of the length of the full gradient.
+    """
+
+    mean_norm: float
+    mean_square: float
+    gradient_square: float
 
     @property
     def gradient_norm(self) -> float:
@@ -89,6 +95,9 @@ def gradient_statistics(
         method: Its attack makes `x_adv`, its losses are differentiated; `Natural()` for NT.
         examples: Batches `(x, y)`, such as `data.batches` makes.
         seed: Seed of the attack's random starts. The global generator is left as it was.
+
+    Returns:
+        The moments over all examples, of the network and of each layer.
 
     Raises:
         InputError: If there are no examples, or the losses are not one an example.
@@ -172,18 +181,24 @@ def c1_verdict(
         raise InputError("give both trainings with the same seeds, measured at the same moments")
     horizons = []
     for end in range(count - (count - 1) // 3, count + 1):
-        norms, variances = (
-            [
-                fmean(getattr(moments, kind) for moments in at[:end])
-                / fmean(getattr(moments, kind) for moments in nt[:end])
-                for nt, at in zip(natural, adversarial, strict=True)
-            ]
-            for kind in ("mean_norm", "variance")
-        )
+        norms = _ratios("mean_norm", natural, adversarial, end)
+        variances = _ratios("variance", natural, adversarial, end)
         held = [norm > 1 and variance > 1 for norm, variance in zip(norms, variances, strict=True)]
         horizons.append(verdicts.from_seeds(held))
     outcome = horizons[-1] if len(set(horizons)) == 1 else verdicts.NOT_SETTLED
     return C1Verdict(outcome, norms, variances, horizons)
+
+
+def _ratios(
+    kind: str,
+    natural: Sequence[Sequence[Moments]],
+    adversarial: Sequence[Sequence[Moments]],
+    end: int,
+) -> list[float]:
+    def mean(run: Sequence[Moments]) -> float:
+        return fmean(getattr(moments, kind) for moments in run[:end])
+
+    return [mean(at) / mean(nt) for nt, at in zip(natural, adversarial, strict=True)]
 
 
 def _moments(

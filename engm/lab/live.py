@@ -23,10 +23,13 @@ _CHOICES = ("method", "optimizer", "lr", "eps", "epochs")
 
 @dataclass(frozen=True)
 class Epoch:
-    """What one epoch of training came to: mean training loss, accuracies on validation images.
+    """What one epoch of training came to.
 
-    The `weights` are the w_i of every example of the epoch, `[n]`; all 1 where the optimizer has
-    none. The attack is like that of training.
+    Attributes:
+        loss: Mean training loss.
+        clean_accuracy: Fraction of the validation images that are classified rightly.
+        robust_accuracy: Fraction that still is under an attack like that of training.
+        weights: w_i of every example of the epoch, `[n]`; all 1 where the optimizer has none.
     """
 
     loss: float
@@ -44,7 +47,13 @@ def train(
 ) -> Iterator[Epoch]:
     """Trains on the device of `images`, and yields each epoch as it ends; nothing is written.
 
-    `stopped` is asked before each batch; the epoch that it ends is not yielded.
+    Args:
+        images: The data set of `config`.
+        config: The run.
+        stopped: Asked before each batch; the epoch that it ends is not yielded.
+
+    Raises:
+        NonFiniteLossError: As `engm.training.Trainer`.
     """
     trainer = Trainer(config, images)
     while trainer.epoch < trainer.config.epochs:

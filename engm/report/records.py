@@ -68,7 +68,14 @@ class Quantity:
 
 
 def collect(root: Path) -> tuple[list[Record], list[Path]]:
-    """Finds the runs at or below `root`: finished ones, and the folders of those that are not."""
+    """Finds the runs at or below `root`.
+
+    Returns:
+        The finished ones, and the folders of those that are not.
+
+    Raises:
+        InputError: If there is no run at all, or a run cannot be read.
+    """
     folders = sorted(path.parent for path in Path(root).rglob(CONFIG))
     if not folders:
         place = Path(root).resolve()
@@ -85,7 +92,11 @@ def read_record(folder: Path) -> Record:
 def check_protocol(records: Iterable[Record]) -> None:
     """Refuses runs that were not evaluated alike: their accuracies would be of different things.
 
-    Alike means the same data and number of test images, and the same attack in all its settings.
+    Alike means the same data and number of test images, the same eps, norm and steps of the attack,
+    and the same attack in words.
+
+    Raises:
+        InputError: If they differ; the message says in what, and how many runs have which value.
     """
     differences = _differences([_protocol(record) for record in records])
     if differences:
@@ -126,8 +137,12 @@ def costs(records: Sequence[Record]) -> list[dict[str, Any]]:
 def summarise(records: Sequence[Record]) -> list[dict[str, Any]]:
     """Puts finished runs that differ in nothing but their seed into one row.
 
-    Rows are sorted, and have the settings in which the runs differ, then the `Quantity` of each
-    accuracy. Two records of the same run, which would count twice, are refused.
+    Returns:
+        A row for each config, sorted: the settings in which the runs differ, and the `Quantity` of
+        each accuracy. All other settings are the same in every row.
+
+    Raises:
+        InputError: If two records are the same run, which would count twice.
     """
     refuse_copies(records)
     rows = []

@@ -173,15 +173,18 @@ def build(
     mixed: bool = False,
     costs: bool = False,
 ) -> RunReport:
-    """Puts finished runs side by side.
+    """Puts runs side by side.
 
     Args:
-        records: The runs.
+        records: Finished runs.
         compare: The baseline, see `comparisons.setting_of`.
         choose: Settings of which each optimizer (or value of the compared setting) keeps the value
             that the validation images prefer.
         mixed: Allow runs that were not evaluated alike.
         costs: Add what the runs took, and on what hardware.
+
+    Raises:
+        InputError: If runs were not evaluated alike, are there twice, or cannot be compared.
     """
     if not mixed:
         results.check_protocol(records)
@@ -297,9 +300,12 @@ def _values(rows: Sequence[dict[str, Any]], names: Sequence[str]) -> int:
 def copy_logs(records: Sequence[Record], folder: Path) -> list[Path]:
     """Copies what `engm report` reads of each run to `folder / NAME`, NAME as `engm train` has it.
 
-    That is the config, metrics, result and evaluations, some 10 to 30 KB. A run that is there
-    already gets what it lacks, and the newest evaluations; where one of the folders holds another
-    run, or two would share one, nothing is written.
+    That is the config, metrics, result and evaluations, some 10 to 30 KB; weights and images stay
+    where they are. A run that is there already gets what it lacks, and the newest evaluations.
+
+    Raises:
+        InputError: Before anything is written, if one of these folders holds another run, even one
+            of the same config, or two of the runs would share one.
     """
     refuse_copies(records)
     targets = {folder / record.config.name: record for record in records}

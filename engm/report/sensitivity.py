@@ -17,10 +17,14 @@ _ROUNDING = 1e-9  # 0.5 - 0.48 is above 0.02 in floating point
 
 @dataclass(frozen=True)
 class NearBest:
-    """The part of a grid that is nearly as good as its `best`, `None` where all runs collapsed.
+    """The part of a grid that is nearly as good as the best of it.
 
-    `inside` are the cells, bool `[rows, columns]`, and `fraction` their share; `decades` is their
-    area with both axes in units of log10, of `whole`.
+    Attributes:
+        best: The highest accuracy, a fraction; `None` where every run collapsed.
+        inside: Whether a cell is near the best, bool, `[rows, columns]`.
+        fraction: Share of the cells that are.
+        decades: Their area with both axes in units of log10; see `near_best`.
+        whole: The area of the whole grid.
     """
 
     best: float | None

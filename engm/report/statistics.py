@@ -38,9 +38,11 @@ class Interval:
 
 @dataclass(frozen=True)
 class SignFlip:
-    """A sign-flip test: the fraction `p` of the signs that take the mean at least as far from 0.
+    """A sign-flip test.
 
-    `smallest` is the least that p can be with n numbers, 2 / 2^n.
+    Attributes:
+        p: Fraction of the sign patterns whose mean is at least as far from 0 as the observed one.
+        smallest: The least that p can be with so many numbers, 2 / 2^n.
     """
 
     p: float

@@ -58,6 +58,9 @@ def plan(
         settings: What is the same in all tasks.
         seeds: Runs the seeds 0 to `seeds` - 1. A notebook that takes a list `seeds` gets them all,
             since its verdict needs them; one that takes a `seed` runs once for each.
+
+    Raises:
+        InputError: If a name is unknown, a value is wrong or given twice, or there is none.
     """
     axes: dict[str, Sequence[Any]] = dict(grid)
     fixed = dict(settings or {})
@@ -85,6 +88,9 @@ def read_plan(path: Path) -> tuple[list[Task], Path | None]:
         grid: {optimizer: [msgd, engm], lr: [0.1, 0.2]}
 
     `grid` may be a list of grids, whose tasks follow one another.
+
+    Raises:
+        InputError: If the file is no such plan; as for `plan`.
     """
     import yaml
 
@@ -126,7 +132,11 @@ def read_plan(path: Path) -> tuple[list[Task], Path | None]:
 
 
 def parse_grid(texts: Sequence[str]) -> dict[str, list[str]]:
-    """Reads `optimizer=msgd,engm` and the like; commas within brackets do not part values."""
+    """Reads `optimizer=msgd,engm` and the like; commas within brackets do not part values.
+
+    Raises:
+        InputError: If a text has another form, or names a setting that another one named.
+    """
     grid: dict[str, list[str]] = {}
     for text in texts:
         name, equals, values = text.partition("=")

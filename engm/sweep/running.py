@@ -104,9 +104,16 @@ def run(tasks: Sequence[Task], out: Path, options: Options | None = None) -> lis
     """Runs what is not done yet, and says how each task ended, in their order.
 
     A task that raises is run once more; if it fails again, its error is kept in its folder, and the
-    others go on. A second call runs the failed ones again. Ctrl-C ends what runs. A worker that
-    joins while the sweep runs and is not fit for it is sent away, with a warning, and its tasks go
-    to others; there is one, too, where the folder has runs of other code.
+    others go on. A second call runs the failed ones again. Ctrl-C ends what runs and raises
+    `KeyboardInterrupt`. A worker that joins while the sweep runs and is not fit for it is sent
+    away, and its tasks go to others.
+
+    Raises:
+        InputError: If an option has no meaning for the tasks, the scheduler cannot be reached or is
+            lost, its workers are not fit for the sweep, or dask is not installed.
+
+    Warns:
+        UserWarning: If the folder has runs of other code, or a worker is sent away.
     """
     options = options or Options()
     _check(tasks, options)
