@@ -218,6 +218,7 @@ def test_every_setting_of_a_run_is_an_option(runs):
         (["run", "06_cifar", "-p", "epochs", "0"], "epochs must be at least 1"),
         (["run", "06_cifar", "-p", "eps", "8"], "eps must be"),
         (["sweep", "train", "--set", "lr=0.2"], "requires 2 arguments. Write --set NAME VALUE."),
+        (["train", "--no-compile=1"], "Option '--no-compile' does not take a value."),
         (["sweep", "trian", "--grid", "lr=0.1"], "or train, for training runs"),
         (["report", "nowhere"], "there is no run in /"),
         (["evaluate", "ROOT"], "is not a run directory, but holds some; give one of digits-pgd_at"),

@@ -32,10 +32,12 @@ class Command(click.Command):
             meant = f"; did you mean {close[0]}?" if close else ""
             message = f"no such option {error.option_name!r}; the options are {', '.join(known)}"
             raise click.UsageError(message + meant, ctx) from None
-        except click.BadOptionUsage as error:  # of an option with two values, or without one
-            [option] = [o for o in self.get_params(ctx) if error.option_name in o.opts]
-            form = f"{error.option_name} {option.make_metavar(ctx)}"
-            raise click.UsageError(f"{error.message} Write {form}.", ctx) from None
+        except click.BadOptionUsage as error:
+            for option in self.get_params(ctx):
+                if error.option_name in option.opts and option.nargs > 1:
+                    form = f"{error.option_name} {option.make_metavar(ctx)}"
+                    raise click.UsageError(f"{error.message} Write {form}.", ctx) from None
+            raise
 
 
 class Group(click.Group):
