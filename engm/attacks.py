@@ -17,14 +17,13 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from numbers import Real
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from engm.device import AttackedModel
-from engm.errors import InputError, check_choice, check_count
+from engm.errors import InputError, check_choice, check_count, check_number
 
 Model = Callable[[Tensor], Tensor]
 
@@ -398,6 +397,8 @@ def check_tensors(x: Tensor, y: Tensor) -> None:
             f"x is {x.dtype} of shape {list(x.shape)}; give [n, ...] floats in [0, 1], "
             "as in x.float() / 255"
         )
+    if y.ndim == 0:
+        raise InputError("y is a single class; a single image is a batch of one: x[None], y[None]")
     if y.dtype != torch.int64 or y.shape != x.shape[:1]:
         raise InputError(
             f"y is {y.dtype} of shape {list(y.shape)}; give one class number for each of the "
@@ -447,8 +448,7 @@ def check_pixels(name: str, value: float, norm: str) -> float:
     Raises:
         InputError: If it is not a number, 0 or more, and at most 1 under linf.
     """
-    if not isinstance(value, Real) or isinstance(value, bool) or not 0 <= value < math.inf:
-        raise InputError(f"{name} must be a number, 0 or more, as in 8 / 255; got {value!r}")
+    check_number(name, value, "8 / 255")
     if norm == "linf" and value > 1:
         raise InputError(f"{name} is {value}, but pixels are in [0, 1]: write 8/255, not 8")
     return value if isinstance(value, int) else float(value)

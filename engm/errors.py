@@ -1,7 +1,8 @@
-"""The two errors that a user of the kit meets on purpose, and two checks that all rooms share."""
+"""The two errors that a user of the kit meets on purpose, and three checks that all rooms share."""
 
+import math
 from collections.abc import Iterable
-from numbers import Integral
+from numbers import Integral, Real
 
 
 class InputError(ValueError):
@@ -30,6 +31,12 @@ def check_count(name: str, value: int, low: int = 1, high: int | None = None) ->
         limits = f"{low} or more" if high is None else f"{low} to {high}"
         raise InputError(f"{name} must be a whole number, {limits}; got {value!r}")
     return int(value)
+
+
+def check_number(name: str, value: float, example: str) -> None:
+    """Refuses what is not a finite number, 0 or more."""
+    if not isinstance(value, Real) or isinstance(value, bool) or not 0 <= value < math.inf:
+        raise InputError(f"{name} must be a number, 0 or more, as in {example}; got {value!r}")
 
 
 def check_choice(name: str, value: str, choices: Iterable[str]) -> None:

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import CheckpointError
 
 from engm import distributed
 from engm.config import RunConfig
-from engm.errors import InputError, NonFiniteLossError
+from engm.errors import InputError, NonFiniteLossError, check_number
 from engm.norms.measures import (
     NO_STEP,
     Closure,
@@ -125,6 +125,9 @@ class _ExampleSGD(torch.optim.SGD):
     _step_supports_amp_scaling = True
 
     def __init__(self, params: Iterable[Any], message: str, **sgd: Any) -> None:
+        for name in ("lr", "momentum", "weight_decay"):
+            if not isinstance(value := sgd.get(name, 0.0), Tensor):
+                check_number(name, value, "0.1")
         super().__init__(params, **sgd)
         self._guard = StepGuard(message)
         self._count = 0
@@ -346,8 +349,10 @@ class MSGD(_ExampleSGD):
     def __init__(
         self, params: Iterable[Any], lr: float, *, max_norm: float | None = None, **sgd: Any
     ) -> None:
-        if max_norm is not None and not max_norm > 0:
-            raise InputError(f"max_norm must be above 0, or None for no clipping; got {max_norm}")
+        if max_norm is not None:
+            check_number("max_norm", max_norm, "1.0")
+            if max_norm == 0:
+                raise InputError("max_norm must be above 0, or None for no clipping; got 0")
         super().__init__(params, "{bad} of {count} losses are inf or nan; " + NO_STEP, lr=lr, **sgd)
         self.max_norm = max_norm
 
@@ -443,6 +448,7 @@ class ENGM(_ExampleSGD):
         _check_model(model)
         if scale != "mean" and not (isinstance(scale, (int, float)) and 0 < scale < math.inf):
             raise InputError(f"scale must be a number above 0, or 'mean'; got {scale!r}")
+        check_number("floor", floor, "0.05")
         if not 0 < floor <= 1:
             raise InputError(f"floor must be in (0, 1], got {floor!r}")
         if norms not in ("exact", "input", "output", "both", "loop"):

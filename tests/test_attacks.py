@@ -669,6 +669,7 @@ def test_fgsm_checks_its_settings_when_it_is_made():
         (lambda x, y: (x, y.double()), "y is torch.float64"),
         (lambda x, y: (x, y[:-1]), r"y is .*shape \[59\]"),
         (lambda x, y: (x, nn.functional.one_hot(y)), r"y is .*shape \[60, 5\]"),
+        (lambda x, y: (x[0], y[0]), r"a batch of one: x\[None\], y\[None\]"),
         (lambda x, y: (x, y - 1), "class -1"),
         (lambda x, y: (x, y + 1), "5 logits, but classes go up to 5"),
         (lambda x, y: (x, y.to("meta")), "y on meta"),

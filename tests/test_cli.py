@@ -211,6 +211,11 @@ def test_every_setting_of_a_run_is_an_option(runs):
         (["train", "--seed", ""], "'' is not a whole number"),
         (["train", "--lr", f"{10**400}/1"], "is not a number such as 0.03 or 8/255"),
         (["train", "--wd", "1"], "--weight-decay"),
+        (["train", "--method", "trade"], "; did you mean trades?"),
+        (["prepare", "cifar"], "'cifar' is not one of fashion-mnist, cifar10, cifar100, tiny"),
+        (["prepare", "digits"], "the digits come with scikit-learn and need no preparation"),
+        (["evaluate", "x", "--images", "0"], "'0' is not a whole number from 1 on"),
+        (["evaluate", "FILE"], "config.json is a file; give its folder, /"),
         (["train", "--device", "gpu"], "cannot use device 'gpu'"),
         (["train", "--dataset", "cifar10", "--data-root", "nowhere"], "engm prepare cifar10"),
         (["evaluate", "RUN", "--device", "gpu"], "cannot use device 'gpu'"),
@@ -222,15 +227,16 @@ def test_every_setting_of_a_run_is_an_option(runs):
         (["sweep", "trian", "--grid", "lr=0.1"], "or train, for training runs"),
         (["report", "nowhere"], "there is no run in /"),
         (["evaluate", "ROOT"], "is not a run directory, but holds some; give one of digits-pgd_at"),
-        (["trian"], "bench, colab, demo, evaluate, prepare, report, run, student, sweep, train"),
+        (["trian"], "prepare, report, run, student, sweep, train; did you mean train?"),
     ],
 )
 def test_mistakes_get_one_line_that_names_what_is_valid(
     arguments, message, runs, tmp_path, monkeypatch
 ):
     monkeypatch.chdir(tmp_path)
-    places = {"RUN": next(runs[0].iterdir()), "ROOT": runs[0]}
-    code = 1 if {"nowhere", "gpu", "ROOT", "-1", "06_cifar", "lr=0.1"} & {*arguments} else 2
+    run = next(runs[0].iterdir())
+    places = {"RUN": run, "FILE": run / "config.json", "ROOT": runs[0]}
+    code = 1 if {"nowhere", "gpu", "ROOT", "FILE", "-1", "06_cifar", "lr=0.1"} & {*arguments} else 2
     arguments = [places.get(a, a) for a in arguments]
     assert message in " ".join(call(*arguments, code=code).split())
 

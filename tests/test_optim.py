@@ -373,6 +373,10 @@ def test_all_examples_bad_is_refused_and_changes_nothing(norms):
         ({"scale": 0}, "scale must be a number above 0, or 'mean'; got 0"),
         ({"scale": "max"}, "scale must be a number above 0"),
         ({"floor": 0}, r"floor must be in \(0, 1\], got 0"),
+        ({"floor": "0.1"}, "floor must be a number, 0 or more, as in 0.05; got '0.1'"),
+        ({"lr": "0.1"}, "lr must be a number, 0 or more, as in 0.1; got '0.1'"),
+        ({"lr": float("nan")}, "lr must be a number, 0 or more, as in 0.1; got nan"),
+        ({"momentum": None}, "momentum must be a number"),
         (
             {"norms": "fast"},
             "norms must be 'exact', 'input', 'output', 'both' or 'loop', got 'fast'",
@@ -381,7 +385,7 @@ def test_all_examples_bad_is_refused_and_changes_nothing(norms):
 )
 def test_arguments_out_of_range(arguments, message):
     with pytest.raises(InputError, match=message):
-        ENGM(network(), 0.1, **arguments)
+        ENGM(network(), **{"lr": 0.1} | arguments)
 
 
 def test_the_mistakes_that_people_make_get_an_answer():
@@ -402,6 +406,8 @@ def test_the_mistakes_that_people_make_get_an_answer():
         optimizer.step(lambda: losses_of(other, x, y))
     with pytest.raises(InputError, match="max_norm must be above 0"):
         MSGD(model.parameters(), 0.1, max_norm=0)
+    with pytest.raises(InputError, match="weight_decay must be a number.* got -1"):
+        MSGD(model.parameters(), 0.1, weight_decay=-1)
 
 
 def test_a_run_gets_the_optimizer_it_asks_for():

@@ -33,7 +33,7 @@ def test_markdown_keeps_its_columns_whatever_a_cell_says():
     assert [len(c) for c in cells] == [5, 5]
     assert cells[0][0].strip().replace(r"\|", "|") == ODD
     assert [c.strip() for c in cells[0][1:]] == ["0.03137", "50.0 ± 1.2", "", "3"]
-    assert [c.strip() for c in cells[1][1:]] == ["1", "66.7", "-1.0 to +2.0", "None"]
+    assert [c.strip() for c in cells[1][1:]] == ["1", "66.7", "-1.0 to +2.0", "none"]
 
 
 def test_csv_gives_every_number_unrounded_in_a_column_of_its_own():
@@ -78,7 +78,7 @@ def test_latex_compiles_and_fits_the_line(package, tmp_path):
 
 def test_what_all_rows_say_stands_above_the_table_and_not_in_it():
     rows = [
-        {"data": "D_1", "lr": lr, "n": Quantity(lr, None, 1), "outcome": "ahead"} for lr in (1, 2)
+        {"data": "D_1", "lr": lr, "n": Quantity(7, None, 1), "outcome": "ahead"} for lr in (1, 2)
     ]
     for write, words in (
         (tables.to_html, "<p>in all rows: data D_1"),
@@ -87,6 +87,7 @@ def test_what_all_rows_say_stands_above_the_table_and_not_in_it():
         above, table = write(rows).split("\n", 1)
         assert above.startswith(words)
         assert "outcome" in table and "ahead" in table  # the last column stays
+        assert table.count("700.0") == 2  # and what was measured
         assert "D" not in table
     assert "in all rows" not in tables.to_html(rows[:1])
     assert "| data |" in tables.to_markdown(rows)
@@ -96,7 +97,7 @@ def test_what_all_rows_say_stands_above_the_table_and_not_in_it():
 @pytest.mark.parametrize(
     ("number", "shown"),
     [(10960.4, "10960"), (1029.2, "1029"), (999.96, "1000"), (0.03137255, "0.03137"),
-     (1e-5, "1e-05"), (-12345.6, "-12346"), (float("inf"), "inf"), (3, "3"), (None, "None")],
+     (1e-5, "1e-05"), (-12345.6, "-12346"), (float("inf"), "inf"), (3, "3"), (None, "none")],
 )  # fmt: skip
 def test_no_number_above_one_has_an_exponent(number, shown):
     assert tables.text(number) == shown

@@ -8,6 +8,7 @@ import click
 from click.core import ParameterSource
 
 from engm.cli.options import (
+    Count,
     PathType,
     data_root_option,
     device_option,
@@ -42,13 +43,13 @@ _OWN = {
               help="the cost of a step of ENGM beside other ways to it, or the speed of training "
               "beside that of a public reference")  # fmt: skip
 @partial(settings_options, names=_BENCH)
-@click.option("--image-size", type=click.IntRange(min=1), default=32, show_default=True,
+@click.option("--image-size", type=Count(), default=32, show_default=True,
               help="step: height and width of the images")  # fmt: skip
 @click.option("--dataset", type=click.Choice(["cifar10", "random"]),
               help="training: images; default: cifar10 where it is prepared")  # fmt: skip
-@click.option("--steps", type=click.IntRange(min=1),
+@click.option("--steps", type=Count(),
               help="training: steps of a round; default: 20 on CUDA, 2 on the CPU")  # fmt: skip
-@click.option("--repeats", type=click.IntRange(min=1), default=15, show_default=True,
+@click.option("--repeats", type=Count(), default=15, show_default=True,
               help="rounds; each measures every method once")  # fmt: skip
 @click.option("--methods", metavar="NAME,NAME,...",
               help="what to measure; default: all, an unknown name lists them")  # fmt: skip

@@ -19,6 +19,12 @@ STOPPED = 130  # what shells report of Ctrl-C
 QUICK = "--subset 500 --width 8 --epochs 1 --validation-images 100 --test-images 200"
 
 
+def meant(word: str, known: Collection[str]) -> str:
+    """Returns the question which of the known words was meant; empty where none is like it."""
+    close = get_close_matches(word, known, n=1)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
 class Command(click.Command):
     """Names every option when one is unknown."""
 
@@ -28,10 +34,8 @@ class Command(click.Command):
         except click.NoSuchOption as error:
             options = [o for o in self.get_params(ctx) if isinstance(o, click.Option)]
             known = [option.opts[0] for option in options]
-            close = get_close_matches(error.option_name, known, n=1)
-            meant = f"; did you mean {close[0]}?" if close else ""
             message = f"no such option {error.option_name!r}; the options are {', '.join(known)}"
-            raise click.UsageError(message + meant, ctx) from None
+            raise click.UsageError(message + meant(error.option_name, known), ctx) from None
         except click.BadOptionUsage as error:
             for option in self.get_params(ctx):
                 if error.option_name in option.opts and option.nargs > 1:
@@ -49,8 +53,9 @@ class Group(click.Group):
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
         if args and not args[0].startswith("-") and args[0] not in self.commands:
-            known = ", ".join(self.list_commands(ctx))
-            raise click.UsageError(f"no such command {args[0]!r}; the commands are {known}", ctx)
+            known = self.list_commands(ctx)
+            message = f"no such command {args[0]!r}; the commands are {', '.join(known)}"
+            raise click.UsageError(message + meant(args[0], known), ctx)
         return super().resolve_command(ctx, args)
 
     def invoke(self, ctx: click.Context) -> Any:
@@ -88,6 +93,19 @@ class PathType(click.Path):
         return super().convert(value, param, ctx)
 
 
+class Count(click.IntRange):
+    """A whole number from 1 on."""
+
+    def __init__(self) -> None:
+        super().__init__(min=1)
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> Any:
+        try:
+            return super().convert(value, param, ctx)
+        except click.BadParameter:
+            self.fail(f"{value!r} is not a whole number from 1 on", param, ctx)
+
+
 class Setting(click.ParamType):
     """A field of `RunConfig`: one of its literal values, or a number."""
 
@@ -106,7 +124,8 @@ class Setting(click.ParamType):
             wanted = [*self.names, *(words[kind] for kind in self.numbers)]
             own = "; the kit knows these data alone, images of your own take a loop of your own"
             hint = own if "cifar10" in wanted else ""
-            self.fail(f"{value!r} is not {' or '.join(wanted)}{hint}", param, ctx)
+            message = f"{value!r} is not {' or '.join(wanted)}{hint}{meant(value, self.names)}"
+            self.fail(message, param, ctx)
 
     def get_metavar(self, param: click.Parameter, ctx: Any = None) -> str:
         return f"[{self.name}]" if len(self.names) > 0 else self.name.upper()

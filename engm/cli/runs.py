@@ -11,11 +11,13 @@ from click.core import ParameterSource
 
 from engm.cli.options import (
     QUICK,
+    Count,
     PathType,
     Setting,
     data_root_option,
     device_option,
     main,
+    meant,
     once,
     quoted,
     save_option,
@@ -31,7 +33,7 @@ _PREPARED = [name for name in choices(TYPES["dataset"]) if name != "digits"]
 
 
 @main.command()
-@click.argument("name", required=False, type=click.Choice(_PREPARED))
+@click.argument("name", required=False, metavar=f"[{'|'.join(_PREPARED)}]")
 @click.option("--archive", type=PathType(),
               help="take this zip, tar or folder instead of downloading: the official files, or "
               "the same images as train/<class>/*.png and test/<class>/*.png")  # fmt: skip
@@ -59,6 +61,11 @@ def prepare(name: str | None, archive: Path | None, root: Path | None) -> None:
             click.echo(f"  {spec.name:14} {counts:36} {caches.cache_size(spec):.2f} GB on the disk")
         click.echo("A download takes room beside the cache until it has been read.")
         return
+    if name == "digits":
+        raise click.UsageError("the digits come with scikit-learn and need no preparation")
+    if name not in _PREPARED:
+        known = f"{name!r} is not one of {', '.join(_PREPARED)}"
+        raise click.UsageError(known + meant(name, _PREPARED))
     try:
         cache = caches.prepare(SPECS[name], archive, data_root(root))
     except OSError as error:
@@ -121,9 +128,9 @@ def train(
 @main.command()
 @click.argument("run", type=PathType())
 @click.option("--checkpoint", type=click.Choice(["best", "last"]), help="default: both")
-@click.option("--num-steps", type=click.IntRange(min=1), help="PGD steps; default: the run's own")
+@click.option("--num-steps", type=Count(), help="PGD steps; default: the run's own")
 @click.option("--eps", type=Setting("eps"), help="attack budget, as in 8/255; default: the run's")
-@click.option("--images", type=click.IntRange(min=1),
+@click.option("--images", type=Count(),
               help="this many test images, evenly over the classes; default: all")  # fmt: skip
 @click.option("--autoattack", is_flag=True, help="also run AutoAttack; it takes long, and goes on "
               "where it was cut off")  # fmt: skip
@@ -178,6 +185,8 @@ def evaluate(
 def _run_directory(folder: Path) -> Path:
     from engm.runs import CONFIG
 
+    if folder.is_file():
+        raise InputError(f"{folder} is a file; give its folder, {quoted(folder.resolve().parent)}")
     inside = [path.parent.relative_to(folder) for path in sorted(folder.glob("**/*/" + CONFIG))]
     if inside and not (folder / CONFIG).exists():
         names = "\n".join(f"  {click.format_filename(name)}" for name in inside)
@@ -263,10 +272,10 @@ def report(
               help="values to try, each with each of the others; may be repeated")  # fmt: skip
 @click.option("--set", "settings", nargs=2, multiple=True, metavar="NAME VALUE",
               help="a setting that all runs have; may be repeated")  # fmt: skip
-@click.option("--seeds", type=click.IntRange(min=1),
+@click.option("--seeds", type=Count(),
               help="run the seeds 0 to this number - 1")  # fmt: skip
 @click.option("--out", type=PathType(), help="folder of the runs; default: the plan's, or runs")
-@click.option("--workers", type=click.IntRange(min=1),
+@click.option("--workers", type=Count(),
               help="processes on this machine; default: 1")  # fmt: skip
 @click.option("--scheduler", metavar="ADDRESS",
               help="use the workers of a dask scheduler, as tcp://10.0.0.1:8786")  # fmt: skip

@@ -96,7 +96,7 @@ class InputEstimate:
         if not self.useful and not self._warned:
             self._warned = True
             warnings.warn(
-                f"at step {step} the gradients of inputs or outputs explain "
+                f"at step {step} the line from the proxy explains "
                 f"{self.fits[-1].r_squared:.0%} of the example norms' variance; exact norms are "
                 "used until a later fit is better",
                 stacklevel=4,

@@ -259,6 +259,7 @@ def refuse_copies(records: Iterable[Record]) -> None:
 def _settings(record: Record, without: Collection[str] = ()) -> dict[str, Any]:
     protocol = _protocol(record)
     settings = {**record.config.to_dict(), "dataset": protocol.pop("data")} | protocol
+    settings["subset"] = "all" if settings["subset"] is None else settings["subset"]
     return {name: v for name, v in settings.items() if name not in ("seed", *without)}
 
 

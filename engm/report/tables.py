@@ -20,7 +20,7 @@ Row = Mapping[str, Any]
 def text(cell: Any) -> str:
     """Returns a cell as text: of a fraction four digits, of a number above 1,000 the whole one."""
     if not isinstance(cell, float):
-        return str(cell)
+        return "none" if cell is None else str(cell)
     return f"{cell:.0f}" if 1000 <= abs(cell) < math.inf else f"{cell:.4g}"
 
 
@@ -76,9 +76,11 @@ def to_html(rows: Sequence[Row]) -> str:
 def without_columns_alike(rows: Sequence[Row]) -> tuple[str, list[dict[str, Any]]]:
     """Takes the columns out that say the same in all of several rows, so that tables fit a page.
 
-    Returns what they say, in words, and the rest. The last column stays: the table comes to it.
+    Returns what they say, in words, and the rest. What was measured stays, and the last column: the
+    table comes to it.
     """
-    names = list(rows[0])[:-1] if len(rows) > 1 else []
+    measured = {name for row in rows for name, cell in row.items() if hasattr(cell, "numbers")}
+    names = [n for n in list(rows[0])[:-1] if n not in measured] if len(rows) > 1 else []
     texts = {name: {text(row[name]) for row in rows} for name in names}
     alike = {name: found.pop() or "empty" for name, found in texts.items() if len(found) == 1}
     words = "; ".join(f"{name} {value}" for name, value in alike.items())
