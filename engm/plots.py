@@ -653,7 +653,7 @@ def difference_intervals(quantities: Mapping[str, Mapping[str, Paired]], baselin
             axes.plot(sum(values) / len(values), place, "o", color=colour, markersize=6)
             if found.student is not None:
                 ends = [100 * found.student.low, 100 * found.student.high]
-                axes.plot(ends, [place] * 2, "|-", color=colour, linewidth=1.2)
+                axes.plot(ends, [place] * 2, "|-", color=colour, markersize=11)
         axes.set_xlabel(f"points above {baseline}")
     _name_lines(row[0], names)
     return finish(figure)

@@ -84,6 +84,17 @@ def results_of(cells):
     ]
 
 
+def ragged_rows(cells):
+    """The rows of the tables shown that do not have as many cells as their head."""
+    shown = [output.get("data", {}) for cell in cells for output in cell.get("outputs", [])]
+    tables = re.findall(
+        r"(?:^\|.*\|$\n?)+", "\n\n".join(d.get("text/markdown", "") for d in shown), re.M
+    )
+    assert tables or not any("text/markdown" in data for data in shown)
+    rows = [[re.split(r"(?<!\\)\|", line) for line in table.splitlines()] for table in tables]
+    return [row for head, *rest in rows for row in rest if len(row) != len(head)]
+
+
 def set_parameters(cells, values):
     """Appends values to the cell of the parameters, as plain Python."""
     [given] = [cells[i] for i in tagged(cells, "parameters")]
@@ -169,6 +180,7 @@ def test_run_all_then_the_solutions_then_run_all_again(name, kernel, tmp_path):
     assert before == after == ["not answered yet\n"] * 3
     assert told[1::2] == ["right\n"] * 3
     assert all(answer.startswith("not yet: ") for answer in told[::2]), told
+    assert ragged_rows(cells) == []
     first, last = results_of(cells)
     assert first["summary"] and first.get("verdict") == last.get("verdict")
     if len(PARAMETERS[name].get("seeds", [1, 2, 3])) < 3:  # one or two seeds settle nothing

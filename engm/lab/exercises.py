@@ -147,7 +147,7 @@ def trims(answer: Callable[..., Any]) -> bool:
     for settings in tried:
         theta, by_hand = (torch.ones(5, dtype=torch.float64, requires_grad=True) for _ in range(2))
         optimizer, sgd = answer([theta], **settings), torch.optim.SGD([by_hand], **settings)
-        for n in (20, 43, 8, 20):
+        for n in (20, 43, 8, 4):
             a = torch.randn(n, 5, generator=draw, dtype=torch.float64)
 
             def losses(weights: Tensor, a: Tensor = a) -> Tensor:
