@@ -332,7 +332,8 @@ def evaluated(folder, margin, worst=None, which="best", autoattack=None, **other
         seed=config.seed,
         environment={},
     )
-    write_json(folder / f"evaluation-{which}.json", {"checkpoint": which} | report.to_dict())
+    what = {"checkpoint": which, "epoch": other.get("epoch", 1)}
+    write_json(folder / f"evaluation-{which}.json", what | report.to_dict())
     return folder
 
 
@@ -519,7 +520,9 @@ def test_costs_are_medians_over_epochs_and_seeds_with_where_it_ran(tmp_path):
 def test_logs_are_copied_without_what_is_large_and_give_the_same_report(tmp_path):
     for seed in (0, 1):
         folder = evaluated(write_run(tmp_path / "runs", 0.5, seed=seed), 20)
-        (folder / "metrics.jsonl").write_text('{"epoch": 1, "seconds": 1.0}\n')
+        (folder / "metrics.jsonl").write_text(
+            '{"epoch": 1, "seconds": 1.0, "validation_robust_accuracy": 0.5}\n'
+        )
         (folder / "checkpoint-best.pt").write_bytes(b"weights")
         (folder / "evaluation-best").mkdir()
         (folder / "robustness-best.png").write_bytes(b"picture")
@@ -575,3 +578,19 @@ def test_logs_go_over_no_other_run(tmp_path):
     with pytest.raises(InputError, match="place of another"):
         copy_logs([*records_of(runs)[:1], *records_of(tmp_path / "jpeg")], tmp_path / "new")
     assert not (tmp_path / "new").exists()
+
+
+def test_an_evaluation_of_a_run_that_went_on_afterwards_is_left_out(tmp_path):
+    folder = write_run(tmp_path, 0.6)
+    scores = enumerate((0.3, 0.5, 0.5, 0.4), start=1)
+    lines = [json.dumps({"epoch": e, "validation_robust_accuracy": r}) for e, r in scores]
+    (folder / "metrics.jsonl").write_text("".join(line + "\n" for line in lines))
+    evaluated(folder, 20, epoch=2)
+    evaluated(folder, 28, epoch=2, which="last")
+    done = build(records_of(tmp_path))
+    assert "PGD-20 margin (best, 40 images)" in done.summary[0]
+    assert not any("(last, 40 images" in name for name in done.summary[0])
+    (remark,) = [remark for remark in done.remarks if "left out" in remark]
+    assert "evaluation-last.json is of epoch 2, and the last checkpoint of epoch 4" in remark
+    evaluated(folder, 28, epoch=4, which="last")
+    assert "PGD-20 margin (last, 40 images)" in build(records_of(tmp_path)).summary[0]

@@ -453,3 +453,5 @@ def test_a_quick_evaluation_does_not_replace_one_that_has_more(tmp_path, monkeyp
     assert json.loads(kept)["num_examples"] == 70 and kept != first
     (tmp_path / "evaluation-best.json").write_text("[]")  # no evaluation at all
     assert json.loads(files_after(99)[1])["num_examples"] == 60
+    save_tensors(tmp_path / "checkpoint-best.pt", state | {"epoch": 9})  # the run has gone on
+    assert json.loads(files_after(99, images=50)[1])["epoch"] == 9

@@ -155,7 +155,7 @@ def evaluate(
     from engm import data
     from engm.device import pick_device
     from engm.evaluation.suite import evaluate_checkpoint
-    from engm.runs import read_config
+    from engm.runs import RESULT, read_config
 
     config = read_config(_run_directory(run))
     dataset = data.load(
@@ -169,6 +169,8 @@ def evaluate(
         f"attacking the {' and the '.join(checkpoints)} checkpoint of {quoted(run.resolve())} on "
         f"{images or len(dataset.test):,} test images of {dataset.title}{first}"
     )
+    if not (run / RESULT).exists():
+        say("this run has not ended; evaluate it again when it has: checkpoints are others then")
     for which in checkpoints:
         with stoppable(
             f"the evaluation of the {which} checkpoint is not kept, but for what AutoAttack has "

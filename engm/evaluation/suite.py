@@ -498,8 +498,8 @@ def evaluate_checkpoint(
     """Evaluates a checkpoint of a run on the test set, and writes what was found beside it.
 
     The folder gets `evaluation-WHICH.json`, `robustness-WHICH.png`, and the adversarial examples in
-    `evaluation-WHICH/`. Where there is an evaluation that has more in anything (images, an attack),
-    or another budget, that one stays, and WHICH is followed by a number.
+    `evaluation-WHICH/`. Where there is an evaluation of the same epoch that has more in anything
+    (images, an attack), or another budget, that one stays, and WHICH is followed by a number.
 
     Args:
         folder: A run directory.
@@ -525,13 +525,13 @@ def evaluate_checkpoint(
     assert eps is not None
     attacks = standard_attacks(eps, config.norm, num_steps)
     how: dict[str, Any] = dict(eps=eps, norm=config.norm, attacks=attacks, autoattack=autoattack)
+    epoch = load_tensors(folder / CHECKPOINTS[which])["epoch"]
     name, number = which, 1
-    while _has_more(folder / f"evaluation-{name}.json", len(test), **how):
+    while _has_more(folder / f"evaluation-{name}.json", epoch, len(test), **how):
         number += 1
         name = f"{which}-{number}"
     how |= dict(seed=config.seed, progress=progress, save_to=folder / f"evaluation-{name}")
     report = evaluate(model, test, **how)
-    epoch = load_tensors(folder / CHECKPOINTS[which])["epoch"]
     what = {"checkpoint": which, "epoch": epoch, "data_sha256": dataset.digest}
     write_json(folder / f"evaluation-{name}.json", what | report.to_dict())
     from engm.plots import robustness_curve, to_png
@@ -546,11 +546,13 @@ def evaluate_checkpoint(
     return replace(report, remark=remark)
 
 
-def _has_more(path: Path, images: int, **how: Any) -> bool:
+def _has_more(path: Path, epoch: int, images: int, **how: Any) -> bool:
     if not path.exists():
         return False
     try:
         old = read_json(path)
+        if old["epoch"] != epoch:
+            return False  # of other weights
         budget = old["eps"], old["norm"]
         settings = {found["settings"] for n, found in old["attacks"].items() if n != _AUTOATTACK}
         more = old["num_examples"] > images or bool(old["autoattack"]) > how["autoattack"]

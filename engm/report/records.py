@@ -325,20 +325,29 @@ class Column(NamedTuple):
         return f"{self.attack} ({self.which}, {self.images} images{self.other})"
 
 
-def measured(record: Record) -> tuple[dict[Column, tuple[float, str]], Counter[str]]:
+def measured(record: Record) -> tuple[dict[Column, tuple[float, str]], Counter[str], list[str]]:
     """Reads what `engm evaluate` wrote in a run directory; an InputError names a wrong file.
 
     Returns accuracy and attack in words, for PGD on the margin, AutoAttack where it ran, and the
-    worst case over all attacks of each checkpoint; and the number of flags of each check.
+    worst case over all attacks of each checkpoint; the number of flags of each check; and in words
+    what was left out, as it was made before the run had ended.
     """
     found: dict[Column, tuple[float, str]] = {}
     flags = Counter[str]()
+    early: list[str] = []
     for which, name in EVALUATIONS.items():
         path = record.folder / name
         if not path.exists():
             continue
         facts = read_json(path)
         try:
+            epoch = _epochs(record).get(which, facts["epoch"])
+            if facts["epoch"] != epoch:
+                early.append(
+                    f"left out: {path} is of epoch {facts['epoch']}, and the {which} checkpoint of "
+                    f"epoch {epoch}; engm evaluate {record.folder} makes it anew"
+                )
+                continue
             found |= _columns(record.config, which, facts)
             names = [str(check["name"]) for check in facts["checks"] if not check["passed"]]
             flags.update(dict.fromkeys(names, 1))
@@ -346,7 +355,16 @@ def measured(record: Record) -> tuple[dict[Column, tuple[float, str]], Counter[s
             raise InputError(
                 f"{path} is not what `engm evaluate` writes; delete it, and evaluate the run again"
             ) from None
-    return found, flags
+    return found, flags, early
+
+
+def _epochs(record: Record) -> dict[str, int]:
+    """Returns the epochs of the checkpoints of a finished run; nothing if its metrics are gone."""
+    lines = read_metrics(record.folder)
+    if not lines:
+        return {}
+    best = max(lines, key=lambda line: line["validation_robust_accuracy"])  # the first of them
+    return {"best": best["epoch"], "last": lines[-1]["epoch"]}
 
 
 def evaluated(
@@ -358,7 +376,7 @@ def evaluated(
     in other rows; within a row they never mix.
     """
     groups, found = groups_of(records), {id(record): measured(record) for record in records}
-    columns = sorted({column for cells, _ in found.values() for column in cells})
+    columns = sorted({column for cells, *_ in found.values() for column in cells})
     for part in [members for _, members in groups] if mixed else [records]:
         for column in columns:
             _refuse_mixture(column, {r.folder: found[id(r)][0].get(column) for r in part})
@@ -378,7 +396,8 @@ def evaluated(
             f"{in_words(settings)}: {n} of {len(members)} seeds evaluated for {listed(names)}"
             for n, names in lacking.items()
         ]
-    if flags := sum((flags for _, flags in found.values()), Counter[str]()):
+    remarks += [remark for _, _, early in found.values() for remark in early]
+    if flags := sum((flags for _, flags, _ in found.values()), Counter[str]()):
         named = listed(f"{name} ({n})" for name, n in flags.items())
         remarks.append(f"evaluations in which a check raised a flag: {named}")
     return rows, remarks

@@ -232,7 +232,7 @@ def frame(runs: "Path | str | Sequence[Record]") -> "pandas.DataFrame":
     records = results.collect(Path(runs))[0] if isinstance(runs, Path | str) else runs
     rows = []
     for record in records:
-        found, _ = results.measured(record)
+        found, *_ = results.measured(record)
         further = {column.head(): found[column][0] for column in sorted(found)}
         names = {"folder": str(record.folder), "data": record.result["data"]}
         rows.append(names | record.config.to_dict() | results.accuracies(record) | further)
