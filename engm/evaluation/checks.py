@@ -190,7 +190,10 @@ def over_draws(check: Check, draws: Sequence[Tensor]) -> Check:
         return check
     shares, k = [int(standing.sum()) / len(standing) for standing in draws], len(draws)
     number = f"{sum(shares) / k:.1%} ({min(shares):.1%} to {max(shares):.1%})"
-    meaning = f"{check.meaning} Over {k} draws, PGD on the mean of {k} leaves {number}."
+    meaning = (
+        f"{check.meaning} Over {k} draws, PGD on the mean of {k} leaves {number}. The worst case "
+        "counts an image that falls in any one draw, so that it is low without any attack."
+    )
     return replace(check, meaning=meaning)
 
 

@@ -273,7 +273,7 @@ def evaluate(
     autoattack: bool = False,
     seed: int = 0,
     batch_size: int = 500,
-    save_to: Path | None = None,
+    save_to: Path | str | None = None,
     progress: bool = False,
 ) -> RobustnessReport:
     """Attacks a model in many ways, and checks whether the outcome can be believed.
@@ -318,6 +318,7 @@ def evaluate(
             outside its budget, or changed the images that it was given.
     """
     eps = _budget(eps)
+    save_to = None if save_to is None else Path(save_to)
     x, y = _tensors(data, model)
     model = as_module(model, x.dtype)
     classes = checks.num_classes(model, x, y)
