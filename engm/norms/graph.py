@@ -6,10 +6,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
+from torch.autograd.graph import GradientEdge, Node
 
 from engm.norms.operations import name_of, size_of
-from engm.norms.saved import Kept, hooks_on_saved
 
 # Operations that only put the numbers of a single input in another order or type.
 _REORDER = {
@@ -41,22 +40,6 @@ class Call:
     above: Node | None
     output: int
     shape: torch.Size
-
-    @classmethod
-    def of(cls, layer: nn.Module, a: Tensor, edge: GradientEdge, shape: torch.Size) -> "Call":
-        """Returns what is known when a layer has been called.
-
-        Args:
-            layer: The layer.
-            a: Its input.
-            edge: Of its output.
-            shape: Of its output.
-        """
-        above = get_gradient_edge(a).node if a.requires_grad else None
-        kept: Any = a.detach()
-        if hooks_on_saved() is not None:
-            kept = Kept.apply(torch.empty(0, requires_grad=True), kept).grad_fn
-        return cls(layer, layer.training, kept, a._version, above, edge.output_nr, shape)
 
     @property
     def anew(self) -> bool:

@@ -171,20 +171,6 @@ def register_formula(
     _REGISTRY[kind] = (formula, kind.forward)
 
 
-def shares_of(module: nn.Module, calls: Calls, measure: bool) -> dict[str, Share]:
-    """Returns the shares of the examples in the trainable parameters of `module`, by name.
-
-    Args:
-        module: A layer that `formula_of` has a formula for.
-        calls: Its input, the gradient of its output, and which rows of both belong to an example,
-            for each time it was called.
-        measure: Whether the shares' lengths will be asked for.
-    """
-    formula = formula_of(module)
-    assert formula is not None
-    return formula(module, calls, measure)
-
-
 def _with_bias(weight: Callable[[Any, Calls, bool], Share]) -> "_Formula":
     def formula(module: Any, calls: Calls, measure: bool) -> dict[str, Share]:
         shares: dict[str, Share] = {}

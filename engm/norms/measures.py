@@ -6,6 +6,7 @@ gives sum_i w_i g_i for weights found from the norms.
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -16,7 +17,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from engm.errors import InputError
 from engm.norms.inputs import InputEstimate
 from engm.norms.rows import Rows
-from engm.norms.watch import Checked, Watch, loop_norms, rows_of
+from engm.norms.watch import Checked, Watch, gradients_of, loop_norms, rows_of
 
 Closure = Callable[[], Tensor]
 Weighted = Callable[[Tensor, Tensor | None], dict[Tensor, Tensor]]
@@ -168,16 +169,7 @@ def weighted_losses(losses: Tensor, model: nn.Module) -> Weighted:
 
     An example that is inf or nan and left out may still reach the gradient of the others.
     """
-    parameters: list[Tensor] = [p for p in model.parameters() if p.requires_grad]
-
-    def weighted(weights: Tensor, keep: Tensor | None) -> dict[Tensor, Tensor]:
-        with torch.enable_grad():
-            kept = losses if keep is None else torch.where(keep, losses, 0)
-            total = (weights.to(losses.dtype) * kept).sum()
-        found = torch.autograd.grad(total, parameters, allow_unused=True)
-        return {p: g for p, g in zip(parameters, found, strict=True) if g is not None}
-
-    return weighted
+    return partial(gradients_of, losses, [p for p in model.parameters() if p.requires_grad])
 
 
 def run_closure(closure: Closure | None) -> Tensor:
