@@ -19,6 +19,7 @@ from torch.utils.checkpoint import CheckpointError
 from engm import distributed
 from engm.config import RunConfig
 from engm.errors import InputError, NonFiniteLossError, check_number
+from engm.norms.graph import nodes_under
 from engm.norms.measures import (
     NO_STEP,
     Closure,
@@ -469,7 +470,6 @@ class ENGM(_ExampleSGD):
         else:
             self.measure = ProxyMeasure(model, norms, refresh_every)
         self._mean_norm: Tensor | None = None  # of the steps so far, float64
-        self._norms: list[Tensor] = []  # of each part of the batch so far; nan where left out
 
     def _add(self, closure: Closure | None, inputs: Tensor | None) -> Tensor:
         self._check_model_again()
@@ -499,7 +499,6 @@ class ENGM(_ExampleSGD):
             self._gradients[parameter] = gradient if before is None else before + gradient
         parts = [] if self.last is None or not self._count else [self.last]
         self._count += len(losses)
-        self._norms.append(norms.masked_fill(~good, math.nan))
         parts.append(ExampleWeights(norms, weights, good, scale))
         self.last = ExampleWeights.joined(parts)
         return losses
@@ -557,16 +556,12 @@ class ENGM(_ExampleSGD):
         self._mean_norm = torch.tensor(mean_norm, dtype=torch.float64, device=device)
         self.measure.load(own.get("measure", {}))
 
-    def _forget(self) -> None:
-        super()._forget()
-        self._norms = []
-
     def _take_step(self) -> None:
         # new tensors: two parameters may have one gradient between them
         self._gradients = {p: total / self._count for p, total in self._gradients.items()}
         super()._take_step()
-        norms = torch.cat(self._norms)
-        mean = distributed.mean(norms, norms.isfinite())
+        assert self.last is not None
+        mean = distributed.mean(self.last.norms, self.last.good)
         before = torch.zeros_like(mean) if self._mean_norm is None else self._mean_norm
         decay = SCALE_DECAY * (before > 0).double()
         after = decay * before + (1 - decay) * mean
@@ -627,12 +622,7 @@ def _has_term_for_all(losses: Tensor) -> bool:
                     own.append(child)
                 elif child is not None and node.name() in _SUMS:
                     terms.append(child)
-    met, open_ends = set(terms), [*terms]
-    while open_ends:
-        children = {child for child, _ in open_ends.pop().next_functions if child}
-        open_ends += children - met
-        met |= children
-    return len(losses) > 1 and bool(terms) and met.isdisjoint(own)
+    return len(losses) > 1 and bool(terms) and set(own).isdisjoint(nodes_under(terms))
 
 
 def _groups(model: nn.Module, groups: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -132,28 +132,19 @@ class Graph:
 
     def parameters_under(self, node: Node) -> dict[Node, Tensor]:
         """Returns the leaves that a plain node leads to."""
-        return {n: self.leaves[n] for n in self._under(node) if n in self.leaves}
+        return {n: self.leaves[n] for n in nodes_under([node]) if n in self.leaves}
 
     def reorders(self, node: Node) -> bool:
         """Returns whether from a plain node to its parameter numbers are only put in order."""
-        return all(n in self.leaves or name_of(n) in _REORDER for n in self._under(node))
+        return all(n in self.leaves or name_of(n) in _REORDER for n in nodes_under([node]))
 
     def size_under(self, edge: GradientEdge) -> int:
         """Returns how many numbers there are between an edge and its parameters."""
-        return sum(size_of(GradientEdge(n, 0)).numel() for n in self._under(edge.node))
+        return sum(size_of(GradientEdge(n, 0)).numel() for n in nodes_under([edge.node]))
 
     def batch_norms(self) -> list[Node]:
         """Returns the nodes of batch norms with statistics of the batch, in the layers as well."""
-        found, waiting, met = [], [*self.order], set(self.order)
-        while waiting:
-            node = waiting.pop()
-            if _takes_statistics(node):
-                found.append(node)
-            for child, _ in node.next_functions:
-                if child is not None and child not in met:
-                    met.add(child)
-                    waiting.append(child)
-        return found
+        return [node for node in nodes_under(self.order) if _takes_statistics(node)]
 
     def _walk(self, start: Node | None) -> None:
         if start is None:
@@ -184,14 +175,17 @@ class Graph:
                 plain.add(node)
         return plain
 
-    def _under(self, node: Node) -> list[Node]:
-        waiting, met = [node], {node}
-        for one in waiting:
-            for child, _ in one.next_functions:
-                if child is not None and child not in met:
-                    met.add(child)
-                    waiting.append(child)
-        return waiting
+
+def nodes_under(starts: Iterable[Node | None]) -> list[Node]:
+    """Returns all nodes that `starts` lead to, each once, with themselves first."""
+    found = [node for node in starts if node is not None]
+    met = set(found)
+    for node in found:
+        for child, _ in node.next_functions:
+            if child is not None and child not in met:
+                met.add(child)
+                found.append(child)
+    return found
 
 
 def _couples(module: nn.Module) -> bool:

@@ -373,27 +373,19 @@ def _embedding(module: Any, calls: Calls, measure: bool) -> Share:
     return Factors(pairs, inner, product)
 
 
-def _norm(module: Any, calls: Calls, measure: bool) -> Share:
-    return _elementwise(module, calls, _normalised)
-
-
-def _prelu(module: Any, calls: Calls, measure: bool) -> Share:
-    return _elementwise(module, calls, lambda module, a: a.clamp(max=0))
-
-
-def _elementwise(module: Any, calls: Calls, factor: Callable[[Any, Tensor], Tensor]) -> Share:
+def _elementwise(module: Any, calls: Calls, measure: bool) -> Share:
     # the factor from whole batches: its statistics may be those of all rows
-    return Stored(
-        _total(
-            over_positions(
-                module, rows.split(_precisely(b) * factor(module, _precisely(a.to(b.dtype))))
-            )
-            for a, b, rows in calls
-        )
-    )
+    def sums(a: Tensor, b: Tensor, rows: Rows) -> Tensor:
+        product = _precisely(b) * _factor(module, _precisely(a.to(b.dtype)))
+        return over_positions(module, rows.split(product))
+
+    return Stored(_total(sums(*call) for call in calls))
 
 
-def _normalised(module: Any, a: Tensor) -> Tensor:
+def _factor(module: Any, a: Tensor) -> Tensor:
+    """Returns what an elementwise layer multiplies its weight with."""
+    if isinstance(module, nn.PReLU):
+        return a.clamp(max=0)
     if isinstance(module, nn.RMSNorm):
         return functional.rms_norm(a, module.normalized_shape, eps=module.eps)
     if isinstance(module, nn.LayerNorm):
@@ -435,10 +427,10 @@ def over_positions(module: Any, values: Tensor) -> Tensor:
 
 _Formula = Callable[[Any, Calls, bool], dict[str, Share]]
 
-_NORMS: tuple[type[nn.Module], ...] = (
+_ELEMENTWISE: tuple[type[nn.Module], ...] = (
     *(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm),
     *(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d),
-    *(nn.GroupNorm, nn.LayerNorm, nn.RMSNorm),
+    *(nn.GroupNorm, nn.LayerNorm, nn.RMSNorm, nn.PReLU),
 )
 _CONVOLUTIONS: tuple[type[nn.Module], ...] = (
     *(nn.Conv1d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
@@ -448,7 +440,6 @@ _REGISTRY: dict[type[nn.Module], tuple[_Formula, Any]] = {
     nn.Linear: (_with_bias(_linear), nn.Linear.forward),
     nn.Conv2d: (_with_bias(_conv2d), nn.Conv2d.forward),
     nn.Embedding: (_with_bias(_embedding), nn.Embedding.forward),
-    nn.PReLU: (_with_bias(_prelu), nn.PReLU.forward),
     **{kind: (_with_bias(_conv), kind.forward) for kind in _CONVOLUTIONS},
-    **{kind: (_with_bias(_norm), kind.forward) for kind in _NORMS},
+    **{kind: (_with_bias(_elementwise), kind.forward) for kind in _ELEMENTWISE},
 }

@@ -109,8 +109,9 @@ def _summed(values: Tensor, rows: Rows, size: torch.Size, channels: bool = False
     return rows.split(total).sum(1).reshape(rows.n, *size)
 
 
-def _itself(node: Any, b: Tensor, rows: Rows, size: torch.Size) -> _Result:
-    return _summed(b, rows, size)
+def _itself(node: Any, b: Tensor, rows: Rows, size: torch.Size, channels: bool = False) -> _Result:
+    scaled = getattr(node, "_saved_beta", 1) != 1  # the shift of addmm
+    return None if scaled else _summed(b, rows, size, channels)
 
 
 def _scaled(node: Any, b: Tensor, rows: Rows, size: torch.Size, sign: int) -> _Result:
@@ -150,12 +151,6 @@ def _matrices(node: Any, b: Tensor, rows: Rows, size: torch.Size, slot: int) -> 
     other = node._saved_self if slot else node._saved_mat2
     pair = (rows.split(other), rows.split(b)) if slot else (rows.split(b), rows.split(other))
     return torch.einsum("nksi,nkso->nsio", pair)
-
-
-def _shift(node: Any, b: Tensor, rows: Rows, size: torch.Size, channels: bool) -> _Result:
-    if getattr(node, "_saved_beta", 1) != 1:
-        return None
-    return _summed(b, rows, size, channels)
 
 
 def _conv(node: Any, b: Tensor, rows: Rows, size: torch.Size) -> _Result:
@@ -208,16 +203,16 @@ _FORMULAS: dict[tuple[str, int], _Formula] = {
     ("Mm", 1): partial(_matrix, other="_saved_self"),
     ("Bmm", 0): partial(_matrices, slot=0),
     ("Bmm", 1): partial(_matrices, slot=1),
-    ("Addmm", 0): partial(_shift, channels=False),
+    ("Addmm", 0): _itself,
     ("Addmm", 2): partial(_matrix, other="_saved_mat1"),
     ("Convolution", 1): _conv,
-    ("Convolution", 2): partial(_shift, channels=True),
+    ("Convolution", 2): partial(_itself, channels=True),
     ("NativeLayerNorm", 1): _layer_norm,
-    ("NativeLayerNorm", 2): partial(_shift, channels=False),
+    ("NativeLayerNorm", 2): _itself,
     ("NativeGroupNorm", 1): _group_norm,
-    ("NativeGroupNorm", 2): partial(_shift, channels=True),
+    ("NativeGroupNorm", 2): partial(_itself, channels=True),
     ("NativeBatchNorm", 1): _batch_norm,
-    ("NativeBatchNorm", 2): partial(_shift, channels=True),
+    ("NativeBatchNorm", 2): partial(_itself, channels=True),
     ("CudnnBatchNorm", 1): _batch_norm,
-    ("CudnnBatchNorm", 2): partial(_shift, channels=True),
+    ("CudnnBatchNorm", 2): partial(_itself, channels=True),
 }
