@@ -497,10 +497,9 @@ class ENGM(_ExampleSGD):
             gradient = gradient.to(parameter.dtype)
             before = self._gradients.get(parameter)
             self._gradients[parameter] = gradient if before is None else before + gradient
-        parts = [] if self.last is None or not self._count else [self.last]
+        part = ExampleWeights(norms, weights, good, scale)
+        self.last = self.last.joined(part) if self.last and self._count else part
         self._count += len(losses)
-        parts.append(ExampleWeights(norms, weights, good, scale))
-        self.last = ExampleWeights.joined(parts)
         return losses
 
     def _any_failed(self, bad: Tensor) -> Tensor:
@@ -669,13 +668,14 @@ class ExampleWeights:
     good: Tensor
     _scale: Tensor
 
-    @classmethod
-    def joined(cls, parts: "Sequence[ExampleWeights]") -> "ExampleWeights":
-        """Returns the parts of a batch as one."""
-        if len(parts) == 1:
-            return parts[0]
-        columns = [torch.cat([getattr(p, k) for p in parts]) for k in ("norms", "weights", "good")]
-        return cls(columns[0], columns[1], columns[2], parts[0]._scale)
+    def joined(self, other: "ExampleWeights") -> "ExampleWeights":
+        """Returns this and another part of a batch as one."""
+        return ExampleWeights(
+            torch.cat([self.norms, other.norms]),
+            torch.cat([self.weights, other.weights]),
+            torch.cat([self.good, other.good]),
+            self._scale,
+        )
 
     # read when they are asked for, so that a step on a GPU need not wait for them
     @property
@@ -705,34 +705,23 @@ def example_weights(norms: Tensor, scale: float | Tensor, floor: float) -> Tenso
 
 # --- the optimizer of a run
 
-# `norms` and `refresh_every` of each
-_NORMS: dict[str, tuple[Norms, int | None]] = {
-    "engm": ("exact", None),
-    "engm-input": ("input", 20),
-    "engm-input-only": ("input", None),
-    "engm-output": ("output", None),
-    "engm-both": ("both", 20),
+# How each of them finds the norms.
+_NORMS: dict[str, dict[str, Any]] = {
+    "engm": dict(norms="exact"),
+    "engm-input": dict(norms="input", refresh_every=20),
+    "engm-input-only": dict(norms="input", refresh_every=None),
+    "engm-output": dict(norms="output", refresh_every=None),
+    "engm-both": dict(norms="both", refresh_every=20),
 }
 
 
 def build(config: RunConfig, model: nn.Module) -> MSGD | ENGM:
     """Makes the outer optimizer that a run asks for."""
-    if config.optimizer in _NORMS:
-        norms, refresh_every = _NORMS[config.optimizer]
-        return ENGM(
-            model,
-            lr=config.lr,
-            momentum=config.momentum,
-            weight_decay=config.weight_decay,
-            scale=config.scale,
-            floor=config.floor,
-            norms=norms,
-            refresh_every=refresh_every,
-        )
-    return MSGD(
-        (p for p in model.parameters() if p.requires_grad),
-        lr=config.lr,
-        momentum=config.momentum,
-        weight_decay=config.weight_decay,
-        max_norm=config.max_norm if config.optimizer == "msgd-clip" else None,
+    sgd: dict[str, Any] = dict(
+        lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay
     )
+    if config.optimizer in _NORMS:
+        norms = _NORMS[config.optimizer]
+        return ENGM(model, scale=config.scale, floor=config.floor, **norms, **sgd)
+    max_norm = config.max_norm if config.optimizer == "msgd-clip" else None
+    return MSGD([p for p in model.parameters() if p.requires_grad], max_norm=max_norm, **sgd)
