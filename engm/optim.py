@@ -9,6 +9,7 @@ import math
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -197,7 +198,7 @@ class _ExampleSGD(torch.optim.SGD):
         """
         if not self._started:
             distributed.share_values(self._parameters())
-            closure = self._looked_at(closure)
+            closure = partial(self._first_losses, closure)
         before = [(p, p.grad, _version(p.grad)) for p in self._parameters()]
         self._in_closure = True
         try:
@@ -233,13 +234,10 @@ class _ExampleSGD(torch.optim.SGD):
     def _add(self, closure: Closure | None, inputs: Tensor | None) -> Tensor:
         raise NotImplementedError
 
-    def _looked_at(self, closure: Closure | None) -> Closure:
-        def run() -> Tensor:
-            losses = run_closure(closure)
-            refuse_hidden(losses, self._parameters())
-            return losses
-
-        return run
+    def _first_losses(self, closure: Closure | None) -> Tensor:
+        losses = run_closure(closure)
+        refuse_hidden(losses, self._parameters())
+        return losses
 
     def _check(self, failed: Tensor, bad: Tensor) -> None:
         # processes that share a batch may have it in other numbers of parts: they ask in the step
@@ -505,22 +503,17 @@ class ENGM(_ExampleSGD):
     def _any_failed(self, bad: Tensor) -> Tensor:
         return distributed.mean(~bad) == 0
 
-    def _looked_at(self, closure: Closure | None) -> Closure:
-        run = super()._looked_at(closure)
-
-        def warned() -> Tensor:
-            losses = run()
-            if _has_term_for_all(losses):
-                warnings.warn(
-                    "the losses hold a term that is the same for all examples, as a penalty on the "
-                    "weights is: it counts in the norm of each example, and is weighed as the "
-                    "example is. Give ENGM weight_decay instead, or call penalty.backward() "
-                    "between zero_grad() and step(), and leave it out of the losses",
-                    stacklevel=4,
-                )
-            return losses
-
-        return warned
+    def _first_losses(self, closure: Closure | None) -> Tensor:
+        losses = super()._first_losses(closure)
+        if _has_term_for_all(losses):
+            warnings.warn(
+                "the losses hold a term that is the same for all examples, as a penalty on the "
+                "weights is: it counts in the norm of each example, and is weighed as the example "
+                "is. Give ENGM weight_decay instead, or call penalty.backward() between "
+                "zero_grad() and step(), and leave it out of the losses",
+                stacklevel=4,
+            )
+        return losses
 
     def _check_model_again(self) -> None:
         known = {p for group in self.param_groups for p in group["params"]}

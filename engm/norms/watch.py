@@ -5,7 +5,7 @@
 
 import warnings
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -101,6 +101,14 @@ class _Plan:
 
     rows: dict[int, Rows]
     unseen: frozenset[int] = frozenset()
+
+    @classmethod
+    def of(cls, graph: Graph, rows: dict[Node, Rows], unseen: Collection[Node] = ()) -> "_Plan":
+        place = {node: k for k, node in enumerate(graph.order)}
+        return cls(
+            {place[node]: own for node, own in rows.items()},
+            frozenset(place[node] for node in unseen if node in rows),
+        )
 
 
 @dataclass
@@ -315,7 +323,7 @@ class Watch:
         nodes = [*graph.calls, *dict.fromkeys(node for node, _ in places)]
         ends = [] if inputs is None else [inputs]
         check = found.at_once is not None
-        retain = check or self._second is not None or bool(unseen or parts)
+        retain = check or not found.keep or bool(unseen or parts)
         ones = torch.ones_like(losses)
         gradients = _pass(graph, losses, ones, nodes, arrive, ends, retain, held=check, stop=True)
         for (node, slot), outputs in left.items():
@@ -372,7 +380,7 @@ class Watch:
         if key in checked.plans:
             return graph, checked.plans[key]
         if losses.is_meta:  # has no numbers to look at
-            return graph, _Plan(_guess(graph, len(losses)))
+            return graph, _Plan.of(graph, _guess(graph, len(losses)))
         while True:
             plan, sure, wrong = self._probe(graph, losses)
             if not wrong:
@@ -409,16 +417,15 @@ class Watch:
         plain, _ = summed_up(torch.ones_like(weights))
         probe, gradients = summed_up(weights)
         rows, sure = _guess(graph, n), bool(losses.isfinite().all())
+        unseen = {node for node in rows if node not in plain}
         wrong: set[nn.Module] = set()
-        unseen = {k for k in rows if graph.order[k] not in plain}
-        place = {node: k for k, node in enumerate(graph.order)}
         for node, summary in plain.items():
             found = summary.rows(probe[node], weights)
             call = graph.calls.get(node)
             if summary.empty:
-                unseen.add(place[node])
+                unseen.add(node)
             elif found is not None:
-                rows[place[node]] = found
+                rows[node] = found
             elif call is not None:
                 wrong.add(call.layer)
             elif node not in graph.plain:
@@ -426,7 +433,7 @@ class Watch:
                     f"in the operation {name_of(node)!r}, in which a parameter meets the batch, "
                     f"the examples cannot be told apart; {WAY_OUT}"
                 )
-        plan = _Plan(rows, frozenset(unseen & rows.keys()))
+        plan = _Plan.of(graph, rows, unseen)
         wanted = {p: g for p, g in zip(parameters, gradients, strict=True) if g is not None}
         return plan, sure, wrong or self._compare(graph, plan, losses, weights, wanted)
 
@@ -440,7 +447,6 @@ class Watch:
     ) -> set[nn.Module]:
         """Holds weighted gradients and one norm against autograd's."""
         found = _Shares(measure=True, keep=False, at_once=weights)
-        self._second = None
         self._collect(graph, plan, losses, found)
         tolerance, eps = _tolerance(losses, found)
         rounding = 10 * eps * torch.stack([g.norm() for g in wanted.values()]).norm()
@@ -524,14 +530,14 @@ class _Shares:
     """
 
     def __init__(self, measure: bool, keep: bool, at_once: Tensor | None = None) -> None:
-        self.measure, self._keep, self.at_once = measure, keep, at_once
+        self.measure, self.keep, self.at_once = measure, keep, at_once
         self.shares: dict[Tensor, Share | None] = {}
         self.parts: list[_Part] = []
         self.squares: dict[Tensor, Tensor] = {}
         self.sums: dict[Tensor, Tensor] = {}
 
     def take(self, layer: nn.Module, calls: list[tuple[Tensor, Tensor, Rows]]) -> None:
-        if not (self.measure or self._keep):
+        if not (self.measure or self.keep):
             self.shares.update(dict.fromkeys(_own(layer)))
             return
         formula = formula_of(layer)
@@ -542,7 +548,7 @@ class _Shares:
                 self.squares[parameter] = share.squares()
             if self.at_once is not None:
                 self.sums[parameter] = share.weighted(self.at_once, None)
-            self.shares[parameter] = share if self._keep else None
+            self.shares[parameter] = share if self.keep else None
 
     def add(self, part: "_Part", graph: Graph) -> None:
         self.parts.append(part)
@@ -550,7 +556,7 @@ class _Shares:
             self.squares |= part.squares(graph)
         if self.at_once is not None:
             self.sums |= part.weighted(self.at_once, None)
-        if not self._keep:
+        if not self.keep:
             part.shares.clear()
 
     def parameters(self) -> list[Tensor]:
@@ -755,10 +761,8 @@ def _held(node: Any) -> Callable[[Any, Any], Any]:
     return held
 
 
-def _guess(graph: Graph, n: int) -> dict[int, Rows]:
-    takers = set(graph.takers())
-    nodes = enumerate(graph.order)
-    return {k: Rows(0, n) for k, node in nodes if node in graph.calls or node in takers}
+def _guess(graph: Graph, n: int) -> dict[Node, Rows]:
+    return dict.fromkeys([*graph.calls, *graph.takers()], Rows(0, n))
 
 
 def _tolerance(losses: Tensor, found: _Shares) -> tuple[float, float]:
@@ -801,10 +805,6 @@ def _trainable(
             owners.setdefault(parameter, f"{name}.{kind}".lstrip("."))
         if own and module not in skip and formula_of(module) is not None:
             layers[module] = name
-    if shared:
-        layers = {
-            layer: name
-            for layer, name in layers.items()
-            if shared.isdisjoint(layer.parameters(recurse=False))
-        }
+    for layer in [layer for layer in layers if not shared.isdisjoint(layer.parameters(False))]:
+        del layers[layer]
     return layers, owners
