@@ -160,7 +160,7 @@ def register_formula(
         )
 
     def formula(module: Any, calls: Calls, measure: bool) -> dict[str, Share]:
-        found = [gradients(module, a, b) for a, b in _each(calls)]
+        found = [gradients(module, a, b) for a, b in single_rows(calls)]
         own = [name for name, p in module.named_parameters(recurse=False) if p.requires_grad]
         return {
             name: Stored(_total(one[name] for one in found))
@@ -213,7 +213,7 @@ def _linear_inner(a: Tensor, b: Tensor, other_a: Tensor, other_b: Tensor) -> Ten
 
 
 def _conv2d(module: Any, calls: Calls, measure: bool) -> Share:
-    pairs = _each(calls)
+    pairs = single_rows(calls)
     groups, (height, width) = module.groups, module.kernel_size
     outputs, inputs = module.out_channels // groups, module.in_channels // groups
 
@@ -308,8 +308,8 @@ def _conv2d_shares(module: Any, a: Tensor, b: Tensor) -> Tensor:
     return shares.view(n, groups, *shares.shape[1:])
 
 
-def _each(calls: Calls) -> Pairs:
-    # k rows an example are k calls
+def single_rows(calls: Calls) -> Pairs:
+    """Returns a and b with one row an example: of a call with k rows an example, k pairs."""
     return [
         pair
         for a, b, rows in calls
@@ -327,7 +327,7 @@ def _conv(module: Any, calls: Calls, measure: bool) -> Share:
     return Stored(
         _total(
             conv_shares(a if transposed else _padded(module, a), b, size, options)
-            for a, b in _each(calls)
+            for a, b in single_rows(calls)
         )
     )
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
-from engm.norms.layers import Share, Stored, conv_shares, linear_shares
+from engm.norms.layers import Share, Stored, conv_shares, linear_shares, single_rows
 from engm.norms.rows import Rows
 
 Gradients = Sequence[Tensor | None]  # of the outputs of a node
@@ -158,9 +158,7 @@ def _conv(node: Any, b: Tensor, rows: Rows, size: torch.Size) -> _Result:
         *(node._saved_stride, node._saved_padding, node._saved_dilation, node._saved_transposed),
         *(node._saved_output_padding, node._saved_groups),
     )
-    pairs = zip(
-        rows.split(node._saved_input.to(b.dtype)).unbind(1), rows.split(b).unbind(1), strict=True
-    )
+    pairs = single_rows([(node._saved_input, b, rows)])
     return torch.stack([conv_shares(a, part, size, options) for a, part in pairs]).sum(0)
 
 

@@ -8,6 +8,8 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
+from itertools import islice
 from typing import Any
 
 import torch
@@ -222,7 +224,7 @@ class Watch:
                 the losses depend on no parameter, or the check finds that norms or gradients are
                 not those of autograd.
         """
-        graph = Graph(losses.grad_fn, self._key, self._owners, self._checked.skip)
+        graph = self._graph(losses)
         self._refuse(graph)
         self._anew = graph.anew
         with self._during_a_pass():
@@ -245,6 +247,9 @@ class Watch:
         self._second = losses if graph.coupled or graph.anew else None
         self._found = _Shares(self._measure, keep=self._second is None)
         return self._collect(graph, plan, losses, self._found, inputs)
+
+    def _graph(self, losses: Tensor) -> Graph:
+        return Graph(losses.grad_fn, self._key, self._owners, self._checked.skip)
 
     def norms(self) -> Tensor:
         """Returns |g_i|, `[n]`, in float32, or float64 where the model's passes are."""
@@ -375,19 +380,15 @@ class Watch:
     # --- the check
 
     def _planned(self, graph: Graph, losses: Tensor) -> tuple[Graph, _Plan]:
-        checked = self._checked
-        key = (len(losses), *graph.signature())
+        checked, key = self._checked, (len(losses), *graph.signature())
         if key in checked.plans:
             return graph, checked.plans[key]
         if losses.is_meta:  # has no numbers to look at
             return graph, _Plan.of(graph, _guess(graph, len(losses)))
-        while True:
-            plan, sure, wrong = self._probe(graph, losses)
-            if not wrong:
-                break
+        plan, sure, wrong = self._probe(graph, losses)
+        if wrong:
             checked.skip |= wrong
-            graph = Graph(losses.grad_fn, self._key, self._owners, checked.skip)
-            key = (len(losses), *graph.signature())
+            return self._planned(self._graph(losses), losses)
         if sure:
             checked.plans[key] = plan
         return graph, plan
@@ -687,27 +688,25 @@ def _pass(
         if node not in last
     ]
     if held:
-        hooks += [node.register_hook(_held(node)) for node in graph.batch_norms()]
-    edges = [(node, k) for node in last for k in range(len(node._input_metadata))]
+        hooks += [node.register_hook(partial(_held, node)) for node in graph.batch_norms()]
+    edges = [GradientEdge(node, k) for node in last for k in range(len(node._input_metadata))]
     try:
         with torch.no_grad():
             gradients = torch.autograd.grad(
                 losses,
-                [*(GradientEdge(*edge) for edge in edges), *ends],  # type: ignore[arg-type]
+                [*edges, *ends],  # type: ignore[arg-type]
                 weights,
                 retain_graph=retain,
                 allow_unused=True,
             )
-            outputs: dict[Node, list[Tensor | None]] = defaultdict(list)
-            for (node, _), gradient in zip(edges, gradients, strict=False):
-                outputs[node].append(gradient)
-            for node, parts in outputs.items():
-                arrive(node, parts)
+            rest = iter(gradients)
+            for node in last:
+                arrive(node, list(islice(rest, len(node._input_metadata))))
     finally:
         # a hook holds the node that it is on: let go, or neither is ever freed
         for hook in hooks:
             hook.remove()
-    return list(gradients[len(edges) :])
+    return list(rest)
 
 
 def rows_of(losses: Tensor, ends: Sequence[Tensor | GradientEdge]) -> tuple[list[Rows], bool]:
@@ -747,18 +746,15 @@ def rows_of(losses: Tensor, ends: Sequence[Tensor | GradientEdge]) -> tuple[list
     return found, sure
 
 
-def _held(node: Any) -> Callable[[Any, Any], Any]:
-    def held(gradients: tuple[Tensor | None, ...], outputs: tuple[Tensor, ...]) -> Any:
-        first, b = gradients[0], outputs[0]
-        if first is None:
-            return None
-        factor = batch_statistics(node)[1]
-        if node._saved_weight is not None:
-            factor = factor * node._saved_weight
-        scaled = b * factor.view(-1, *[1] * (b.dim() - 2))
-        return (scaled.to(first.dtype), *gradients[1:])
-
-    return held
+def _held(node: Any, gradients: Sequence[Tensor | None], outputs: Sequence[Tensor]) -> Any:
+    first, b = gradients[0], outputs[0]
+    if first is None:
+        return None
+    factor = batch_statistics(node)[1]
+    if node._saved_weight is not None:
+        factor = factor * node._saved_weight
+    scaled = b * factor.view(-1, *[1] * (b.dim() - 2))
+    return (scaled.to(first.dtype), *gradients[1:])
 
 
 def _guess(graph: Graph, n: int) -> dict[Node, Rows]:
