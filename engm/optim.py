@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ from torch.utils.checkpoint import CheckpointError
 
 from engm import distributed
 from engm.config import RunConfig
-from engm.errors import InputError, NonFiniteLossError, check_number
+from engm.errors import InputError, NonFiniteLossError, check_choice, check_number
 from engm.norms.graph import nodes_under
 from engm.norms.measures import (
     NO_STEP,
@@ -450,10 +450,7 @@ class ENGM(_ExampleSGD):
         check_number("floor", floor, "0.05")
         if not 0 < floor <= 1:
             raise InputError(f"floor must be in (0, 1], got {floor!r}")
-        if norms not in ("exact", "input", "output", "both", "loop"):
-            raise InputError(
-                f"norms must be 'exact', 'input', 'output', 'both' or 'loop', got {norms!r}"
-            )
+        check_choice("norms", norms, get_args(Norms))
         message = f"all losses or their gradients are inf or nan; {NO_STEP}"
         how = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
         super().__init__(_groups(model, groups), message, **how, **sgd)

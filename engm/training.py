@@ -55,38 +55,36 @@ def train_one_epoch(
             counts the steps from 1.
     """
     precision, awp = precision or Precision(), awp or AWP(0)
-    losses, norms = [], []
+    losses, norms, done = [], [], 0
     model.train()
-    for step, (x, y) in enumerate(examples, start=1):
-        x = x.contiguous(memory_format=precision.memory_format)
-        with precision.autocast(x.device):
-            # processes that share a batch draw the random starts of all of it
-            rows = distributed.share(len(y))
-            part = {} if rows is None else {"rows": rows}
-            x_adv = method.attack(attacked or model, x, y, **part)
-        x, y = (x, y) if rows is None else (x[rows], y[rows])
-        optimizer.zero_grad()
-
-        def closure(x: Tensor = x, x_adv: Tensor = x_adv, y: Tensor = y) -> Tensor:
+    try:
+        for x, y in examples:
+            x = x.contiguous(memory_format=precision.memory_format)
             with precision.autocast(x.device):
-                return method.losses(model, x, x_adv, y)
+                # processes that share a batch draw the random starts of all of it
+                rows = distributed.share(len(y))
+                part = {} if rows is None else {"rows": rows}
+                x_adv = method.attack(attacked or model, x, y, **part)
+            x, y = (x, y) if rows is None else (x[rows], y[rows])
+            optimizer.zero_grad()
 
-        try:
+            def closure(x: Tensor = x, x_adv: Tensor = x_adv, y: Tensor = y) -> Tensor:
+                with precision.autocast(x.device):
+                    return method.losses(model, x, x_adv, y)
+
             with awp(model, closure):
                 losses.append(optimizer.accumulate(closure, inputs=x_adv))
             optimizer.step()
-        except NonFiniteLossError as error:
-            raise NonFiniteLossError(f"step {step - error.steps_ago}: {error}") from None
-        if isinstance(optimizer, optim.ENGM) and optimizer.last:
-            norms.append(optimizer.last.norms)
-        if scheduler is not None:
-            scheduler.step()
-    if not losses:
-        raise InputError("there is no batch to train on")
-    try:
+            done += 1
+            if isinstance(optimizer, optim.ENGM) and optimizer.last:
+                norms.append(optimizer.last.norms)
+            if scheduler is not None:
+                scheduler.step()
+        if not done:
+            raise InputError("there is no batch to train on")
         optimizer.settle()
     except NonFiniteLossError as error:
-        raise NonFiniteLossError(f"step {step + 1 - error.steps_ago}: {error}") from None
+        raise NonFiniteLossError(f"step {done + 1 - error.steps_ago}: {error}") from None
     every = torch.cat(losses)
     finite = every.isfinite()
     metrics = {"train_loss": float(distributed.mean(every, finite))}

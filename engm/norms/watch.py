@@ -468,20 +468,12 @@ class Watch:
                     f"is not the one that autograd finds; {WAY_OUT}"
                 )
             wrong.add(layers[parameter])
-        if not wrong and found.squares:
-            self._warn(graph, found.parts, len(losses))
-            if bool(found.norms().isfinite().all()):
-                self._compare_longest(graph, losses, found.norms(), list(wanted), tolerance)
-        return wrong
-
-    def _compare_longest(
-        self,
-        graph: Graph,
-        losses: Tensor,
-        norms: Tensor,
-        parameters: list[Tensor],
-        tolerance: float,
-    ) -> None:
+        if wrong or not found.squares:
+            return wrong
+        self._warn(graph, found.parts, len(losses))
+        norms = found.norms()
+        if not bool(norms.isfinite().all()):
+            return wrong
         most = int(norms.argmax())
         only = torch.zeros_like(losses)
         only[most] = 1
@@ -490,13 +482,14 @@ class Watch:
             graph.calls[node].input()
 
         calls = [node for node, call in graph.calls.items() if call.anew]
-        passed = _pass(graph, losses, only, calls, let_go, parameters)
+        passed = _pass(graph, losses, only, calls, let_go, list(wanted))
         norm = torch.stack([g.to(norms.dtype).norm() for g in passed if g is not None]).norm()
         if bool((norm - norms[most]).abs() > tolerance * norm):
             raise InputError(
                 f"the norm of example {most}, {float(norms[most]):.4g}, is not that of its "
                 f"gradient, {float(norm):.4g}; {WAY_OUT}"
             )
+        return wrong
 
     def _warn(self, graph: Graph, parts: "list[_Part]", n: int) -> None:
         leaves = {p for part in parts if not part.fast(graph, n) for p in part.leaves.values()}
