@@ -130,8 +130,9 @@ class PGD:
         attacked = model if isinstance(model, AttackedModel) else None
         check_tensors(x, y)
         highest = check_values(x, y) if attacked is None or attacked.begin(x) else 0
+        chosen = slice(None) if rows is None else rows
         if self.eps == 0 or len(x) == 0:
-            return (x if rows is None else x[rows]).detach().clone()
+            return x[chosen].detach().clone()
         if isinstance(model, nn.Module) and any(p.is_inference() for p in model.parameters()):
             raise InputError(
                 "the model was made in inference mode, so autograd refuses it for good; attack "
@@ -142,7 +143,6 @@ class PGD:
         training = self.mode == "train"
         with in_mode(model, training), torch.inference_mode(False), torch.enable_grad():
             whole = x.detach().clone()
-            chosen = slice(None) if rows is None else rows
             x, y = whole[chosen], y[chosen]
             target = logits_of(x).detach() if self.loss == "kl" else y
             best, best_loss = x.clone(), torch.full((len(x),), -math.inf, device=x.device)

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from engm import distributed
 from engm.attacks import PGD, kl
 from engm.config import RunConfig
-from engm.errors import InputError
+from engm.errors import InputError, check_number
 from engm.norms.measures import Closure, run_closure
 
 # --- training methods
@@ -55,7 +55,7 @@ class _Checked:
 
     def __post_init__(self) -> None:
         """Refuses a beta below 0 and a label smoothing that is no fraction."""
-        _check_amount("beta", self.beta)
+        check_number("beta", self.beta, "6.0")
         if not 0 <= self.label_smoothing < 1:
             value = self.label_smoothing
             raise InputError(f"label_smoothing must be in [0, 1), got {value!r}; 0.1 is usual")
@@ -159,25 +159,22 @@ def build(config: RunConfig) -> Method:
     if config.method == "natural":
         return Natural(label_smoothing=config.label_smoothing)
     assert config.eps and config.step_size and config.num_steps
-    start_noise = config.start_noise
-    if start_noise is None:
-        start_noise = 0.001 if config.method == "trades" else 0.0
+    trades = config.method == "trades"
+    usual_noise = 0.001 if trades else 0.0
     attack = PGD(
         eps=config.eps,
         step_size=config.step_size,
         num_steps=config.num_steps,
         norm=config.norm,
-        loss="kl" if config.method == "trades" else "ce",
-        start_noise=start_noise,
+        loss="kl" if trades else "ce",
+        start_noise=usual_noise if config.start_noise is None else config.start_noise,
         mode=config.attack_mode,
     )
-    if config.method == "trades":
-        assert config.beta is not None
+    if config.beta is None:  # which TRADES and MART have
+        return PGDAT(attack, config.label_smoothing)
+    if trades:
         return TRADES(attack, config.beta, config.label_smoothing)
-    if config.method == "mart":
-        assert config.beta is not None
-        return MART(attack, config.beta)
-    return PGDAT(attack, config.label_smoothing)
+    return MART(attack, config.beta)
 
 
 def _logits(model: nn.Module, images: Tensor) -> Tensor:
@@ -188,11 +185,6 @@ def _logits(model: nn.Module, images: Tensor) -> Tensor:
 
 def _cross_entropy(logits: Tensor, y: Tensor, label_smoothing: float) -> Tensor:
     return F.cross_entropy(logits, y, reduction="none", label_smoothing=label_smoothing)
-
-
-def _check_amount(name: str, value: float) -> None:
-    if not 0 <= value < math.inf:
-        raise InputError(f"{name} must be a number, 0 or more; got {value!r}")
 
 
 # --- adversarial weight perturbation
@@ -222,7 +214,7 @@ class AWP:
 
     def __post_init__(self) -> None:
         """Refuses a gamma below 0."""
-        _check_amount("gamma", self.gamma)
+        check_number("gamma", self.gamma, "0.005")
 
     @contextmanager
     def __call__(self, model: nn.Module, closure: Closure) -> Iterator[None]:

@@ -9,7 +9,8 @@ import math
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from functools import partial
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,8 @@ from torch.utils.checkpoint import CheckpointError
 
 from engm import distributed
 from engm.config import RunConfig
-from engm.errors import InputError, NonFiniteLossError, check_number
+from engm.errors import InputError, NonFiniteLossError, check_choice, check_number
+from engm.norms.graph import nodes_under
 from engm.norms.measures import (
     NO_STEP,
     Closure,
@@ -196,7 +198,7 @@ class _ExampleSGD(torch.optim.SGD):
         """
         if not self._started:
             distributed.share_values(self._parameters())
-            closure = self._looked_at(closure)
+            closure = partial(self._first_losses, closure)
         before = [(p, p.grad, _version(p.grad)) for p in self._parameters()]
         self._in_closure = True
         try:
@@ -232,13 +234,10 @@ class _ExampleSGD(torch.optim.SGD):
     def _add(self, closure: Closure | None, inputs: Tensor | None) -> Tensor:
         raise NotImplementedError
 
-    def _looked_at(self, closure: Closure | None) -> Closure:
-        def run() -> Tensor:
-            losses = run_closure(closure)
-            refuse_hidden(losses, self._parameters())
-            return losses
-
-        return run
+    def _first_losses(self, closure: Closure | None) -> Tensor:
+        losses = run_closure(closure)
+        refuse_hidden(losses, self._parameters())
+        return losses
 
     def _check(self, failed: Tensor, bad: Tensor) -> None:
         # processes that share a batch may have it in other numbers of parts: they ask in the step
@@ -451,10 +450,7 @@ class ENGM(_ExampleSGD):
         check_number("floor", floor, "0.05")
         if not 0 < floor <= 1:
             raise InputError(f"floor must be in (0, 1], got {floor!r}")
-        if norms not in ("exact", "input", "output", "both", "loop"):
-            raise InputError(
-                f"norms must be 'exact', 'input', 'output', 'both' or 'loop', got {norms!r}"
-            )
+        check_choice("norms", norms, get_args(Norms))
         message = f"all losses or their gradients are inf or nan; {NO_STEP}"
         how = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
         super().__init__(_groups(model, groups), message, **how, **sgd)
@@ -469,7 +465,6 @@ class ENGM(_ExampleSGD):
         else:
             self.measure = ProxyMeasure(model, norms, refresh_every)
         self._mean_norm: Tensor | None = None  # of the steps so far, float64
-        self._norms: list[Tensor] = []  # of each part of the batch so far; nan where left out
 
     def _add(self, closure: Closure | None, inputs: Tensor | None) -> Tensor:
         self._check_model_again()
@@ -497,32 +492,25 @@ class ENGM(_ExampleSGD):
             gradient = gradient.to(parameter.dtype)
             before = self._gradients.get(parameter)
             self._gradients[parameter] = gradient if before is None else before + gradient
-        parts = [] if self.last is None or not self._count else [self.last]
+        part = ExampleWeights(norms, weights, good, scale)
+        self.last = self.last.joined(part) if self.last and self._count else part
         self._count += len(losses)
-        self._norms.append(norms.masked_fill(~good, math.nan))
-        parts.append(ExampleWeights(norms, weights, good, scale))
-        self.last = ExampleWeights.joined(parts)
         return losses
 
     def _any_failed(self, bad: Tensor) -> Tensor:
         return distributed.mean(~bad) == 0
 
-    def _looked_at(self, closure: Closure | None) -> Closure:
-        run = super()._looked_at(closure)
-
-        def warned() -> Tensor:
-            losses = run()
-            if _has_term_for_all(losses):
-                warnings.warn(
-                    "the losses hold a term that is the same for all examples, as a penalty on the "
-                    "weights is: it counts in the norm of each example, and is weighed as the "
-                    "example is. Give ENGM weight_decay instead, or call penalty.backward() "
-                    "between zero_grad() and step(), and leave it out of the losses",
-                    stacklevel=4,
-                )
-            return losses
-
-        return warned
+    def _first_losses(self, closure: Closure | None) -> Tensor:
+        losses = super()._first_losses(closure)
+        if _has_term_for_all(losses):
+            warnings.warn(
+                "the losses hold a term that is the same for all examples, as a penalty on the "
+                "weights is: it counts in the norm of each example, and is weighed as the example "
+                "is. Give ENGM weight_decay instead, or call penalty.backward() between "
+                "zero_grad() and step(), and leave it out of the losses",
+                stacklevel=4,
+            )
+        return losses
 
     def _check_model_again(self) -> None:
         known = {p for group in self.param_groups for p in group["params"]}
@@ -557,16 +545,12 @@ class ENGM(_ExampleSGD):
         self._mean_norm = torch.tensor(mean_norm, dtype=torch.float64, device=device)
         self.measure.load(own.get("measure", {}))
 
-    def _forget(self) -> None:
-        super()._forget()
-        self._norms = []
-
     def _take_step(self) -> None:
         # new tensors: two parameters may have one gradient between them
         self._gradients = {p: total / self._count for p, total in self._gradients.items()}
         super()._take_step()
-        norms = torch.cat(self._norms)
-        mean = distributed.mean(norms, norms.isfinite())
+        assert self.last is not None
+        mean = distributed.mean(self.last.norms, self.last.good)
         before = torch.zeros_like(mean) if self._mean_norm is None else self._mean_norm
         decay = SCALE_DECAY * (before > 0).double()
         after = decay * before + (1 - decay) * mean
@@ -627,12 +611,7 @@ def _has_term_for_all(losses: Tensor) -> bool:
                     own.append(child)
                 elif child is not None and node.name() in _SUMS:
                     terms.append(child)
-    met, open_ends = set(terms), [*terms]
-    while open_ends:
-        children = {child for child, _ in open_ends.pop().next_functions if child}
-        open_ends += children - met
-        met |= children
-    return len(losses) > 1 and bool(terms) and met.isdisjoint(own)
+    return len(losses) > 1 and bool(terms) and set(own).isdisjoint(nodes_under(terms))
 
 
 def _groups(model: nn.Module, groups: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -679,13 +658,14 @@ class ExampleWeights:
     good: Tensor
     _scale: Tensor
 
-    @classmethod
-    def joined(cls, parts: "Sequence[ExampleWeights]") -> "ExampleWeights":
-        """Returns the parts of a batch as one."""
-        if len(parts) == 1:
-            return parts[0]
-        columns = [torch.cat([getattr(p, k) for p in parts]) for k in ("norms", "weights", "good")]
-        return cls(columns[0], columns[1], columns[2], parts[0]._scale)
+    def joined(self, other: "ExampleWeights") -> "ExampleWeights":
+        """Returns this and another part of a batch as one."""
+        return ExampleWeights(
+            torch.cat([self.norms, other.norms]),
+            torch.cat([self.weights, other.weights]),
+            torch.cat([self.good, other.good]),
+            self._scale,
+        )
 
     # read when they are asked for, so that a step on a GPU need not wait for them
     @property
@@ -715,34 +695,23 @@ def example_weights(norms: Tensor, scale: float | Tensor, floor: float) -> Tenso
 
 # --- the optimizer of a run
 
-# `norms` and `refresh_every` of each
-_NORMS: dict[str, tuple[Norms, int | None]] = {
-    "engm": ("exact", None),
-    "engm-input": ("input", 20),
-    "engm-input-only": ("input", None),
-    "engm-output": ("output", None),
-    "engm-both": ("both", 20),
+# How each of them finds the norms.
+_NORMS: dict[str, dict[str, Any]] = {
+    "engm": dict(norms="exact"),
+    "engm-input": dict(norms="input", refresh_every=20),
+    "engm-input-only": dict(norms="input", refresh_every=None),
+    "engm-output": dict(norms="output", refresh_every=None),
+    "engm-both": dict(norms="both", refresh_every=20),
 }
 
 
 def build(config: RunConfig, model: nn.Module) -> MSGD | ENGM:
     """Makes the outer optimizer that a run asks for."""
-    if config.optimizer in _NORMS:
-        norms, refresh_every = _NORMS[config.optimizer]
-        return ENGM(
-            model,
-            lr=config.lr,
-            momentum=config.momentum,
-            weight_decay=config.weight_decay,
-            scale=config.scale,
-            floor=config.floor,
-            norms=norms,
-            refresh_every=refresh_every,
-        )
-    return MSGD(
-        (p for p in model.parameters() if p.requires_grad),
-        lr=config.lr,
-        momentum=config.momentum,
-        weight_decay=config.weight_decay,
-        max_norm=config.max_norm if config.optimizer == "msgd-clip" else None,
+    sgd: dict[str, Any] = dict(
+        lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay
     )
+    if config.optimizer in _NORMS:
+        norms = _NORMS[config.optimizer]
+        return ENGM(model, scale=config.scale, floor=config.floor, **norms, **sgd)
+    max_norm = config.max_norm if config.optimizer == "msgd-clip" else None
+    return MSGD([p for p in model.parameters() if p.requires_grad], max_norm=max_norm, **sgd)

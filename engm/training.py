@@ -55,38 +55,36 @@ def train_one_epoch(
             counts the steps from 1.
     """
     precision, awp = precision or Precision(), awp or AWP(0)
-    losses, norms = [], []
+    losses, norms, done = [], [], 0
     model.train()
-    for step, (x, y) in enumerate(examples, start=1):
-        x = x.contiguous(memory_format=precision.memory_format)
-        with precision.autocast(x.device):
-            # processes that share a batch draw the random starts of all of it
-            rows = distributed.share(len(y))
-            part = {} if rows is None else {"rows": rows}
-            x_adv = method.attack(attacked or model, x, y, **part)
-        x, y = (x, y) if rows is None else (x[rows], y[rows])
-        optimizer.zero_grad()
-
-        def closure(x: Tensor = x, x_adv: Tensor = x_adv, y: Tensor = y) -> Tensor:
+    try:
+        for x, y in examples:
+            x = x.contiguous(memory_format=precision.memory_format)
             with precision.autocast(x.device):
-                return method.losses(model, x, x_adv, y)
+                # processes that share a batch draw the random starts of all of it
+                rows = distributed.share(len(y))
+                part = {} if rows is None else {"rows": rows}
+                x_adv = method.attack(attacked or model, x, y, **part)
+            x, y = (x, y) if rows is None else (x[rows], y[rows])
+            optimizer.zero_grad()
 
-        try:
+            def closure(x: Tensor = x, x_adv: Tensor = x_adv, y: Tensor = y) -> Tensor:
+                with precision.autocast(x.device):
+                    return method.losses(model, x, x_adv, y)
+
             with awp(model, closure):
                 losses.append(optimizer.accumulate(closure, inputs=x_adv))
             optimizer.step()
-        except NonFiniteLossError as error:
-            raise NonFiniteLossError(f"step {step - error.steps_ago}: {error}") from None
-        if isinstance(optimizer, optim.ENGM) and optimizer.last:
-            norms.append(optimizer.last.norms)
-        if scheduler is not None:
-            scheduler.step()
-    if not losses:
-        raise InputError("there is no batch to train on")
-    try:
+            done += 1
+            if isinstance(optimizer, optim.ENGM) and optimizer.last:
+                norms.append(optimizer.last.norms)
+            if scheduler is not None:
+                scheduler.step()
+        if not done:
+            raise InputError("there is no batch to train on")
         optimizer.settle()
     except NonFiniteLossError as error:
-        raise NonFiniteLossError(f"step {step + 1 - error.steps_ago}: {error}") from None
+        raise NonFiniteLossError(f"step {done + 1 - error.steps_ago}: {error}") from None
     every = torch.cat(losses)
     finite = every.isfinite()
     metrics = {"train_loss": float(distributed.mean(every, finite))}
@@ -265,29 +263,22 @@ def _check_data(config: RunConfig, dataset: data.Dataset) -> None:
     if dataset.name != config.dataset:
         raise InputError(f"the run is on {config.dataset}; it was given {dataset.name}")
     counts = {
-        "subset": (config.subset, dataset.train),
-        "validation_images": (config.validation_images, dataset.validation),
-        "test_images": (config.test_images, dataset.test),
+        "classes": (config.classes, dataset.num_classes),
+        "subset": (config.subset, len(dataset.train)),
+        "validation_images": (config.validation_images, len(dataset.validation)),
+        "test_images": (config.test_images, len(dataset.test)),
     }
-    if config.classes not in (None, dataset.num_classes):
-        raise InputError(
-            f"classes is {config.classes}, but the data have {dataset.num_classes}; load as many"
-        )
-    for name, (wanted, split) in counts.items():
-        if wanted not in (None, len(split)):
-            raise InputError(f"{name} is {wanted}, but the data have {len(split)}; load as many")
+    for name, (wanted, count) in counts.items():
+        if wanted not in (None, count):
+            raise InputError(f"{name} is {wanted}, but the data have {count}; load as many")
 
 
 @contextmanager
 def _stream(seed: int, epoch: int, device: torch.device) -> Iterator[None]:
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        _seed(seed, epoch)
+        # SeedSequence keeps neighbouring seeds and epochs apart
+        torch.manual_seed(int(np.random.SeedSequence([seed, epoch]).generate_state(1)[0]))
         yield
-
-
-def _seed(seed: int, epoch: int) -> None:
-    # SeedSequence keeps neighbouring seeds and epochs apart
-    torch.manual_seed(int(np.random.SeedSequence([seed, epoch]).generate_state(1)[0]))
 
 
 @dataclass(frozen=True)
@@ -344,40 +335,28 @@ def fit(
             `checkpoint-failed.pt`, that of the last whole epoch in `checkpoint-last.pt`.
     """
     with distributed.joined():
-        return _fit(
-            config.resolved(), Path(out), pick_device(device), data_root, save_adversarial, progress
-        )
-
-
-def _fit(
-    config: RunConfig,
-    out: Path,
-    device: torch.device,
-    data_root: Path | None,
-    save_adversarial: bool,
-    progress: bool,
-) -> RunResult:
-    folder, first = out / config.name, distributed.first()
-    if (folder / runs.RESULT).exists():
-        runs.check_config(folder, config)
-        metrics = runs.read_metrics(folder, config.epochs)
-        return RunResult(folder, config, metrics, runs.read_result(folder))
-    trainer = Trainer(config, load_data(config, data_root).to(device))
-    with runs.locked(folder) if first else nullcontext():  # what cannot start leaves no folder
+        config, on = config.resolved(), pick_device(device)
+        folder, first = Path(out) / config.name, distributed.first()
+        if (folder / runs.RESULT).exists():
+            runs.check_config(folder, config)
+            metrics = runs.read_metrics(folder, config.epochs)
+            return RunResult(folder, config, metrics, runs.read_result(folder))
+        trainer = Trainer(config, load_data(config, data_root).to(on))
+        with runs.locked(folder) if first else nullcontext():  # what cannot start leaves no folder
+            if first:
+                runs.write_config(folder, config, on, trainer.dataset.digest)
+            distributed.wait()
+            _resume(trainer, folder)
+            _train(trainer, folder, progress and first)
+            with _stream(config.seed, config.epochs, on):  # models are built, to be loaded into
+                result = _evaluate(trainer, folder, save_adversarial and first, progress and first)
+            if first:
+                runs.write_json(folder / runs.RESULT, result)
+                (folder / "result-partial.json").unlink(missing_ok=True)
         if first:
-            runs.write_config(folder, config, device, trainer.dataset.digest)
+            (folder / runs.LOCK).unlink(missing_ok=True)  # nobody writes to a complete run
         distributed.wait()
-        _resume(trainer, folder)
-        _train(trainer, folder, progress and first)
-        with _stream(config.seed, config.epochs, device):  # models are built, to be loaded into
-            result = _evaluate(trainer, folder, save_adversarial and first, progress and first)
-        if first:
-            runs.write_json(folder / runs.RESULT, result)
-            (folder / "result-partial.json").unlink(missing_ok=True)
-    if first:
-        (folder / runs.LOCK).unlink(missing_ok=True)  # nobody writes to a complete run
-    distributed.wait()
-    return RunResult(folder, config, runs.read_metrics(folder, config.epochs), result)
+        return RunResult(folder, config, runs.read_metrics(folder, config.epochs), result)
 
 
 def _resume(trainer: Trainer, folder: Path) -> None:

@@ -325,10 +325,9 @@ def test_the_two_forms_are_taken_in_turn(monkeypatch):
             (nn.Linear(6, 5), random(N, 6), random(N, 5)),
             (nn.Conv2d(2, 3, 3), random(N, 2, 6, 6), random(N, 3, 4, 4)),
         ):
-            assert isinstance(
-                layer_shares.shares_of(layer, [(a, b, Rows(0, len(a)))], True)["weight"], form
-            )
-            kept = layer_shares.shares_of(layer, [(a, b, Rows(0, len(a)))], False)["weight"]
+            formula, calls = layer_shares.formula_of(layer), [(a, b, Rows(0, len(a)))]
+            assert isinstance(formula(layer, calls, True)["weight"], form)
+            kept = formula(layer, calls, False)["weight"]
             assert isinstance(kept, layer_shares.Factors)
 
 

@@ -133,7 +133,7 @@ def test_a_run_gets_the_method_it_asks_for():
 @pytest.mark.parametrize(
     ("make", "reason"),
     [
-        (lambda: TRADES(KL_ATTACK, beta=-1), "beta must be a number, 0 or more; got -1"),
+        (lambda: TRADES(KL_ATTACK, beta=-1), "beta must be a number, 0 or more, as in 6.0; got -1"),
         (lambda: MART(ATTACK, beta=math.nan), "beta must be a number"),
         (lambda: PGDAT(ATTACK, label_smoothing=1.0), r"label_smoothing must be in \[0, 1\)"),
         (lambda: Natural(label_smoothing=-0.1), "got -0.1"),

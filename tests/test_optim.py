@@ -379,7 +379,7 @@ def test_all_examples_bad_is_refused_and_changes_nothing(norms):
         ({"momentum": None}, "momentum must be a number"),
         (
             {"norms": "fast"},
-            "norms must be 'exact', 'input', 'output', 'both' or 'loop', got 'fast'",
+            "unknown norms 'fast'; choose one of exact, input, output, both, loop",
         ),
     ],
 )

@@ -172,7 +172,7 @@ class _AlwaysFirst(ENGM):
     """ENGM that checks the model in each step as in its first."""
 
     def step(self, *args: Any, **kwargs: Any) -> Any:
-        self.measure._checked, self._started = Checked(), False  # type: ignore[union-attr]
+        self.measure._checked, self._started = Checked(), False
         return super().step(*args, **kwargs)
 
 

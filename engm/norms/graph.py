@@ -6,10 +6,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
+from torch.autograd.graph import GradientEdge, Node
 
 from engm.norms.operations import name_of, size_of
-from engm.norms.saved import Kept, hooks_on_saved
 
 # Operations that only put the numbers of a single input in another order or type.
 _REORDER = {
@@ -41,22 +40,6 @@ class Call:
     above: Node | None
     output: int
     shape: torch.Size
-
-    @classmethod
-    def of(cls, layer: nn.Module, a: Tensor, edge: GradientEdge, shape: torch.Size) -> "Call":
-        """Returns what is known when a layer has been called.
-
-        Args:
-            layer: The layer.
-            a: Its input.
-            edge: Of its output.
-            shape: Of its output.
-        """
-        above = get_gradient_edge(a).node if a.requires_grad else None
-        kept: Any = a.detach()
-        if hooks_on_saved() is not None:
-            kept = Kept.apply(torch.empty(0, requires_grad=True), kept).grad_fn
-        return cls(layer, layer.training, kept, a._version, above, edge.output_nr, shape)
 
     @property
     def anew(self) -> bool:
@@ -149,28 +132,19 @@ class Graph:
 
     def parameters_under(self, node: Node) -> dict[Node, Tensor]:
         """Returns the leaves that a plain node leads to."""
-        return {n: self.leaves[n] for n in self._under(node) if n in self.leaves}
+        return {n: self.leaves[n] for n in nodes_under([node]) if n in self.leaves}
 
     def reorders(self, node: Node) -> bool:
         """Returns whether from a plain node to its parameter numbers are only put in order."""
-        return all(n in self.leaves or name_of(n) in _REORDER for n in self._under(node))
+        return all(n in self.leaves or name_of(n) in _REORDER for n in nodes_under([node]))
 
     def size_under(self, edge: GradientEdge) -> int:
         """Returns how many numbers there are between an edge and its parameters."""
-        return sum(size_of(GradientEdge(n, 0)).numel() for n in self._under(edge.node))
+        return sum(size_of(GradientEdge(n, 0)).numel() for n in nodes_under([edge.node]))
 
     def batch_norms(self) -> list[Node]:
         """Returns the nodes of batch norms with statistics of the batch, in the layers as well."""
-        found, waiting, met = [], [*self.order], set(self.order)
-        while waiting:
-            node = waiting.pop()
-            if _takes_statistics(node):
-                found.append(node)
-            for child, _ in node.next_functions:
-                if child is not None and child not in met:
-                    met.add(child)
-                    waiting.append(child)
-        return found
+        return [node for node in nodes_under(self.order) if _takes_statistics(node)]
 
     def _walk(self, start: Node | None) -> None:
         if start is None:
@@ -201,14 +175,17 @@ class Graph:
                 plain.add(node)
         return plain
 
-    def _under(self, node: Node) -> list[Node]:
-        waiting, met = [node], {node}
-        for one in waiting:
-            for child, _ in one.next_functions:
-                if child is not None and child not in met:
-                    met.add(child)
-                    waiting.append(child)
-        return waiting
+
+def nodes_under(starts: Iterable[Node | None]) -> list[Node]:
+    """Returns all nodes that `starts` lead to, each once, with themselves first."""
+    found = [node for node in starts if node is not None]
+    met = set(found)
+    for node in found:
+        for child, _ in node.next_functions:
+            if child is not None and child not in met:
+                met.add(child)
+                found.append(child)
+    return found
 
 
 def _couples(module: nn.Module) -> bool:

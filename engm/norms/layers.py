@@ -160,7 +160,7 @@ def register_formula(
         )
 
     def formula(module: Any, calls: Calls, measure: bool) -> dict[str, Share]:
-        found = [gradients(module, a, b) for a, b in _each(calls)]
+        found = [gradients(module, a, b) for a, b in single_rows(calls)]
         own = [name for name, p in module.named_parameters(recurse=False) if p.requires_grad]
         return {
             name: Stored(_total(one[name] for one in found))
@@ -169,20 +169,6 @@ def register_formula(
         }
 
     _REGISTRY[kind] = (formula, kind.forward)
-
-
-def shares_of(module: nn.Module, calls: Calls, measure: bool) -> dict[str, Share]:
-    """Returns the shares of the examples in the trainable parameters of `module`, by name.
-
-    Args:
-        module: A layer that `formula_of` has a formula for.
-        calls: Its input, the gradient of its output, and which rows of both belong to an example,
-            for each time it was called.
-        measure: Whether the shares' lengths will be asked for.
-    """
-    formula = formula_of(module)
-    assert formula is not None
-    return formula(module, calls, measure)
 
 
 def _with_bias(weight: Callable[[Any, Calls, bool], Share]) -> "_Formula":
@@ -227,7 +213,7 @@ def _linear_inner(a: Tensor, b: Tensor, other_a: Tensor, other_b: Tensor) -> Ten
 
 
 def _conv2d(module: Any, calls: Calls, measure: bool) -> Share:
-    pairs = _each(calls)
+    pairs = single_rows(calls)
     groups, (height, width) = module.groups, module.kernel_size
     outputs, inputs = module.out_channels // groups, module.in_channels // groups
 
@@ -322,8 +308,8 @@ def _conv2d_shares(module: Any, a: Tensor, b: Tensor) -> Tensor:
     return shares.view(n, groups, *shares.shape[1:])
 
 
-def _each(calls: Calls) -> Pairs:
-    # k rows an example are k calls
+def single_rows(calls: Calls) -> Pairs:
+    """Returns a and b with one row an example: of a call with k rows an example, k pairs."""
     return [
         pair
         for a, b, rows in calls
@@ -341,7 +327,7 @@ def _conv(module: Any, calls: Calls, measure: bool) -> Share:
     return Stored(
         _total(
             conv_shares(a if transposed else _padded(module, a), b, size, options)
-            for a, b in _each(calls)
+            for a, b in single_rows(calls)
         )
     )
 
@@ -387,27 +373,19 @@ def _embedding(module: Any, calls: Calls, measure: bool) -> Share:
     return Factors(pairs, inner, product)
 
 
-def _norm(module: Any, calls: Calls, measure: bool) -> Share:
-    return _elementwise(module, calls, _normalised)
-
-
-def _prelu(module: Any, calls: Calls, measure: bool) -> Share:
-    return _elementwise(module, calls, lambda module, a: a.clamp(max=0))
-
-
-def _elementwise(module: Any, calls: Calls, factor: Callable[[Any, Tensor], Tensor]) -> Share:
+def _elementwise(module: Any, calls: Calls, measure: bool) -> Share:
     # the factor from whole batches: its statistics may be those of all rows
-    return Stored(
-        _total(
-            over_positions(
-                module, rows.split(_precisely(b) * factor(module, _precisely(a.to(b.dtype))))
-            )
-            for a, b, rows in calls
-        )
-    )
+    def sums(a: Tensor, b: Tensor, rows: Rows) -> Tensor:
+        product = _precisely(b) * _factor(module, _precisely(a.to(b.dtype)))
+        return over_positions(module, rows.split(product))
+
+    return Stored(_total(sums(*call) for call in calls))
 
 
-def _normalised(module: Any, a: Tensor) -> Tensor:
+def _factor(module: Any, a: Tensor) -> Tensor:
+    """Returns what an elementwise layer multiplies its weight with."""
+    if isinstance(module, nn.PReLU):
+        return a.clamp(max=0)
     if isinstance(module, nn.RMSNorm):
         return functional.rms_norm(a, module.normalized_shape, eps=module.eps)
     if isinstance(module, nn.LayerNorm):
@@ -449,10 +427,10 @@ def over_positions(module: Any, values: Tensor) -> Tensor:
 
 _Formula = Callable[[Any, Calls, bool], dict[str, Share]]
 
-_NORMS: tuple[type[nn.Module], ...] = (
+_ELEMENTWISE: tuple[type[nn.Module], ...] = (
     *(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm),
     *(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d),
-    *(nn.GroupNorm, nn.LayerNorm, nn.RMSNorm),
+    *(nn.GroupNorm, nn.LayerNorm, nn.RMSNorm, nn.PReLU),
 )
 _CONVOLUTIONS: tuple[type[nn.Module], ...] = (
     *(nn.Conv1d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
@@ -462,7 +440,6 @@ _REGISTRY: dict[type[nn.Module], tuple[_Formula, Any]] = {
     nn.Linear: (_with_bias(_linear), nn.Linear.forward),
     nn.Conv2d: (_with_bias(_conv2d), nn.Conv2d.forward),
     nn.Embedding: (_with_bias(_embedding), nn.Embedding.forward),
-    nn.PReLU: (_with_bias(_prelu), nn.PReLU.forward),
     **{kind: (_with_bias(_conv), kind.forward) for kind in _CONVOLUTIONS},
-    **{kind: (_with_bias(_norm), kind.forward) for kind in _NORMS},
+    **{kind: (_with_bias(_elementwise), kind.forward) for kind in _ELEMENTWISE},
 }

@@ -6,6 +6,7 @@ gives sum_i w_i g_i for weights found from the norms.
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -14,9 +15,10 @@ from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from engm.errors import InputError
+from engm.norms.graph import nodes_under
 from engm.norms.inputs import InputEstimate
 from engm.norms.rows import Rows
-from engm.norms.watch import Checked, Watch, loop_norms, rows_of
+from engm.norms.watch import Checked, Watch, gradients_of, loop_norms, rows_of
 
 Closure = Callable[[], Tensor]
 Weighted = Callable[[Tensor, Tensor | None], dict[Tensor, Tensor]]
@@ -29,20 +31,26 @@ _NO_OUTPUT = (
 )
 
 
-class _Stateless:
-    def state(self) -> dict[str, Any]:
-        """Returns what a `state_dict` keeps: nothing."""
-        return {}
-
-    def load(self, state: dict[str, Any]) -> None:
-        """Takes what `state` returned."""
-
-
-class ExactMeasure(_Stateless):
-    """Exact norms from one forward and one backward pass, see `Watch`."""
+class Measure:
+    """What finds the norms for `model`; by default it has no state."""
 
     def __init__(self, model: nn.Module) -> None:
         self._model, self._checked = model, Checked()
+
+    def __call__(self, closure: Closure | None, inputs: Tensor | None) -> Measured:
+        """Runs the closure and the backward passes that are needed."""
+        raise NotImplementedError
+
+    def state(self) -> dict[str, Any]:
+        """Returns what a `state_dict` keeps."""
+        return {}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Goes on from what `state` returned."""
+
+
+class ExactMeasure(Measure):
+    """Exact norms from one forward and one backward pass, see `Watch`."""
 
     def __call__(self, closure: Closure | None, inputs: Tensor | None) -> Measured:
         """Runs the closure and its backward pass."""
@@ -52,7 +60,7 @@ class ExactMeasure(_Stateless):
         return losses.detach(), watch.norms(), watch.weighted
 
 
-class ProxyMeasure:
+class ProxyMeasure(Measure):
     """Norms from the gradients w.r.t. the model's inputs or outputs, see `InputEstimate`.
 
     With a line, the norms are measured exactly every `refresh_every` steps, and as long as the
@@ -77,9 +85,9 @@ class ProxyMeasure:
     ) -> None:
         if refresh_every is not None and refresh_every < 1:
             raise InputError(f"refresh_every must be at least 1, or None; got {refresh_every!r}")
+        super().__init__(model)
         self.estimate = InputEstimate()
-        self._model, self._of, self._refresh_every = model, of, refresh_every
-        self._checked = Checked()
+        self._of, self._refresh_every = of, refresh_every
         self._rows: dict[tuple[object, ...], list[Rows]] = {}
         self._calls = 0
 
@@ -109,12 +117,12 @@ class ProxyMeasure:
                 assert inputs is not None
                 rows = self._rows_of(losses, [inputs])
                 if watched:
-                    gradients = [watch.backward(losses, inputs)]
+                    gradient = watch.backward(losses, inputs)
                 else:
-                    gradients = _gradients(losses, [inputs])
-                if gradients[0] is None:
+                    (gradient,) = _gradients(losses, [inputs])
+                if gradient is None:
                     raise InputError(_NO_INPUT)
-                proxies.append(_lengths(gradients, rows))
+                proxies.append(_lengths([gradient], rows))
             elif watched:
                 watch.backward(losses)
         self._calls += 1
@@ -124,9 +132,10 @@ class ProxyMeasure:
             self.estimate.fit(self._calls, lengths, norms)
         elif every is not None:
             norms = self.estimate.estimate(lengths)
+        elif len(proxies) == 1:
+            norms = lengths
         else:
-            relative = [_relative(proxy) for proxy in proxies]
-            norms = proxies[0] if len(proxies) == 1 else torch.stack(relative).mean(0)
+            norms = torch.stack([_relative(proxy) for proxy in proxies]).mean(0)
         weighted = watch.weighted if watched else weighted_losses(losses, self._model)
         return losses.detach(), norms, weighted
 
@@ -150,17 +159,14 @@ class ProxyMeasure:
         self.estimate.load(state.get("fit", []))
 
 
-class LoopMeasure(_Stateless):
+class LoopMeasure(Measure):
     """Norms by one backward pass an example, see `loop_norms`; then one more for the gradient."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self._model = model
 
     def __call__(self, closure: Closure | None, inputs: Tensor | None) -> Measured:
         """Runs the closure and n backward passes."""
         losses = run_closure(closure)
-        parameters: list[Tensor] = [p for p in self._model.parameters() if p.requires_grad]
-        return losses.detach(), loop_norms(losses, parameters), weighted_losses(losses, self._model)
+        norms = loop_norms(losses, _trained(self._model))
+        return losses.detach(), norms, weighted_losses(losses, self._model)
 
 
 def weighted_losses(losses: Tensor, model: nn.Module) -> Weighted:
@@ -168,16 +174,11 @@ def weighted_losses(losses: Tensor, model: nn.Module) -> Weighted:
 
     An example that is inf or nan and left out may still reach the gradient of the others.
     """
-    parameters: list[Tensor] = [p for p in model.parameters() if p.requires_grad]
+    return partial(gradients_of, losses, _trained(model))
 
-    def weighted(weights: Tensor, keep: Tensor | None) -> dict[Tensor, Tensor]:
-        with torch.enable_grad():
-            kept = losses if keep is None else torch.where(keep, losses, 0)
-            total = (weights.to(losses.dtype) * kept).sum()
-        found = torch.autograd.grad(total, parameters, allow_unused=True)
-        return {p: g for p, g in zip(parameters, found, strict=True) if g is not None}
 
-    return weighted
+def _trained(model: nn.Module) -> list[Tensor]:
+    return [p for p in model.parameters() if p.requires_grad]
 
 
 def run_closure(closure: Closure | None) -> Tensor:
@@ -220,12 +221,7 @@ def refuse_hidden(losses: Tensor, parameters: Sequence[Tensor]) -> None:
     Raises:
         InputError: If there is one.
     """
-    nodes, waiting = {losses.grad_fn}, [losses.grad_fn]
-    for node in waiting:
-        for child, _ in node.next_functions if node is not None else ():
-            if child is not None and child not in nodes:
-                nodes.add(child)
-                waiting.append(child)
+    nodes = nodes_under([losses.grad_fn])
     met = {id(getattr(node, "variable", None)) for node in nodes}
     hidden = [p for p in parameters if p.requires_grad and id(p) not in met]
     if not hidden or not any(isinstance(node, BackwardCFunction) for node in nodes):

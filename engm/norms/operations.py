@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
-from engm.norms.layers import Share, Stored, conv_shares, linear_shares
+from engm.norms.layers import Share, Stored, conv_shares, linear_shares, single_rows
 from engm.norms.rows import Rows
 
 Gradients = Sequence[Tensor | None]  # of the outputs of a node
@@ -109,8 +109,9 @@ def _summed(values: Tensor, rows: Rows, size: torch.Size, channels: bool = False
     return rows.split(total).sum(1).reshape(rows.n, *size)
 
 
-def _itself(node: Any, b: Tensor, rows: Rows, size: torch.Size) -> _Result:
-    return _summed(b, rows, size)
+def _itself(node: Any, b: Tensor, rows: Rows, size: torch.Size, channels: bool = False) -> _Result:
+    scaled = getattr(node, "_saved_beta", 1) != 1  # the shift of addmm
+    return None if scaled else _summed(b, rows, size, channels)
 
 
 def _scaled(node: Any, b: Tensor, rows: Rows, size: torch.Size, sign: int) -> _Result:
@@ -152,20 +153,12 @@ def _matrices(node: Any, b: Tensor, rows: Rows, size: torch.Size, slot: int) -> 
     return torch.einsum("nksi,nkso->nsio", pair)
 
 
-def _shift(node: Any, b: Tensor, rows: Rows, size: torch.Size, channels: bool) -> _Result:
-    if getattr(node, "_saved_beta", 1) != 1:
-        return None
-    return _summed(b, rows, size, channels)
-
-
 def _conv(node: Any, b: Tensor, rows: Rows, size: torch.Size) -> _Result:
     options = (
         *(node._saved_stride, node._saved_padding, node._saved_dilation, node._saved_transposed),
         *(node._saved_output_padding, node._saved_groups),
     )
-    pairs = zip(
-        rows.split(node._saved_input.to(b.dtype)).unbind(1), rows.split(b).unbind(1), strict=True
-    )
+    pairs = single_rows([(node._saved_input, b, rows)])
     return torch.stack([conv_shares(a, part, size, options) for a, part in pairs]).sum(0)
 
 
@@ -208,16 +201,16 @@ _FORMULAS: dict[tuple[str, int], _Formula] = {
     ("Mm", 1): partial(_matrix, other="_saved_self"),
     ("Bmm", 0): partial(_matrices, slot=0),
     ("Bmm", 1): partial(_matrices, slot=1),
-    ("Addmm", 0): partial(_shift, channels=False),
+    ("Addmm", 0): _itself,
     ("Addmm", 2): partial(_matrix, other="_saved_mat1"),
     ("Convolution", 1): _conv,
-    ("Convolution", 2): partial(_shift, channels=True),
+    ("Convolution", 2): partial(_itself, channels=True),
     ("NativeLayerNorm", 1): _layer_norm,
-    ("NativeLayerNorm", 2): partial(_shift, channels=False),
+    ("NativeLayerNorm", 2): _itself,
     ("NativeGroupNorm", 1): _group_norm,
-    ("NativeGroupNorm", 2): partial(_shift, channels=True),
+    ("NativeGroupNorm", 2): partial(_itself, channels=True),
     ("NativeBatchNorm", 1): _batch_norm,
-    ("NativeBatchNorm", 2): partial(_shift, channels=True),
+    ("NativeBatchNorm", 2): partial(_itself, channels=True),
     ("CudnnBatchNorm", 1): _batch_norm,
-    ("CudnnBatchNorm", 2): partial(_shift, channels=True),
+    ("CudnnBatchNorm", 2): partial(_itself, channels=True),
 }

@@ -6,6 +6,7 @@ that moves it to the CPU.
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -32,10 +33,10 @@ class Kept(torch.autograd.Function):
         return anchor.new_empty(0)
 
 
+@dataclass
 class _Box:
-    def __init__(self, packed: Any) -> None:
-        self.packed = packed
-        self.value: Tensor | None = None
+    packed: Any
+    value: Tensor | None = None
 
 
 class Reader:
@@ -90,9 +91,9 @@ class Reader:
         return unpacked
 
 
+@dataclass(frozen=True)
 class _Pack:
-    def __init__(self, pack: Callable[[Tensor], Any]) -> None:
-        self._pack = pack
+    pack: Callable[[Tensor], Any]
 
     def __call__(self, value: Tensor) -> _Box:
-        return _Box(self._pack(value))
+        return _Box(self.pack(value))

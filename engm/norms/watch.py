@@ -5,9 +5,11 @@
 
 import warnings
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
+from itertools import islice
 from typing import Any
 
 import torch
@@ -16,7 +18,7 @@ from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
 from engm.errors import InputError
 from engm.norms.graph import Call, Graph
-from engm.norms.layers import Share, Stored, formula_of, shares_of
+from engm.norms.layers import Share, Stored, formula_of
 from engm.norms.operations import (
     batch_statistics,
     has_formula,
@@ -26,7 +28,7 @@ from engm.norms.operations import (
     taken,
 )
 from engm.norms.rows import Rows, Summary, probe_weights
-from engm.norms.saved import Reader
+from engm.norms.saved import Kept, Reader, hooks_on_saved
 
 _NOTHING = "the losses do not depend on any of the parameters; is it the same model?"
 WAY_OUT = "use norms='loop', which takes every model at the price of one backward pass an example"
@@ -66,6 +68,29 @@ def loop_norms(losses: Tensor, parameters: Sequence[Tensor]) -> Tensor:
     return torch.stack(norms)
 
 
+def gradients_of(
+    losses: Tensor,
+    parameters: Sequence[Tensor],
+    weights: Tensor,
+    keep: Tensor | None,
+    retain: bool = False,
+) -> dict[Tensor, Tensor]:
+    """Returns sum_i w_i g_i, the gradient of sum_i w_i l_i, for the parameters that have one.
+
+    Args:
+        losses: l_i, `[n]`.
+        parameters: The tensors to differentiate by.
+        weights: w_i, held constant; 0 where `keep` is false.
+        keep: Which examples count, `[n]` booleans; all where left out. The others may be nan.
+        retain: Whether the graph is kept.
+    """
+    with torch.enable_grad():
+        kept = losses if keep is None else torch.where(keep, losses, 0)
+        total = (weights.to(losses.dtype) * kept).sum()
+    found = torch.autograd.grad(total, parameters, retain_graph=retain, allow_unused=True)
+    return {p: g for p, g in zip(parameters, found, strict=True) if g is not None}
+
+
 @dataclass(frozen=True)
 class _Plan:
     """Which rows belong to which example, as far as a probe found out.
@@ -78,6 +103,14 @@ class _Plan:
 
     rows: dict[int, Rows]
     unseen: frozenset[int] = frozenset()
+
+    @classmethod
+    def of(cls, graph: Graph, rows: dict[Node, Rows], unseen: Collection[Node] = ()) -> "_Plan":
+        place = {node: k for k, node in enumerate(graph.order)}
+        return cls(
+            {place[node]: own for node, own in rows.items()},
+            frozenset(place[node] for node in unseen if node in rows),
+        )
 
 
 @dataclass
@@ -153,7 +186,7 @@ class Watch:
         self._key = object()
         self._anew = False  # whether inputs of layers are computed anew in each pass
         self._second: Tensor | None = None  # the losses, if they take a second backward pass
-        self._found = _Shares()
+        self._found = _Shares(measure, keep=True)
 
     def __enter__(self) -> "Watch":
         """Begins to watch the layers."""
@@ -191,7 +224,7 @@ class Watch:
                 the losses depend on no parameter, or the check finds that norms or gradients are
                 not those of autograd.
         """
-        graph = Graph(losses.grad_fn, self._key, self._owners, self._checked.skip)
+        graph = self._graph(losses)
         self._refuse(graph)
         self._anew = graph.anew
         with self._during_a_pass():
@@ -212,13 +245,15 @@ class Watch:
         self, graph: Graph, plan: _Plan, losses: Tensor, inputs: Tensor | None
     ) -> Tensor | None:
         self._second = losses if graph.coupled or graph.anew else None
-        self._found = _Shares()
-        ones, retain = torch.ones_like(losses), self._second is not None or bool(plan.unseen)
-        return self._collect(graph, plan, losses, ones, self._found, inputs, self._measure, retain)
+        self._found = _Shares(self._measure, keep=self._second is None)
+        return self._collect(graph, plan, losses, self._found, inputs)
+
+    def _graph(self, losses: Tensor) -> Graph:
+        return Graph(losses.grad_fn, self._key, self._owners, self._checked.skip)
 
     def norms(self) -> Tensor:
         """Returns |g_i|, `[n]`, in float32, or float64 where the model's passes are."""
-        return torch.stack(list(self._found.squares.values())).sum(0).sqrt()
+        return self._found.norms()
 
     def squares(self) -> dict[Tensor, Tensor]:
         """Returns |g_i|^2 of each parameter that had a part in the losses, `[n]`."""
@@ -233,13 +268,9 @@ class Watch:
         """
         if self._second is None:
             return self._found.weighted(weights, keep)
-        with torch.enable_grad():
-            losses = self._second if keep is None else torch.where(keep, self._second, 0)
-            total = (weights.to(losses.dtype) * losses).sum()
         parameters = self._found.parameters()
         with self._during_a_pass():
-            gradients = torch.autograd.grad(total, parameters, retain_graph=True, allow_unused=True)
-        return {p: g for p, g in zip(parameters, gradients, strict=True) if g is not None}
+            return gradients_of(self._second, parameters, weights, keep, retain=True)
 
     # --- one backward pass
 
@@ -258,12 +289,8 @@ class Watch:
         graph: Graph,
         plan: _Plan,
         losses: Tensor,
-        weights: Tensor,
         found: "_Shares",
         inputs: Tensor | None = None,
-        measure: bool = True,
-        retain: bool = True,
-        held: bool = False,
     ) -> Tensor | None:
         """Fills `found`; returns the gradient of `inputs`."""
         rows = {graph.order[k]: value for k, value in plan.rows.items()}
@@ -283,7 +310,7 @@ class Watch:
                     part = places.get((node, slot))
                     if part is None or all(b is None for b in gradients):
                         continue
-                    factors = not part.push or not measure
+                    factors = not part.push or not found.measure
                     with self._saved.reading():
                         share = shares_in(node, slot, gradients, rows[node], factors)
                     if share is None:
@@ -296,12 +323,14 @@ class Watch:
                 seen[call.layer].append((call.input(), b.reshape(call.shape), rows[node]))
             waiting[call.layer] -= 1
             if not waiting[call.layer] and seen[call.layer]:
-                self._take(call.layer, seen.pop(call.layer), found, measure)
+                found.take(call.layer, seen.pop(call.layer))
 
         nodes = [*graph.calls, *dict.fromkeys(node for node, _ in places)]
         ends = [] if inputs is None else [inputs]
-        retain = retain or bool(parts)
-        gradients = _pass(graph, losses, weights, nodes, arrive, ends, retain, held)
+        check = found.at_once is not None
+        retain = check or not found.keep or bool(unseen or parts)
+        ones = torch.ones_like(losses)
+        gradients = _pass(graph, losses, ones, nodes, arrive, ends, retain, held=check, stop=True)
         for (node, slot), outputs in left.items():
             with self._saved.reading():
                 share = one_by_one(node, slot, outputs, rows[node])
@@ -309,44 +338,23 @@ class Watch:
         self._saved.let_go()
         for part in parts:
             if part.shares:
-                found.parts.append(part)
-                if measure:
-                    found.squares.update(part.squares(graph))
-                if self._second is not None:
-                    part.shares.clear()
+                found.add(part, graph)
         return None if inputs is None else gradients[-1]
 
-    def _take(
-        self,
-        layer: nn.Module,
-        calls: list[tuple[Tensor, Tensor, Rows]],
-        found: "_Shares",
-        measure: bool,
-    ) -> None:
-        own = [p for p in layer.parameters(recurse=False) if p.requires_grad]
-        if self._second is not None and not measure:
-            found.shares.update(dict.fromkeys(own))
-            return
-        for name, share in shares_of(layer, calls, measure).items():
-            parameter = getattr(layer, name)
-            if measure:
-                found.squares[parameter] = share.squares()
-            if found.at_once is not None:
-                found.sums[parameter] = share.weighted(found.at_once, None)
-            keep = self._second is None and found.at_once is None
-            found.shares[parameter] = share if keep else None
-
     def _record(self, layer: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
-        own = [p for p in layer.parameters(recurse=False) if p.requires_grad]
         # under functional_call a layer has other parameters than the model
-        if not output.requires_grad or not all(p in self._owners for p in own):
+        if not output.requires_grad or not all(p in self._owners for p in _own(layer)):
             return
         a = args[0] if args else kwargs["input"]
         # The node, not the tensor: it stays that of this layer if the output is changed in place.
         # If the output is a view, such a change replaces its node, but not that of its base.
         edge = get_gradient_edge(output if output._base is None else output._base)
+        above = get_gradient_edge(a).node if a.requires_grad else None
+        kept: Any = a.detach()
+        if hooks_on_saved() is not None:
+            kept = Kept.apply(torch.empty(0, requires_grad=True), kept).grad_fn
+        call = Call(layer, layer.training, kept, a._version, above, edge.output_nr, output.shape)
         # Kept by the node itself: what no loss leads to is let go with its graph.
-        call = Call.of(layer, a, edge, output.shape)
         edge.node.metadata[self._key] = call  # type: ignore[index]
 
     def _refuse(self, graph: Graph) -> None:
@@ -372,19 +380,15 @@ class Watch:
     # --- the check
 
     def _planned(self, graph: Graph, losses: Tensor) -> tuple[Graph, _Plan]:
-        checked = self._checked
-        key = (len(losses), *graph.signature())
+        checked, key = self._checked, (len(losses), *graph.signature())
         if key in checked.plans:
             return graph, checked.plans[key]
         if losses.is_meta:  # has no numbers to look at
-            return graph, _Plan(_guess(graph, len(losses)))
-        while True:
-            plan, sure, wrong = self._probe(graph, losses)
-            if not wrong:
-                break
+            return graph, _Plan.of(graph, _guess(graph, len(losses)))
+        plan, sure, wrong = self._probe(graph, losses)
+        if wrong:
             checked.skip |= wrong
-            graph = Graph(losses.grad_fn, self._key, self._owners, checked.skip)
-            key = (len(losses), *graph.signature())
+            return self._planned(self._graph(losses), losses)
         if sure:
             checked.plans[key] = plan
         return graph, plan
@@ -392,17 +396,15 @@ class Watch:
     def _probe(self, graph: Graph, losses: Tensor) -> tuple[_Plan, bool, set[nn.Module]]:
         """Returns a plan, whether it will do for later steps, and layers with a wrong formula."""
         n, weights = len(losses), probe_weights(losses)
-        parameters = self._parameters(graph)
+        own = [p for call in graph.calls.values() for p in _own(call.layer)]
+        parameters = [*dict.fromkeys([*own, *graph.leaves.values()])]
         inner = [node for node in graph.plain if node not in graph.leaves]
         nodes = [*graph.calls, *graph.takers(), *inner]
-        summaries: list[dict[Node, Summary]] = []
-        gradients: list[Tensor | None] = []
-        for factor in (torch.ones_like(weights), weights):
+
+        def summed_up(factor: Tensor) -> tuple[dict[Node, Summary], list[Tensor | None]]:
             seen: dict[Node, Summary] = {}
 
-            def note(
-                node: Node, found: Sequence[Tensor | None], seen: dict[Node, Summary] = seen
-            ) -> None:
+            def note(node: Node, found: Sequence[Tensor | None]) -> None:
                 b = next((b for b in found if b is not None), None)
                 call = graph.calls.get(node)
                 if call is not None and call.anew:
@@ -410,20 +412,21 @@ class Watch:
                 if b is not None:
                     seen[node] = Summary.of(b if call is None else b.reshape(call.shape), n)
 
-            gradients = _pass(graph, losses, factor, nodes, note, parameters, True, True, all_=True)
-            summaries.append(seen)
-        plain, probe = summaries
+            gradients = _pass(graph, losses, factor, nodes, note, parameters)
+            return seen, gradients
+
+        plain, _ = summed_up(torch.ones_like(weights))
+        probe, gradients = summed_up(weights)
         rows, sure = _guess(graph, n), bool(losses.isfinite().all())
+        unseen = {node for node in rows if node not in plain}
         wrong: set[nn.Module] = set()
-        unseen = {k for k in rows if graph.order[k] not in plain}
-        place = {node: k for k, node in enumerate(graph.order)}
         for node, summary in plain.items():
-            own = summary.rows(probe[node], weights)
+            found = summary.rows(probe[node], weights)
             call = graph.calls.get(node)
-            if own is not None and not summary.empty:
-                rows[place[node]] = own
-            elif summary.empty:
-                unseen.add(place[node])
+            if summary.empty:
+                unseen.add(node)
+            elif found is not None:
+                rows[node] = found
             elif call is not None:
                 wrong.add(call.layer)
             elif node not in graph.plain:
@@ -431,8 +434,9 @@ class Watch:
                     f"in the operation {name_of(node)!r}, in which a parameter meets the batch, "
                     f"the examples cannot be told apart; {WAY_OUT}"
                 )
-        plan = _Plan(rows, frozenset(unseen & rows.keys()))
-        return plan, sure, wrong or self._compare(graph, plan, losses, weights, gradients)
+        plan = _Plan.of(graph, rows, unseen)
+        wanted = {p: g for p, g in zip(parameters, gradients, strict=True) if g is not None}
+        return plan, sure, wrong or self._compare(graph, plan, losses, weights, wanted)
 
     def _compare(
         self,
@@ -440,73 +444,55 @@ class Watch:
         plan: _Plan,
         losses: Tensor,
         weights: Tensor,
-        gradients: Sequence[Tensor | None],
+        wanted: dict[Tensor, Tensor],
     ) -> set[nn.Module]:
         """Holds weighted gradients and one norm against autograd's."""
-        parameters = self._parameters(graph)
-        found = _Shares(weights)
-        self._second = None
-        self._collect(graph, plan, losses, torch.ones_like(losses), found, held=True)
-        own = found.weighted(weights, None)
+        found = _Shares(measure=True, keep=False, at_once=weights)
+        self._collect(graph, plan, losses, found)
         tolerance, eps = _tolerance(losses, found)
-        lengths = [g.norm() for g in gradients if g is not None]
-        rounding = 10 * eps * torch.stack(lengths).norm()
+        rounding = 10 * eps * torch.stack([g.norm() for g in wanted.values()]).norm()
+        layers = {p: call.layer for call in graph.calls.values() for p in _own(call.layer)}
         wrong: set[nn.Module] = set()
-        layers: dict[Tensor, nn.Module] = {
-            p: layer for layer in self._layers for p in layer.parameters(recurse=False)
-        }
-        seen = {p for call in graph.calls.values() for p in call.layer.parameters(recurse=False)}
-        for parameter, gradient in zip(parameters, gradients, strict=True):
-            if gradient is None or not bool(gradient.isfinite().all()):
+        for parameter, gradient in wanted.items():
+            if not bool(gradient.isfinite().all()):
                 continue
             off, size = gradient, gradient.norm()
-            if parameter in own:
+            if parameter in found.sums:
                 each = found.squares[parameter].sqrt()
-                off, size = own[parameter] - gradient, size + (weights * each).sum()
+                off, size = found.sums[parameter] - gradient, size + (weights * each).sum()
             if bool(off.norm() <= tolerance * size + rounding):
                 continue
-            if parameter not in seen:
+            if parameter not in layers:
                 raise InputError(
                     f"the part of the examples in the gradient of {self._owners[parameter]!r} "
                     f"is not the one that autograd finds; {WAY_OUT}"
                 )
             wrong.add(layers[parameter])
-        if not wrong and found.squares:
-            norms = torch.stack(list(found.squares.values())).sum(0).sqrt()
-            most = int(norms.nan_to_num(0, 0, 0).argmax())
-            self._warn(graph, plan, len(losses))
-            if not bool(norms.isfinite().all()):
-                return wrong
-            only = torch.zeros_like(losses)
-            only[most] = 1
-            calls = [node for node, call in graph.calls.items() if call.anew]
+        if wrong or not found.squares:
+            return wrong
+        self._warn(graph, found.parts, len(losses))
+        norms = found.norms()
+        if not bool(norms.isfinite().all()):
+            return wrong
+        most = int(norms.argmax())
+        only = torch.zeros_like(losses)
+        only[most] = 1
 
-            def let_go(node: Node, _: Sequence[Tensor | None]) -> None:
-                graph.calls[node].input()
+        def let_go(node: Node, _: Sequence[Tensor | None]) -> None:
+            graph.calls[node].input()
 
-            passed = _pass(graph, losses, only, calls, let_go, parameters, True, True, all_=True)
-            lengths = [g.to(norms.dtype).norm() for g in passed if g is not None]
-            norm = torch.stack(lengths).norm()
-            if bool((norm - norms[most]).abs() > tolerance * norm):
-                raise InputError(
-                    f"the norm of example {most}, {float(norms[most]):.4g}, is not that of its "
-                    f"gradient, {float(norm):.4g}; {WAY_OUT}"
-                )
+        calls = [node for node, call in graph.calls.items() if call.anew]
+        passed = _pass(graph, losses, only, calls, let_go, list(wanted))
+        norm = torch.stack([g.to(norms.dtype).norm() for g in passed if g is not None]).norm()
+        if bool((norm - norms[most]).abs() > tolerance * norm):
+            raise InputError(
+                f"the norm of example {most}, {float(norms[most]):.4g}, is not that of its "
+                f"gradient, {float(norm):.4g}; {WAY_OUT}"
+            )
         return wrong
 
-    def _parameters(self, graph: Graph) -> list[Tensor]:
-        layers = {call.layer for call in graph.calls.values()}
-        own = [p for layer in layers for p in layer.parameters(recurse=False) if p.requires_grad]
-        return [*dict.fromkeys([*own, *graph.leaves.values()])]
-
-    def _warn(self, graph: Graph, plan: _Plan, n: int) -> None:
-        rows = {graph.order[k]: value for k, value in plan.rows.items()}
-        leaves = {
-            leaf
-            for part in _parts(graph, rows)
-            if not part.fast(graph, n)
-            for leaf in part.leaves.values()
-        }
+    def _warn(self, graph: Graph, parts: "list[_Part]", n: int) -> None:
+        leaves = {p for part in parts if not part.fast(graph, n) for p in part.leaves.values()}
         slow = [name for parameter, name in self._owners.items() if parameter in leaves]
         if slow:
             names = ", ".join(slow[:3]) + (f" and {len(slow) - 3} more" if len(slow) > 3 else "")
@@ -525,31 +511,63 @@ class _SeenNow(Exception):
 class _Shares:
     """The shares of the examples in all parameters.
 
+    Args:
+        measure: Whether their lengths are asked for.
+        keep: Whether the shares themselves are kept, or only known to be there.
+        at_once: Weights for which the sums are formed at once.
+
     Attributes:
-        shares: In the parameters of watched layers; `None` where they are not needed.
+        shares: In the parameters of watched layers; `None` where they are not kept.
         parts: In all others.
         squares: Their squares, of each parameter, `[n]`.
-        sums: The weighted sums of the shares in parameters of layers, where weights are known.
+        sums: Their sums with the weights `at_once`.
     """
 
-    def __init__(self, at_once: Tensor | None = None) -> None:
-        self.at_once = at_once  # weights for which the sums are formed, and shares let go
-        self.sums: dict[Tensor, Tensor] = {}
+    def __init__(self, measure: bool, keep: bool, at_once: Tensor | None = None) -> None:
+        self.measure, self.keep, self.at_once = measure, keep, at_once
         self.shares: dict[Tensor, Share | None] = {}
         self.parts: list[_Part] = []
         self.squares: dict[Tensor, Tensor] = {}
+        self.sums: dict[Tensor, Tensor] = {}
+
+    def take(self, layer: nn.Module, calls: list[tuple[Tensor, Tensor, Rows]]) -> None:
+        if not (self.measure or self.keep):
+            self.shares.update(dict.fromkeys(_own(layer)))
+            return
+        formula = formula_of(layer)
+        assert formula is not None
+        for name, share in formula(layer, calls, self.measure).items():
+            parameter = getattr(layer, name)
+            if self.measure:
+                self.squares[parameter] = share.squares()
+            if self.at_once is not None:
+                self.sums[parameter] = share.weighted(self.at_once, None)
+            self.shares[parameter] = share if self.keep else None
+
+    def add(self, part: "_Part", graph: Graph) -> None:
+        self.parts.append(part)
+        if self.measure:
+            self.squares |= part.squares(graph)
+        if self.at_once is not None:
+            self.sums |= part.weighted(self.at_once, None)
+        if not self.keep:
+            part.shares.clear()
 
     def parameters(self) -> list[Tensor]:
         return [*self.shares, *(p for part in self.parts for p in part.leaves.values())]
 
+    def norms(self) -> Tensor:
+        return torch.stack(list(self.squares.values())).sum(0).sqrt()
+
     def weighted(self, weights: Tensor, keep: Tensor | None) -> dict[Tensor, Tensor]:
         known = {p: s for p, s in self.shares.items() if s is not None}
-        total = self.sums | {p: s.weighted(weights, keep) for p, s in known.items()}
+        total = {p: s.weighted(weights, keep) for p, s in known.items()}
         for part in self.parts:
             total |= part.weighted(weights, keep)
         return total
 
 
+@dataclass
 class _Part:
     """Parameters that are used outside of layers with a formula, and the operations they are in.
 
@@ -560,16 +578,13 @@ class _Part:
         shares: Of the examples, in each of the inputs.
     """
 
-    def __init__(self, places: list[tuple[Node, int]], leaves: dict[Node, Tensor], push: bool):
-        self.places, self.leaves, self.push = places, leaves, push
-        self.shares: dict[tuple[Node, int], Share] = {}
-
-    def _edges(self) -> list[GradientEdge]:
-        return [taken(node, slot) for node, slot in self.shares]
+    places: list[tuple[Node, int]]
+    leaves: dict[Node, Tensor]
+    push: bool
+    shares: dict[tuple[Node, int], Share] = field(default_factory=dict)
 
     def weighted(self, weights: Tensor, keep: Tensor | None) -> dict[Tensor, Tensor]:
-        totals = [share.weighted(weights, keep) for share in self.shares.values()]
-        return self._passed_on(totals)
+        return self._passed_on([share.weighted(weights, keep) for share in self.shares.values()])
 
     def squares(self, graph: Graph) -> dict[Tensor, Tensor]:
         shares = list(self.shares.values())
@@ -591,39 +606,39 @@ class _Part:
         return formulas and (not self.push or self._at_once(graph, n))
 
     def _at_once(self, graph: Graph, n: int) -> bool:
+        size = sum(graph.size_under(taken(node, slot)) for node, slot in self.places)
         # what a checkpoint computes anew in a pass may not run for all at once
-        return (
-            not graph.anew and n * sum(map(graph.size_under, self._edges_of_places())) <= _AT_ONCE
-        )
-
-    def _edges_of_places(self) -> Iterable[GradientEdge]:
-        return (taken(node, slot) for node, slot in self.places)
+        return not graph.anew and n * size <= _AT_ONCE
 
     def _passed_on(self, totals: Sequence[Tensor], batched: bool = False) -> dict[Tensor, Tensor]:
         # the gradients of the parameters, from those of what was computed from them
         parameters = list(self.leaves.values())
         gradients = torch.autograd.grad(
-            self._edges(),
+            [taken(node, slot) for node, slot in self.shares],
             parameters,
             totals,
             retain_graph=True,
             is_grads_batched=batched,
             allow_unused=True,
-            materialize_grads=False,
         )
         return {p: g for p, g in zip(parameters, gradients, strict=True) if g is not None}
+
+
+def _own(layer: nn.Module) -> list[Tensor]:
+    return [p for p in layer.parameters(recurse=False) if p.requires_grad]
 
 
 def _parts(graph: Graph, rows: dict[Node, Rows]) -> list[_Part]:
     """Groups the operations in which parameters meet the batch by the parameters."""
     parts: list[_Part] = []
-    for node in graph.order if graph.leaves else []:
+    for node in graph.order:
         if node in graph.calls or node not in rows:
             continue
         for slot, (child, _) in enumerate(node.next_functions):
             if child in graph.plain and child not in rows:
-                part = _Part([(node, slot)], graph.parameters_under(child), False)
-                part.push = len(part.leaves) > 1 or not graph.reorders(child)
+                leaves = graph.parameters_under(child)
+                push = len(leaves) > 1 or not graph.reorders(child)
+                part = _Part([(node, slot)], leaves, push)
                 for other in [p for p in parts if p.leaves.keys() & part.leaves.keys()]:
                     parts.remove(other)
                     part = _Part(other.places + part.places, other.leaves | part.leaves, True)
@@ -638,9 +653,9 @@ def _pass(
     nodes: Sequence[Node],
     arrive: Callable[[Node, Sequence[Tensor | None]], None],
     ends: Sequence[Tensor | GradientEdge],
-    retain: bool,
-    held: bool,
-    all_: bool = False,
+    retain: bool = True,
+    held: bool = True,
+    stop: bool = False,
 ) -> list[Tensor | None]:
     """Runs a backward pass that tells `arrive` the gradients of the outputs of `nodes`.
 
@@ -648,46 +663,43 @@ def _pass(
         graph: Of the losses.
         losses: `[n]`.
         weights: Of the losses, `[n]`.
-        nodes: A pass goes no further than to the last of them, so that no gradient of a weight
-            is formed, unless it lies on the way to `ends`.
+        nodes: All of them lie on the way to `ends`, unless the pass is to `stop`.
         arrive: Called before a node runs.
         ends: What the gradient is wanted of.
         retain: Whether the graph is kept.
         held: Whether batch norms pass gradients on as if their statistics were constants.
-        all_: Whether all nodes lie on the way to `ends`.
+        stop: Go no further than to the last of `nodes`, so that no gradient of a weight is formed,
+            unless it lies on the way to `ends`.
 
     Returns:
         The gradients of `ends`.
     """
-    last = [] if all_ else graph.ends(nodes)
-    stops = set(last)
+    last = graph.ends(nodes) if stop else []
     hooks = [
         node.register_prehook(lambda gradients, node=node: arrive(node, gradients))
         for node in nodes
-        if node not in stops
+        if node not in last
     ]
     if held:
-        hooks += [node.register_hook(_held(node)) for node in graph.batch_norms()]
-    edges = [(node, k) for node in last for k in range(len(node._input_metadata))]
+        hooks += [node.register_hook(partial(_held, node)) for node in graph.batch_norms()]
+    edges = [GradientEdge(node, k) for node in last for k in range(len(node._input_metadata))]
     try:
         with torch.no_grad():
             gradients = torch.autograd.grad(
                 losses,
-                [*(GradientEdge(*edge) for edge in edges), *ends],  # type: ignore[arg-type]
+                [*edges, *ends],  # type: ignore[arg-type]
                 weights,
                 retain_graph=retain,
                 allow_unused=True,
             )
-            outputs: dict[Node, list[Tensor | None]] = defaultdict(list)
-            for (node, _), gradient in zip(edges, gradients, strict=False):
-                outputs[node].append(gradient)
-            for node, parts in outputs.items():
-                arrive(node, parts)
+            rest = iter(gradients)
+            for node in last:
+                arrive(node, list(islice(rest, len(node._input_metadata))))
     finally:
         # a hook holds the node that it is on: let go, or neither is ever freed
         for hook in hooks:
             hook.remove()
-    return list(gradients[len(edges) :])
+    return list(rest)
 
 
 def rows_of(losses: Tensor, ends: Sequence[Tensor | GradientEdge]) -> tuple[list[Rows], bool]:
@@ -708,7 +720,7 @@ def rows_of(losses: Tensor, ends: Sequence[Tensor | GradientEdge]) -> tuple[list
         return [Rows(0, n) for _ in ends], True
     graph = Graph(losses.grad_fn, object(), {})
     both = [
-        _pass(graph, losses, factor, [], lambda *_: None, ends, True, True, all_=True)
+        _pass(graph, losses, factor, [], lambda *_: None, ends)
         for factor in (torch.ones_like(weights), weights)
     ]
     found, sure = [], bool(losses.isfinite().all())
@@ -727,24 +739,19 @@ def rows_of(losses: Tensor, ends: Sequence[Tensor | GradientEdge]) -> tuple[list
     return found, sure
 
 
-def _held(node: Any) -> Callable[[Any, Any], Any]:
-    def held(gradients: tuple[Tensor | None, ...], outputs: tuple[Tensor, ...]) -> Any:
-        first, b = gradients[0], outputs[0]
-        if first is None:
-            return None
-        factor = batch_statistics(node)[1]
-        if node._saved_weight is not None:
-            factor = factor * node._saved_weight
-        scaled = b * factor.view(-1, *[1] * (b.dim() - 2))
-        return (scaled.to(first.dtype), *gradients[1:])
-
-    return held
+def _held(node: Any, gradients: Sequence[Tensor | None], outputs: Sequence[Tensor]) -> Any:
+    first, b = gradients[0], outputs[0]
+    if first is None:
+        return None
+    factor = batch_statistics(node)[1]
+    if node._saved_weight is not None:
+        factor = factor * node._saved_weight
+    scaled = b * factor.view(-1, *[1] * (b.dim() - 2))
+    return (scaled.to(first.dtype), *gradients[1:])
 
 
-def _guess(graph: Graph, n: int) -> dict[int, Rows]:
-    takers = set(graph.takers())
-    nodes = enumerate(graph.order)
-    return {k: Rows(0, n) for k, node in nodes if node in graph.calls or node in takers}
+def _guess(graph: Graph, n: int) -> dict[Node, Rows]:
+    return dict.fromkeys([*graph.calls, *graph.takers()], Rows(0, n))
 
 
 def _tolerance(losses: Tensor, found: _Shares) -> tuple[float, float]:
@@ -787,10 +794,6 @@ def _trainable(
             owners.setdefault(parameter, f"{name}.{kind}".lstrip("."))
         if own and module not in skip and formula_of(module) is not None:
             layers[module] = name
-    if shared:
-        layers = {
-            layer: name
-            for layer, name in layers.items()
-            if shared.isdisjoint(layer.parameters(recurse=False))
-        }
+    for layer in [layer for layer in layers if not shared.isdisjoint(layer.parameters(False))]:
+        del layers[layer]
     return layers, owners
