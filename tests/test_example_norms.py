@@ -946,6 +946,55 @@ def test_a_layer_that_gradients_reach_late_is_looked_at_then():
     assert len(checked.plans) == 1  # not looked at anew in each step
 
 
+class Gate(nn.Module):
+    """Behind a gate that is shut at first, as ReZero has it, and a last layer that is zero."""
+
+    def __init__(self, block, last=True):
+        super().__init__()
+        self.block, self.gate = block, nn.Parameter(torch.zeros(()))
+        self.first, self.last = nn.Linear(4, 6), nn.Linear(6, 3)
+        if last:
+            nn.init.zeros_(self.last.weight)
+            nn.init.ones_(self.gate)
+
+    def forward(self, x):
+        h = self.first(x.unflatten(1, (5, 4)))
+        if isinstance(self.block, nn.TransformerEncoderLayer):
+            out = self.block(h.transpose(0, 1)).transpose(0, 1)  # [T, n, d], as torch has it
+        else:
+            out = self.block(h)[0]
+        return self.last((h + self.gate * out)[:, -1])
+
+
+LATE = {
+    "gru": lambda: nn.GRU(6, 6, batch_first=True),
+    "lstm": lambda: nn.LSTM(6, 6, batch_first=True),
+    "encoder": lambda: nn.TransformerEncoderLayer(6, 2, 8, dropout=0.0),
+}
+
+
+@pytest.mark.filterwarnings("ignore:the norms of")
+@pytest.mark.parametrize("last", [True, False], ids=["zero last layer", "gate"])
+@pytest.mark.parametrize("block", LATE)
+def test_what_no_gradient_reaches_in_the_first_step(block, last):
+    torch.manual_seed(0)
+    model = Gate(LATE[block](), last).double()
+    reference, x = copy.deepcopy(model), random(N, 20)
+    # weights of 1: what SGD does, weight decay included, whether a gradient is there or not
+    optimizer = ENGM(model, 0.3, 0.9, weight_decay=0.1, scale=1e9, floor=1.0)
+    sgd = torch.optim.SGD(reference.parameters(), 0.3, momentum=0.9, weight_decay=0.1)
+    for _ in range(4):
+        norms = loop_norms(classify(model, x), list(model.parameters()))
+        optimizer.zero_grad()
+        optimizer.step(lambda: classify(model, x))
+        torch.testing.assert_close(optimizer.last.norms, norms, rtol=1e-9, atol=1e-15)
+        sgd.zero_grad()
+        classify(reference, x).mean().backward()
+        sgd.step()
+    pairs = zip(model.parameters(), reference.parameters(), strict=True)
+    assert all(torch.allclose(p, q, rtol=1e-9) for p, q in pairs)
+
+
 class HandMade(nn.Module):
     """A batch norm that is written by hand."""
 

@@ -130,7 +130,25 @@ class Graph:
             and any(child in self.plain for child, _ in node.next_functions)
         ]
 
-    def parameters_under(self, node: Node) -> dict[Node, Tensor]:
+    def parameters(self) -> list[Tensor]:
+        """Returns the parameters of the calls and of the leaves, each once."""
+        return self._parameters_of([*self.calls, *self.leaves])
+
+    def parameters_under(self, nodes: Iterable[Node]) -> list[Tensor]:
+        """Returns those of `parameters` that some nodes lead to."""
+        return self._parameters_of(nodes_under(nodes))
+
+    def _parameters_of(self, nodes: Iterable[Node]) -> list[Tensor]:
+        found: dict[Tensor, None] = {}
+        for node in nodes:
+            if node in self.calls:
+                own = self.calls[node].layer.parameters(recurse=False)
+                found.update(dict.fromkeys(p for p in own if p.requires_grad))
+            elif node in self.leaves:
+                found[self.leaves[node]] = None
+        return list(found)
+
+    def leaves_under(self, node: Node) -> dict[Node, Tensor]:
         """Returns the leaves that a plain node leads to."""
         return {n: self.leaves[n] for n in nodes_under([node]) if n in self.leaves}
 

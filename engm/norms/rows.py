@@ -91,7 +91,7 @@ class Summary:
         precise = self.dtype in (torch.float32, torch.float64)
         tolerance = 1e-4 if precise else 2e-2
         rounding = 10 * torch.finfo(self.dtype).eps
-        for rows in self._candidates(len(weights)):
+        for rows in self.candidates(len(weights)):
             plain, size = self.sums[rows.dim], self.sizes[rows.dim]
             factor = weights.to(plain.dtype)[rows.owners(len(plain), plain.device)]
             off = (probe.sums[rows.dim] - factor * plain).abs()
@@ -104,7 +104,8 @@ class Summary:
                 return rows
         return None
 
-    def _candidates(self, n: int) -> Iterator[Rows]:
+    def candidates(self, n: int) -> Iterator[Rows]:
+        """Yields the ways in which the rows may belong to n examples, the likeliest first."""
         for dim, plain in self.sums.items():
             yield Rows(dim, n)
             if n < len(plain):

@@ -98,7 +98,8 @@ class _Plan:
     Attributes:
         rows: Of the nodes, by their place in the graph's order: of the calls, and of the operations
             in which a parameter meets the batch.
-        unseen: Those of them that no gradient reached, so that their rows are a guess.
+        unseen: Nodes that no gradient reached, as below a last layer that is zero, or in a block
+            that was dropped: what they hold is not known yet.
     """
 
     rows: dict[int, Rows]
@@ -109,7 +110,7 @@ class _Plan:
         place = {node: k for k, node in enumerate(graph.order)}
         return cls(
             {place[node]: own for node, own in rows.items()},
-            frozenset(place[node] for node in unseen if node in rows),
+            frozenset(place[node] for node in unseen if node not in rows),
         )
 
 
@@ -187,6 +188,7 @@ class Watch:
         self._anew = False  # whether inputs of layers are computed anew in each pass
         self._second: Tensor | None = None  # the losses, if they take a second backward pass
         self._found = _Shares(measure, keep=True)
+        self._parameters: list[Tensor] = []
 
     def __enter__(self) -> "Watch":
         """Begins to watch the layers."""
@@ -231,19 +233,19 @@ class Watch:
             graph, plan = self._planned(graph, losses)
             try:
                 gradient = self._backward(graph, plan, losses, inputs)
-            except _SeenNow:  # what was a guess is now to be found out
-                self._checked.plans.clear()
-                graph, plan = self._planned(graph, losses)
-                gradient = self._backward(graph, _Plan(plan.rows), losses, inputs)
+            except _SeenNow:
+                graph, plan = self._planned(graph, losses, known=plan)
+                gradient = self._backward(graph, plan, losses, inputs)
         for call in graph.calls.values():
             call.a = None
-        if not self._found.parameters():
+        if self._measure and not self.squares():
             raise InputError(_NOTHING)
         return gradient
 
     def _backward(
         self, graph: Graph, plan: _Plan, losses: Tensor, inputs: Tensor | None
     ) -> Tensor | None:
+        self._parameters = graph.parameters()
         self._second = losses if graph.coupled or graph.anew else None
         self._found = _Shares(self._measure, keep=self._second is None)
         return self._collect(graph, plan, losses, self._found, inputs)
@@ -268,9 +270,8 @@ class Watch:
         """
         if self._second is None:
             return self._found.weighted(weights, keep)
-        parameters = self._found.parameters()
         with self._during_a_pass():
-            return gradients_of(self._second, parameters, weights, keep, retain=True)
+            return gradients_of(self._second, self._parameters, weights, keep, retain=True)
 
     # --- one backward pass
 
@@ -295,20 +296,25 @@ class Watch:
         """Fills `found`; returns the gradient of `inputs`."""
         rows = {graph.order[k]: value for k, value in plan.rows.items()}
         unseen = {graph.order[k] for k in plan.unseen}
-        parts = _parts(graph, rows)
+        parts = _parts(graph, rows, unseen)
         places = {place: part for part in parts for place in part.places}
         left: dict[tuple[Node, int], Sequence[Tensor | None]] = {}
         waiting = Counter(call.layer for call in graph.calls.values())
         seen: dict[nn.Module, list[tuple[Tensor, Tensor, Rows]]] = defaultdict(list)
 
+        zero: list[Node] = []
+
         def arrive(node: Node, gradients: Sequence[Tensor | None]) -> None:
-            if node in unseen and any(b is not None and bool(b.any()) for b in gradients):
-                raise _SeenNow
+            there = [b for b in gradients if b is not None]
+            if node in unseen and there:
+                if any(bool(b.any()) for b in there):
+                    raise _SeenNow
+                zero.append(node)
             call = graph.calls.get(node)
             if call is None:
                 for slot in range(len(node.next_functions)):
                     part = places.get((node, slot))
-                    if part is None or all(b is None for b in gradients):
+                    if part is None or not there:
                         continue
                     factors = not part.push or not found.measure
                     with self._saved.reading():
@@ -320,12 +326,14 @@ class Watch:
                 return
             b = gradients[call.output]
             if b is not None:
-                seen[call.layer].append((call.input(), b.reshape(call.shape), rows[node]))
+                a = call.input()  # or it is held until the graph is let go
+                if node in rows:
+                    seen[call.layer].append((a, b.reshape(call.shape), rows[node]))
             waiting[call.layer] -= 1
             if not waiting[call.layer] and seen[call.layer]:
                 found.take(call.layer, seen.pop(call.layer))
 
-        nodes = [*graph.calls, *dict.fromkeys(node for node, _ in places)]
+        nodes = [*dict.fromkeys([*graph.calls, *(node for node, _ in places), *unseen])]
         ends = [] if inputs is None else [inputs]
         check = found.at_once is not None
         retain = check or not found.keep or bool(unseen or parts)
@@ -339,6 +347,8 @@ class Watch:
         for part in parts:
             if part.shares:
                 found.add(part, graph)
+        if zero:
+            found.add_zeros(graph.parameters_under(zero), len(losses))
         return None if inputs is None else gradients[-1]
 
     def _record(self, layer: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
@@ -379,13 +389,17 @@ class Watch:
 
     # --- the check
 
-    def _planned(self, graph: Graph, losses: Tensor) -> tuple[Graph, _Plan]:
+    def _planned(
+        self, graph: Graph, losses: Tensor, known: _Plan | None = None
+    ) -> tuple[Graph, _Plan]:
+        # `known` is a plan in which a gradient has now reached what none had reached before
         checked, key = self._checked, (len(losses), *graph.signature())
-        if key in checked.plans:
+        if key in checked.plans and known is None:
             return graph, checked.plans[key]
         if losses.is_meta:  # has no numbers to look at
-            return graph, _Plan.of(graph, _guess(graph, len(losses)))
-        plan, sure, wrong = self._probe(graph, losses)
+            nodes = [*graph.calls, *graph.takers()]
+            return graph, _Plan.of(graph, dict.fromkeys(nodes, Rows(0, len(losses))))
+        plan, sure, wrong = self._probe(graph, losses, known)
         if wrong:
             checked.skip |= wrong
             return self._planned(self._graph(losses), losses)
@@ -393,11 +407,12 @@ class Watch:
             checked.plans[key] = plan
         return graph, plan
 
-    def _probe(self, graph: Graph, losses: Tensor) -> tuple[_Plan, bool, set[nn.Module]]:
+    def _probe(
+        self, graph: Graph, losses: Tensor, known: _Plan | None
+    ) -> tuple[_Plan, bool, set[nn.Module]]:
         """Returns a plan, whether it will do for later steps, and layers with a wrong formula."""
         n, weights = len(losses), probe_weights(losses)
-        own = [p for call in graph.calls.values() for p in _own(call.layer)]
-        parameters = [*dict.fromkeys([*own, *graph.leaves.values()])]
+        parameters = graph.parameters()
         inner = [node for node in graph.plain if node not in graph.leaves]
         nodes = [*graph.calls, *graph.takers(), *inner]
 
@@ -417,8 +432,9 @@ class Watch:
 
         plain, _ = summed_up(torch.ones_like(weights))
         probe, gradients = summed_up(weights)
-        rows, sure = _guess(graph, n), bool(losses.isfinite().all())
-        unseen = {node for node in rows if node not in plain}
+        rows = {graph.order[k]: value for k, value in known.rows.items()} if known else {}
+        sure = bool(losses.isfinite().all())
+        unseen = {node for node in nodes if node not in plain}
         wrong: set[nn.Module] = set()
         for node, summary in plain.items():
             found = summary.rows(probe[node], weights)
@@ -449,7 +465,7 @@ class Watch:
         """Holds weighted gradients and one norm against autograd's."""
         found = _Shares(measure=True, keep=False, at_once=weights)
         self._collect(graph, plan, losses, found)
-        tolerance, eps = _tolerance(losses, found)
+        tolerance, eps = _tolerance(losses, wanted)
         rounding = 10 * eps * torch.stack([g.norm() for g in wanted.values()]).norm()
         layers = {p: call.layer for call in graph.calls.values() for p in _own(call.layer)}
         wrong: set[nn.Module] = set()
@@ -504,8 +520,14 @@ class Watch:
             )
 
 
-class _SeenNow(Exception):
-    """A gradient reached what none had reached when the rows were looked for."""
+class _SeenNow(InputError):
+    """A gradient has reached what none had reached when the rows were looked for."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "a gradient reaches a part of the model that it does not reach while the statistics of "
+            f"batch norms are held; {WAY_OUT}"
+        )
 
 
 class _Shares:
@@ -513,26 +535,27 @@ class _Shares:
 
     Args:
         measure: Whether their lengths are asked for.
-        keep: Whether the shares themselves are kept, or only known to be there.
+        keep: Whether the shares themselves are kept.
         at_once: Weights for which the sums are formed at once.
 
     Attributes:
-        shares: In the parameters of watched layers; `None` where they are not kept.
+        shares: In the parameters of watched layers, where they are kept.
         parts: In all others.
         squares: Their squares, of each parameter, `[n]`.
         sums: Their sums with the weights `at_once`.
+        zeros: Parameters whose gradient is zero, as nothing has reached them yet.
     """
 
     def __init__(self, measure: bool, keep: bool, at_once: Tensor | None = None) -> None:
         self.measure, self.keep, self.at_once = measure, keep, at_once
-        self.shares: dict[Tensor, Share | None] = {}
+        self.shares: dict[Tensor, Share] = {}
         self.parts: list[_Part] = []
         self.squares: dict[Tensor, Tensor] = {}
         self.sums: dict[Tensor, Tensor] = {}
+        self.zeros: list[Tensor] = []
 
     def take(self, layer: nn.Module, calls: list[tuple[Tensor, Tensor, Rows]]) -> None:
         if not (self.measure or self.keep):
-            self.shares.update(dict.fromkeys(_own(layer)))
             return
         formula = formula_of(layer)
         assert formula is not None
@@ -542,7 +565,8 @@ class _Shares:
                 self.squares[parameter] = share.squares()
             if self.at_once is not None:
                 self.sums[parameter] = share.weighted(self.at_once, None)
-            self.shares[parameter] = share if self.keep else None
+            if self.keep:
+                self.shares[parameter] = share
 
     def add(self, part: "_Part", graph: Graph) -> None:
         self.parts.append(part)
@@ -553,18 +577,27 @@ class _Shares:
         if not self.keep:
             part.shares.clear()
 
-    def parameters(self) -> list[Tensor]:
-        return [*self.shares, *(p for part in self.parts for p in part.leaves.values())]
+    def add_zeros(self, parameters: Iterable[Tensor], n: int) -> None:
+        """Takes in parameters of which nothing else is known."""
+        known = {
+            *self.shares,
+            *self.squares,
+            *(p for part in self.parts for p in part.leaves.values()),
+        }
+        self.zeros = [p for p in parameters if p not in known]
+        if self.measure:
+            for p in self.zeros:
+                dtype = torch.promote_types(p.dtype, torch.float32)
+                self.squares[p] = p.new_zeros(n, dtype=dtype)
 
     def norms(self) -> Tensor:
         return torch.stack(list(self.squares.values())).sum(0).sqrt()
 
     def weighted(self, weights: Tensor, keep: Tensor | None) -> dict[Tensor, Tensor]:
-        known = {p: s for p, s in self.shares.items() if s is not None}
-        total = {p: s.weighted(weights, keep) for p, s in known.items()}
+        total = {p: share.weighted(weights, keep) for p, share in self.shares.items()}
         for part in self.parts:
             total |= part.weighted(weights, keep)
-        return total
+        return total | {p: torch.zeros_like(p) for p in self.zeros}
 
 
 @dataclass
@@ -628,15 +661,15 @@ def _own(layer: nn.Module) -> list[Tensor]:
     return [p for p in layer.parameters(recurse=False) if p.requires_grad]
 
 
-def _parts(graph: Graph, rows: dict[Node, Rows]) -> list[_Part]:
+def _parts(graph: Graph, rows: dict[Node, Rows], unseen: Collection[Node]) -> list[_Part]:
     """Groups the operations in which parameters meet the batch by the parameters."""
     parts: list[_Part] = []
     for node in graph.order:
         if node in graph.calls or node not in rows:
             continue
         for slot, (child, _) in enumerate(node.next_functions):
-            if child in graph.plain and child not in rows:
-                leaves = graph.parameters_under(child)
+            if child in graph.plain and child not in rows and child not in unseen:
+                leaves = graph.leaves_under(child)
                 push = len(leaves) > 1 or not graph.reorders(child)
                 part = _Part([(node, slot)], leaves, push)
                 for other in [p for p in parts if p.leaves.keys() & part.leaves.keys()]:
@@ -726,8 +759,10 @@ def rows_of(losses: Tensor, ends: Sequence[Tensor | GradientEdge]) -> tuple[list
     found, sure = [], bool(losses.isfinite().all())
     for plain, probe in zip(*both, strict=True):
         rows: Rows | None = Rows(0, n)
-        if plain is None or not bool(plain.any()):
+        if plain is None:
             sure = False
+        elif not bool(plain.any()):
+            rows, sure = next(Summary.of(plain, n).candidates(n), rows), False
         else:
             rows = Summary.of(plain, n).rows(Summary.of(probe, n), weights)
         if rows is None:
@@ -750,16 +785,12 @@ def _held(node: Any, gradients: Sequence[Tensor | None], outputs: Sequence[Tenso
     return (scaled.to(first.dtype), *gradients[1:])
 
 
-def _guess(graph: Graph, n: int) -> dict[Node, Rows]:
-    return dict.fromkeys([*graph.calls, *graph.takers()], Rows(0, n))
-
-
-def _tolerance(losses: Tensor, found: _Shares) -> tuple[float, float]:
+def _tolerance(losses: Tensor, parameters: Iterable[Tensor]) -> tuple[float, float]:
     """Returns how far off two ways to the same may be, and the rounding of a single number."""
     if torch.is_autocast_enabled(losses.device.type):
         dtype = torch.get_autocast_dtype(losses.device.type)
     else:
-        dtype = min((p.dtype for p in found.parameters()), key=lambda d: d.itemsize)
+        dtype = min((p.dtype for p in parameters), key=lambda d: d.itemsize)
     # TF32 rounds to 1e-3
     tolerances = {torch.float64: 1e-7, torch.float32: 3e-3}
     return tolerances.get(dtype, 0.1), torch.finfo(dtype).eps
