@@ -46,6 +46,8 @@ _BACKWARD_IN_CLOSURE = (
 # How the norms of the examples are found.
 Norms = Literal["exact", "input", "output", "both", "loop"]
 
+_NUMBERS = ("lr", "momentum", "dampening", "weight_decay")
+
 # --- the step guard
 
 
@@ -127,10 +129,14 @@ class _ExampleSGD(torch.optim.SGD):
     _step_supports_amp_scaling = True
 
     def __init__(self, params: Iterable[Any], message: str, **sgd: Any) -> None:
-        for name in ("lr", "momentum", "weight_decay"):
+        for name in _NUMBERS:
             if not isinstance(value := sgd.get(name, 0.0), Tensor):
                 check_number(name, value, "0.1")
         super().__init__(params, **sgd)
+        for group in self.param_groups:
+            for name in _NUMBERS:
+                if not isinstance(group[name], Tensor):
+                    check_number(f"{name} of a group", group[name], "0.1")
         self._guard = StepGuard(message)
         self._count = 0
         self._gradients: dict[Tensor, Tensor] = {}
@@ -348,6 +354,8 @@ class MSGD(_ExampleSGD):
     def __init__(
         self, params: Iterable[Any], lr: float, *, max_norm: float | None = None, **sgd: Any
     ) -> None:
+        if isinstance(params, nn.Module):
+            raise InputError("MSGD takes parameters: write MSGD(model.parameters(), lr=...)")
         if max_norm is not None:
             check_number("max_norm", max_norm, "1.0")
             if max_norm == 0:
@@ -614,13 +622,26 @@ def _has_term_for_all(losses: Tensor) -> bool:
     return len(losses) > 1 and bool(terms) and set(own).isdisjoint(nodes_under(terms))
 
 
+_FOR_ALL = {"scale", "floor", "norms", "refresh_every"}
+
+
 def _groups(model: nn.Module, groups: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Returns the parameter groups, that of all the others first."""
     named = dict(model.named_parameters())
     own: list[dict[str, Any]] = []
+    if isinstance(groups, Mapping):
+        raise InputError("groups is a list of groups: groups=[{'params': [...], ...}]")
     for group in groups:
+        if "params" not in group:
+            raise InputError(
+                f"a group has {', '.join(group)}, but no 'params', which lists its own"
+            )
+        if isinstance(group["params"], str):
+            raise InputError(f"'params' of a group is a list: [{group['params']!r}]")
+        if unknown := group.keys() & _FOR_ALL:
+            raise InputError(f"{', '.join(sorted(unknown))} is the same for all groups of ENGM")
         parameters: list[Tensor] = []
-        for item in group.get("params", ()):
+        for item in group["params"]:
             if isinstance(item, str) and item in named:
                 parameters.append(named[item])
             elif isinstance(item, nn.Module):

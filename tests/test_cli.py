@@ -245,12 +245,12 @@ def test_every_option_arrives(monkeypatch):
     seen = []
     monkeypatch.setattr("engm.training.fit", lambda *a, **k: seen.extend((*a, k)) or 1 / 0)
     arguments = ["train", "--eps", "8/255", "--scale", "2", "--channels-last", "--out", "o"]
-    arguments += ["--device", "there", "--data-root", "d", "--no-save-adversarial"]
+    arguments += ["--device", "cpu", "--data-root", "d", "--no-save-adversarial"]
     CliRunner().invoke(main, arguments)
     config, out, others = seen
     expected = RunConfig(eps=8 / 255, scale=2.0, channels_last=True)
     assert (config, out) == (expected.resolved(), Path("o"))
-    assert others == {"device": "there", "data_root": Path("d"), "save_adversarial": False}
+    assert others == {"device": "cpu", "data_root": Path("d"), "save_adversarial": False}
     del seen[:]
     CliRunner().invoke(main, ["train"])
     assert seen[:2] == [RunConfig().resolved(), Path("runs")]

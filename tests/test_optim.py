@@ -408,6 +408,25 @@ def test_the_mistakes_that_people_make_get_an_answer():
         MSGD(model.parameters(), 0.1, max_norm=0)
     with pytest.raises(InputError, match="weight_decay must be a number.* got -1"):
         MSGD(model.parameters(), 0.1, weight_decay=-1)
+    with pytest.raises(InputError, match=r"write MSGD\(model.parameters\(\), lr=...\)"):
+        MSGD(model, 0.1)
+    with pytest.raises(InputError, match=r"not \[4, 5\]; losses.flatten\(1\).mean\(1\) has one"):
+        optimizer.step(lambda: torch.ones(4, 5, requires_grad=True))
+
+
+@pytest.mark.parametrize(
+    ("groups", "message"),
+    [
+        ({"params": ["0.bias"]}, "groups is a list of groups"),
+        ([{"param": ["0.bias"]}], "a group has param, but no 'params'"),
+        ([{"params": "0.bias"}], r"'params' of a group is a list: \['0.bias'\]"),
+        ([{"params": ["0.bias"], "scale": 2.0}], "scale is the same for all groups"),
+        ([{"params": ["0.bias"], "lr": -1}], "lr of a group must be a number, 0 or more.* got -1"),
+    ],
+)
+def test_a_group_that_would_not_count_is_refused(groups, message):
+    with pytest.raises(InputError, match=message):
+        ENGM(network(), 0.1, groups=groups)
 
 
 def test_a_run_gets_the_optimizer_it_asks_for():

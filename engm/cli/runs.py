@@ -96,10 +96,12 @@ def train(
     source_of = click.get_current_context().get_parameter_source
     given = {n: v for n, v in settings.items() if source_of(n) is not ParameterSource.DEFAULT}
     config = RunConfig(**given).resolved()
+    from engm.device import pick_device
     from engm.report.records import Record, summarise, to_markdown
     from engm.runs import RESULT
     from engm.training import fit
 
+    pick_device(device)  # before all that is said
     first = os.environ.get("RANK", "0") == "0"  # of the processes that torchrun starts
     if first:
         for name, value in config.to_dict().items():

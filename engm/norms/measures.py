@@ -201,9 +201,11 @@ def run_closure(closure: Closure | None) -> Tensor:
         )
     if not isinstance(losses, Tensor) or losses.dim() != 1 or not len(losses):
         shape = list(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
+        remedy = "write reduction='none'"
+        if isinstance(losses, Tensor) and losses.dim():
+            remedy = "losses.flatten(1).mean(1) has one for each" if len(losses) else "give a batch"
         raise InputError(
-            f"the closure must return one loss per example, a tensor [n], not {shape}; "
-            "write reduction='none'"
+            f"the closure must return one loss per example, a tensor [n], not {shape}; {remedy}"
         )
     if not losses.requires_grad:
         raise InputError(
