@@ -72,6 +72,9 @@ def test_a_recipe_is_overridden_by_what_is_given_alone_even_where_that_is_the_de
     assert "a quick try" in call(*command, *few[:2], code=130)  # it attacks all test images
     assert "a quick try" not in call(*command, *few, code=130)
     assert seen[2]["subset"] == 500
+    assert "no effect" not in call(*command, "--scale", "1", "--optimizer", "engm", code=130)
+    said = call(*command, "--scale", "1", "--optimizer", "msgd", code=130)
+    assert "scale has no effect: msgd does not read it" in said
 
 
 def test_evaluate_attacks_both_checkpoints_and_leaves_what_training_recorded(runs, tmp_path):

@@ -97,6 +97,7 @@ def train(
     given = {n: v for n, v in settings.items() if source_of(n) is not ParameterSource.DEFAULT}
     config = RunConfig(**given).resolved()
     from engm.device import pick_device
+    from engm.report.comparisons import OF_OPTIMIZERS, READ_BY
     from engm.report.records import Record, summarise, to_markdown
     from engm.runs import RESULT
     from engm.training import fit
@@ -106,6 +107,9 @@ def train(
     if first:
         for name, value in config.to_dict().items():
             click.echo(f"{name:17} {'default' if value is None else value}")
+        idle = given.keys() & {*OF_OPTIMIZERS[1:]} - {*READ_BY[config.optimizer]}
+        for name in sorted(idle):
+            say(f"{name} has no effect: {config.optimizer} does not read it")
         if config.recipe:
             say(f"\nrecipe {config.recipe}: {RECIPES[config.recipe].source}; options override it")
         folder = (out / config.name).resolve()
