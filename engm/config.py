@@ -255,6 +255,11 @@ class RunConfig:
         return cls(**values)
 
     @property
+    def unread(self) -> set[str]:
+        """The settings that the optimizer does not read."""
+        return {*OF_OPTIMIZERS}.difference(READ_BY[self.optimizer])
+
+    @property
     def name(self) -> str:
         """A folder name: what a person looks for first, then a digest of the whole config."""
         config = self.resolved()
@@ -277,6 +282,13 @@ def alternatives(kind: Any) -> tuple[Any, ...]:
 def choices(kind: Any) -> list[str]:
     """Returns the literal values that a field of type `kind` may take; empty where it is open."""
     return [v for k in alternatives(kind) if get_origin(k) is Literal for v in get_args(k)]
+
+
+# settings that one optimizer reads and another does not
+OF_OPTIMIZERS = ("scale", "floor", "max_norm")
+READ_BY = {"msgd": (), "msgd-clip": ("max_norm",)} | {
+    name: ("scale", "floor") for name in choices(TYPES["optimizer"]) if name.startswith("engm")
+}
 
 
 def parse_number(text: str) -> float:

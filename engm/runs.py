@@ -202,7 +202,10 @@ def load_tensors(path: Path, device: torch.device | str = "cpu") -> dict[str, An
                 raise zipfile.BadZipFile("a checksum is wrong")
         state = torch.load(path, map_location=device, weights_only=True)
     except FileNotFoundError:
-        raise InputError(f"there is no file {path}; `engm train` makes it") from None
+        raise InputError(
+            f"there is no file {path}; logs hold no weights, and where it was lost, delete "
+            f"{path.parent} and train again"
+        ) from None
     except PermissionError:
         raise
     except Exception as error:  # what a parser says of bytes that are not its own

@@ -77,6 +77,11 @@ def test_a_recipe_is_overridden_by_what_is_given_alone_even_where_that_is_the_de
     assert "scale has no effect: msgd does not read it" in said
 
 
+def test_training_that_ends_near_chance_is_said_at_once(tmp_path):
+    command = "--epochs", "1", "--subset", "30", "--test-images", "50", "--lr", "1e-6"
+    assert "near chance: best in 1, last in 1 of 1" in call("train", *command, "--out", tmp_path)
+
+
 def test_evaluate_attacks_both_checkpoints_and_leaves_what_training_recorded(runs, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(sorted(runs[0].iterdir())[0], folder)

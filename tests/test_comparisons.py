@@ -6,9 +6,9 @@ import matplotlib.pyplot as plt
 import pytest
 from test_results import write_run
 
-from engm.config import TYPES, choices
+from engm.config import OF_OPTIMIZERS, READ_BY, TYPES, choices
 from engm.errors import InputError
-from engm.report import comparisons, run_report
+from engm.report import run_report
 from engm.report.comparisons import choose, compare
 from engm.report.records import collect
 from engm.report.statistics import paired_differences
@@ -40,9 +40,8 @@ def sweep(tmp_path):
 
 
 def test_every_optimizer_of_the_kit_has_its_settings_told(tmp_path):
-    assert set(comparisons.READ_BY) == set(choices(TYPES["optimizer"]))
-    own = {name for names in comparisons.READ_BY.values() for name in names}
-    assert {*own, "optimizer"} == set(comparisons.OF_OPTIMIZERS)
+    assert set(READ_BY) == set(choices(TYPES["optimizer"]))
+    assert {name for names in READ_BY.values() for name in names} == set(OF_OPTIMIZERS)
 
 
 def test_the_validation_images_choose_and_the_test_images_do_not(sweep):

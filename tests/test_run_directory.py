@@ -143,7 +143,7 @@ def test_a_checkpoint_of_another_model_is_refused(folder):
 def test_a_missing_checkpoint_and_an_unknown_one_are_said(folder):
     dataset = data.load("digits", subset=20)
     (folder / "checkpoint-best.pt").unlink()
-    with pytest.raises(InputError, match=r"no file .*checkpoint-best\.pt; `engm train` makes it"):
+    with pytest.raises(InputError, match=r"no file .*checkpoint-best\.pt; logs hold no weights"):
         load_model(folder, "best", dataset)
     with pytest.raises(InputError, match="unknown checkpoint 'first'; choose one of last, best"):
         load_model(folder, "first", dataset)

@@ -41,6 +41,13 @@ def test_a_grid_makes_one_task_for_each_combination_and_seed():
 def test_the_same_run_is_one_task_whatever_way_it_is_written():
     assert len(plan(TRAIN, {"lr": ["0.1", "1e-1", 0.1]})) == 1
     assert len(plan(TRAIN, {"subset": ["none", 5]})) == 2
+    # MSGD does not read a floor
+    tasks = plan(TRAIN, {"optimizer": ["msgd", "engm"], "floor": [0.05, 1]})
+    assert [(t.settings["optimizer"], t.settings["floor"]) for t in tasks] == [
+        ("msgd", 0.05),
+        ("engm", 0.05),
+        ("engm", 1.0),
+    ]
     words = {"model_norm": "none", "augment": "none", "subset": "none", "scale": "mean"}
     [task] = plan(TRAIN, {}, settings={"model": "preact_resnet18"} | words)
     assert {name: task.settings[name] for name in words} == words | {"subset": None}

@@ -97,8 +97,7 @@ def train(
     given = {n: v for n, v in settings.items() if source_of(n) is not ParameterSource.DEFAULT}
     config = RunConfig(**given).resolved()
     from engm.device import pick_device
-    from engm.report.comparisons import OF_OPTIMIZERS, READ_BY
-    from engm.report.records import Record, summarise, to_markdown
+    from engm.report.records import Record, near_chance, summarise, to_markdown
     from engm.runs import RESULT
     from engm.training import fit
 
@@ -107,8 +106,7 @@ def train(
     if first:
         for name, value in config.to_dict().items():
             click.echo(f"{name:17} {'default' if value is None else value}")
-        idle = given.keys() & {*OF_OPTIMIZERS[1:]} - {*READ_BY[config.optimizer]}
-        for name in sorted(idle):
+        for name in sorted(given.keys() & config.unread):
             say(f"{name} has no effect: {config.optimizer} does not read it")
         if config.recipe:
             say(f"\nrecipe {config.recipe}: {RECIPES[config.recipe].source}; options override it")
@@ -124,7 +122,10 @@ def train(
         run = fit(config, out, **where, save_adversarial=save_adversarial)
     if first:
         click.echo(f"\n{click.format_filename(run.folder)}\n")
-        click.echo(to_markdown(summarise([Record(run.folder, run.config, run.result)])))
+        record = Record(run.folder, run.config, run.result)
+        click.echo(to_markdown(summarise([record])))
+        if chance := near_chance([record]):
+            say(f"{chance}; a smaller --lr, more --epochs, or an --awp-warmup may help\n")
         say(
             f"next: engm evaluate {quoted(run.folder)} attacks it in more ways, "
             f"engm report {quoted(out)} puts it beside others"

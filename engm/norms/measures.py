@@ -203,7 +203,12 @@ def run_closure(closure: Closure | None) -> Tensor:
         shape = list(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
         remedy = "write reduction='none'"
         if isinstance(losses, Tensor) and losses.dim():
-            remedy = "losses.flatten(1).mean(1) has one for each" if len(losses) else "give a batch"
+            remedy = (
+                "add up those of an example where they are over classes, losses.sum(1), and "
+                "average them where they are over pixels, losses.flatten(1).mean(1)"
+                if len(losses)
+                else "give a batch"
+            )
         raise InputError(
             f"the closure must return one loss per example, a tensor [n], not {shape}; {remedy}"
         )

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from statistics import mean
 from typing import Any
 
-from engm.config import TYPES, choices
+from engm.config import OF_OPTIMIZERS, READ_BY, TYPES
 from engm.errors import InputError
 from engm.report.records import (
     ALWAYS,
@@ -28,14 +28,9 @@ from engm.report.tables import text
 from engm.runs import read_metrics
 from engm.values import read
 
-# settings that one optimizer reads and another does not
-OF_OPTIMIZERS = ("optimizer", "scale", "floor", "max_norm")
-READ_BY = {"msgd": (), "msgd-clip": ("max_norm",)} | {
-    name: ("scale", "floor") for name in choices(TYPES["optimizer"]) if name.startswith("engm")
-}
 # what has no value of its own, or another default, under another value of the setting named first
 _BELONGING = {
-    "optimizer": OF_OPTIMIZERS[1:],
+    "optimizer": OF_OPTIMIZERS,
     "method": ("beta",),
     "awp": ("awp_warmup",),
     "model": ("width", "model_norm"),

@@ -6,11 +6,10 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from engm.config import TYPES
+from engm.config import OF_OPTIMIZERS, READ_BY, TYPES
 from engm.errors import InputError
 from engm.report import comparisons, tables
 from engm.report import records as results
-from engm.report.comparisons import OF_OPTIMIZERS, READ_BY
 from engm.report.records import EVALUATIONS, Record, refuse_copies
 from engm.report.statistics import Paired
 from engm.runs import CONFIG, METRICS, RESULT, make_folder, read_metrics, write_bytes, write_text
@@ -273,7 +272,7 @@ def labels(rows: Sequence[dict[str, Any]]) -> list[str]:
     differing = [n for n in _SETTINGS if _values(rows, [n]) > 1 and n not in along]
     brief, full = [], []
     for row in rows:
-        idle = set(OF_OPTIMIZERS[1:]) - set(READ_BY[row["optimizer"]])
+        idle = set(OF_OPTIMIZERS) - set(READ_BY[row["optimizer"]])
         brief.append(results.in_words(row, [n for n in differing if n not in idle]) or "all runs")
         full.append(results.in_words(row, differing))
     return brief if len(set(brief)) == len(set(full)) else full

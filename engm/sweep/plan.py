@@ -175,7 +175,10 @@ def _add_seeds(target: str, axes: dict[str, Any], fixed: dict[str, Any], seeds: 
 
 def _task(target: str, given: Mapping[str, Any]) -> Task:
     if target == TRAIN:
-        config = RunConfig.from_dict({k: _setting(k, v) for k, v in given.items()}).resolved()
+        values = {k: _setting(k, v) for k, v in given.items()}
+        unread = RunConfig.from_dict(values).unread  # makes no run of its own
+        read_values = {k: v for k, v in values.items() if k not in unread}
+        config = RunConfig.from_dict(read_values).resolved()
         return Task(config.name, TRAIN, asdict(config))
 
     from engm.lab import batch, parameters
