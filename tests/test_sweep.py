@@ -455,7 +455,7 @@ def test_of_runs_that_two_versions_made_the_last_counts(tmp_path):
     [
         ([], "Missing argument 'TARGET'"),
         (["train", "--workers", 2, "--scheduler", "tcp://a:1"], "either --workers or --scheduler"),
-        (["train", "--workers", 0], "0 is not in the range"),
+        (["train", "--workers", 0], "'0' is not a whole number from 1 on"),
         (["train", "--grid", "lr"], "'lr' is no part of a grid"),
         (["train", "--set", "lr", 1, "--set", "lr", 2], "lr is set twice; --grid NAME=A,B"),
         (["train", "--set", "batch-size", 1, "--set", "batch_size", 2], "batch_size is set twice"),

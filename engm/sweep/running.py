@@ -141,6 +141,10 @@ def run(tasks: Sequence[Task], out: Path, options: Options | None = None) -> lis
                     note = {"error": error, "settings": task.settings}
                     with suppress(OSError):  # a full disk is the reason, and takes no note
                         write_json(folder / task.name / ERROR, note)
+    for task in tasks:
+        if is_done(task, folder):
+            with suppress(OSError):  # of a worker that was killed with its last word said
+                (folder / task.name / LOCK).unlink(missing_ok=True)
     return [Outcome(task, folder / task.name, errors.get(task.name)) for task in tasks]
 
 
