@@ -7,6 +7,7 @@ train mode the definition of a share, one layer and one row at a time; and `torc
 import copy
 import gc
 import weakref
+from functools import partial
 
 import pytest
 import torch
@@ -921,8 +922,8 @@ def test_rows_are_found_though_their_gradients_underflow():
     first = torch.tensor([[1.0, -2.0], [1e-45, 1e-45], [3.0, 1.0]])
     plain, probe = (0.3 * factor * first for factor in (torch.ones(3, 1), weights[:, None]))
     assert not plain[1].any() and probe[1].any()
-    assert Summary.of(plain, 3).rows(Summary.of(probe, 3), weights) == Rows(0, 3)
-    assert Summary.of(plain, 3).rows(Summary.of(probe.flip(0), 3), weights) is None
+    assert Summary.of(plain, 3).rows(Summary.of(probe, 3), weights) == (Rows(0, 3), True)
+    assert Summary.of(plain, 3).rows(Summary.of(probe.flip(0), 3), weights)[0] is None
 
 
 def test_a_layer_that_gradients_reach_late_is_looked_at_then():
@@ -993,6 +994,97 @@ def test_what_no_gradient_reaches_in_the_first_step(block, last):
         sgd.step()
     pairs = zip(model.parameters(), reference.parameters(), strict=True)
     assert all(torch.allclose(p, q, rtol=1e-9) for p, q in pairs)
+
+
+PAIRS = torch.tensor([[1.0], [2.0], [3.0], [4.0]], dtype=torch.float64)  # x and x_adv of two
+STEPS = torch.tensor([[[7.0], [8.0]], [[1.0], [4.0]]], dtype=torch.float64)  # [T, n, d]
+
+
+class Table(nn.Module):
+    """A look-up in a table that is made of parameters."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Parameter(torch.ones(4, 1))
+
+    def forward(self, ids):
+        return F.embedding(torch.tensor(ids), self.table * 2)[:, 0]
+
+
+class Product(nn.Module):
+    """No layer, so that none says what shape anything has."""
+
+    def __init__(self):
+        super().__init__()
+        self.factor = nn.Parameter(torch.ones(1))
+
+    def forward(self, x):
+        return x * self.factor
+
+
+def paired(model, mask):
+    out = model(PAIRS)[:, 0] * torch.tensor(mask)
+    return out[:2] + out[2:]
+
+
+def with_root(model, mask):
+    h = model(STEPS)[-1, :, 0]
+    return h + (torch.tensor(mask) * h).sqrt()
+
+
+LINE = partial(nn.Linear, 1, 1, bias=False)
+# a first step that says too little of the rows, and a later one: (model, losses, first, later)
+TOO_LITTLE = {
+    "one row of a pair": (LINE, paired, (1, 0, 0, 0), (1, 1, 1, 1)),
+    "one example, sequence first": (
+        LINE, lambda m, mask: m(STEPS)[-1, :, 0] * torch.tensor(mask), (0, 1), (1, 1),
+    ),
+    "a gradient that is nan": (LINE, with_root, (0, 1), (1, 1)),
+    "ids in order": (Table, lambda m, ids: m(ids) * torch.tensor([1, 3]), [0, 2], [2, 0]),
+    "another shape": (
+        Product, lambda m, x: m(x)[:, 0].view(-1, 2).mean(0), PAIRS[:2], PAIRS,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore:the norms of")
+@pytest.mark.parametrize("case", TOO_LITTLE)
+def test_a_step_that_says_too_little_of_the_rows_does_not_decide_for_later_ones(case):
+    build, losses, first, later = TOO_LITTLE[case]
+    model = build().double()
+    nn.init.ones_(next(model.parameters()))
+    optimizer = ENGM(model, 0.0, scale=1.0)
+    for batch in (first, later):
+        optimizer.zero_grad()
+        optimizer.step(partial(losses, model, batch))
+    norms = loop_norms(losses(model, later), list(model.parameters()))
+    torch.testing.assert_close(optimizer.last.norms, norms)
+
+
+def test_the_rows_of_outputs_are_found_anew_where_their_shape_is_another():
+    model, c = LINE().double(), torch.tensor([1.0, 2.0, 3.0, 4.0])
+
+    def later():
+        out = model(PAIRS)[:, 0] * c
+        return out[:2] + out[2:]
+
+    optimizer = ENGM(model, 0.0, norms="output", refresh_every=None)
+    optimizer.step(lambda: model(PAIRS[:2])[:, 0])
+    optimizer.step(later)
+    torch.testing.assert_close(optimizer.last.norms, torch.tensor([10.0, 20.0]).double().sqrt())
+
+
+def test_what_lies_under_a_stop_is_left_alone_and_a_model_of_nothing_else_is_refused():
+    model = made(lambda: nn.Sequential(*(nn.Linear(6, 6) for _ in range(3))))
+    nn.init.zeros_(model[2].weight)
+    before, x = copy.deepcopy(model.state_dict()), random(N, 6)
+    optimizer = ENGM(model, 0.1, weight_decay=0.1)
+    optimizer.step(lambda: squares(model[2](model[1](Stop.apply(model[0](x))))))
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, before[name]) == name.startswith("0"), name
+    for norms in ("exact", "loop"):
+        with pytest.raises(InputError, match="do not depend on any of the parameters"):
+            ENGM(model, 0.1, norms=norms).step(lambda: squares(Stop.apply(model(x))))
 
 
 class HandMade(nn.Module):

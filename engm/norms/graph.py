@@ -15,6 +15,7 @@ _REORDER = {
     *("T", "Transpose", "Permute", "View", "UnsafeView", "ReshapeAlias", "Unsqueeze", "Squeeze"),
     *("ToCopy", "Clone", "Alias"),
 }
+_LOOK_UPS = {"Embedding", "EmbeddingBag"}
 _BATCH_NORMS = {"NativeBatchNorm", "CudnnBatchNorm"}
 
 
@@ -98,7 +99,11 @@ class Graph:
     def signature(self) -> tuple[object, ...]:
         """Returns what tells this graph from another: its calls, and the kinds of its nodes."""
         calls = [(id(call.layer), call.shape) for call in self.calls.values()]
-        return (self.coupled, *calls, *map(type, self.order))
+        # the layers say no shape of what is outside of them
+        outside = [n for n in self.order if n in self.plain and n not in self.leaves]
+        outside += self.takers() if self.plain else []
+        shapes = [size_of(GradientEdge(node, 0)) for node in outside]
+        return (self.coupled, *calls, *shapes, *map(type, self.order))
 
     def below(self, node: Node) -> Iterator[Node]:
         """Yields what `node` leads to; from the output of a call, what made its input."""
@@ -132,21 +137,24 @@ class Graph:
 
     def parameters(self) -> list[Tensor]:
         """Returns the parameters of the calls and of the leaves, each once."""
-        return self._parameters_of([*self.calls, *self.leaves])
+        return list(dict.fromkeys([*self.parameters_at(self.calls), *self.leaves.values()]))
 
-    def parameters_under(self, nodes: Iterable[Node]) -> list[Tensor]:
-        """Returns those of `parameters` that some nodes lead to."""
-        return self._parameters_of(nodes_under(nodes))
-
-    def _parameters_of(self, nodes: Iterable[Node]) -> list[Tensor]:
-        found: dict[Tensor, None] = {}
+    def parameters_at(self, nodes: Iterable[Node]) -> list[Tensor]:
+        """Returns the parameters of those nodes that are calls, and what is plain under others."""
+        found: list[Tensor] = []
+        others: list[Node | None] = []
         for node in nodes:
             if node in self.calls:
                 own = self.calls[node].layer.parameters(recurse=False)
-                found.update(dict.fromkeys(p for p in own if p.requires_grad))
-            elif node in self.leaves:
-                found[self.leaves[node]] = None
-        return list(found)
+                found += [p for p in own if p.requires_grad]
+            else:
+                others += [child for child, _ in node.next_functions if child in self.plain]
+        return found + [self.leaves[node] for node in nodes_under(others) if node in self.leaves]
+
+    def tables(self) -> set[Node]:
+        """Returns the plain nodes under a look-up: rows of a table are not rows of examples."""
+        look_ups = [node for node in self.plain if name_of(node) in _LOOK_UPS]
+        return {*nodes_under(look_ups)}.difference(look_ups)
 
     def leaves_under(self, node: Node) -> dict[Node, Tensor]:
         """Returns the leaves that a plain node leads to."""

@@ -17,6 +17,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from engm.errors import InputError
 from engm.norms.graph import nodes_under
 from engm.norms.inputs import InputEstimate
+from engm.norms.operations import size_of
 from engm.norms.rows import Rows
 from engm.norms.watch import Checked, Watch, gradients_of, loop_norms, rows_of
 
@@ -141,7 +142,8 @@ class ProxyMeasure(Measure):
 
     def _rows_of(self, losses: Tensor, ends: Sequence[Tensor | GradientEdge]) -> list[Rows]:
         # looked for once: for a batch of this size
-        key = (len(losses), len(ends), type(ends[0]))
+        shapes = [end.shape if isinstance(end, Tensor) else size_of(end) for end in ends]
+        key = (len(losses), type(ends[0]), *shapes)
         if key not in self._rows:
             rows, sure = rows_of(losses, ends)
             if not sure:
@@ -324,6 +326,8 @@ def _lengths(gradients: Sequence[Tensor | None], rows: Sequence[Rows]) -> Tensor
         for gradient, one in zip(gradients, rows, strict=True)
         if gradient is not None
     ]
+    if not squares:
+        raise InputError(_NO_OUTPUT)
     return squares[0] if len(squares) == 1 else torch.stack(squares).norm(dim=0)
 
 

@@ -81,8 +81,11 @@ class Summary:
         """Whether b was zero, so that nothing is to be learnt from it."""
         return not any(bool(size.any()) for size in self.sizes.values()) and bool(self.sizes)
 
-    def rows(self, probe: "Summary", weights: Tensor) -> Rows | None:
-        """Returns the rows of the examples, or `None` where a row belongs to none or to several.
+    def rows(self, probe: "Summary", weights: Tensor) -> tuple[Rows | None, bool]:
+        """Returns the rows of the examples, and whether no others fit, too.
+
+        Rows of zeros, or of what is not finite, would belong to any example. The first are `None`
+        where a row belongs to none or to several.
 
         Args:
             probe: The summary of b under the losses with weights; this one is without.
@@ -91,6 +94,7 @@ class Summary:
         precise = self.dtype in (torch.float32, torch.float64)
         tolerance = 1e-4 if precise else 2e-2
         rounding = 10 * torch.finfo(self.dtype).eps
+        fitting: list[Rows] = []
         for rows in self.candidates(len(weights)):
             plain, size = self.sums[rows.dim], self.sizes[rows.dim]
             factor = weights.to(plain.dtype)[rows.owners(len(plain), plain.device)]
@@ -101,8 +105,10 @@ class Summary:
             allowed = factor * (tolerance * size + least)
             # an example that is not finite tells nothing
             if bool(((off <= allowed) | ~off.isfinite()).all()):
-                return rows
-        return None
+                fitting.append(rows)
+                if bool((size > 0).all()):
+                    break  # every row has had its say
+        return (fitting[0] if fitting else None), len(fitting) == 1 or len(weights) == 1
 
     def candidates(self, n: int) -> Iterator[Rows]:
         """Yields the ways in which the rows may belong to n examples, the likeliest first."""

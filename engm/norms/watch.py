@@ -348,7 +348,7 @@ class Watch:
             if part.shares:
                 found.add(part, graph)
         if zero:
-            found.add_zeros(graph.parameters_under(zero), len(losses))
+            found.add_zeros(graph.parameters_at(zero), len(losses))
         return None if inputs is None else gradients[-1]
 
     def _record(self, layer: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
@@ -435,14 +435,18 @@ class Watch:
         rows = {graph.order[k]: value for k, value in known.rows.items()} if known else {}
         sure = bool(losses.isfinite().all())
         unseen = {node for node in nodes if node not in plain}
+        tables = graph.tables()
         wrong: set[nn.Module] = set()
         for node, summary in plain.items():
-            found = summary.rows(probe[node], weights)
+            if node in rows or node in tables:
+                continue
+            found, certain = summary.rows(probe[node], weights)
             call = graph.calls.get(node)
             if summary.empty:
                 unseen.add(node)
             elif found is not None:
                 rows[node] = found
+                sure = sure and certain
             elif call is not None:
                 wrong.add(call.layer)
             elif node not in graph.plain:
@@ -465,6 +469,8 @@ class Watch:
         """Holds weighted gradients and one norm against autograd's."""
         found = _Shares(measure=True, keep=False, at_once=weights)
         self._collect(graph, plan, losses, found)
+        if not wanted:
+            return set()
         tolerance, eps = _tolerance(losses, wanted)
         rounding = 10 * eps * torch.stack([g.norm() for g in wanted.values()]).norm()
         layers = {p: call.layer for call in graph.calls.values() for p in _own(call.layer)}
@@ -764,7 +770,8 @@ def rows_of(losses: Tensor, ends: Sequence[Tensor | GradientEdge]) -> tuple[list
         elif not bool(plain.any()):
             rows, sure = next(Summary.of(plain, n).candidates(n), rows), False
         else:
-            rows = Summary.of(plain, n).rows(Summary.of(probe, n), weights)
+            rows, certain = Summary.of(plain, n).rows(Summary.of(probe, n), weights)
+            sure = sure and certain
         if rows is None:
             raise InputError(
                 "what one loss says of the inputs or outputs cannot be told from what the others "
