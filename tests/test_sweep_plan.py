@@ -1,7 +1,7 @@
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engm.config import RunConfig
@@ -172,6 +172,7 @@ def test_a_file_that_is_no_plan_is_refused(tmp_path, text, reason):
         read_plan(path)
 
 
+@settings(deadline=None)
 @given(st.binary(max_size=60))
 def test_any_file_is_read_or_refused(content):
     import tempfile
