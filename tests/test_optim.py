@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
@@ -159,6 +159,7 @@ def test_a_hundred_steps_of_the_fast_norms_are_a_hundred_of_the_loop():
         torch.testing.assert_close(p, q, rtol=1e-8, atol=1e-10)
 
 
+@settings(deadline=None)
 @given(
     norms=st.lists(st.floats(0, 1e6, allow_subnormal=False), min_size=1, max_size=8),
     scale=st.floats(1e-3, 1e3),

@@ -115,6 +115,7 @@ def test_a_text_that_is_no_grid_is_refused(texts, reason):
         parse_grid(texts)
 
 
+@settings(deadline=None)
 @given(st.text(max_size=40))
 def test_any_text_is_read_or_refused(text):
     try:

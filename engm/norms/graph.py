@@ -97,7 +97,7 @@ class Graph:
         self.anew = any(call.anew for call in self.calls.values())
 
     def signature(self) -> tuple[object, ...]:
-        """Returns what tells this graph from another: its calls, and the kinds of its nodes."""
+        """Returns what tells this graph from another: its calls, shapes and kinds of its nodes."""
         calls = [(id(call.layer), call.shape) for call in self.calls.values()]
         # the layers say no shape of what is outside of them
         outside = [n for n in self.order if n in self.plain and n not in self.leaves]

@@ -301,7 +301,6 @@ class Watch:
         left: dict[tuple[Node, int], Sequence[Tensor | None]] = {}
         waiting = Counter(call.layer for call in graph.calls.values())
         seen: dict[nn.Module, list[tuple[Tensor, Tensor, Rows]]] = defaultdict(list)
-
         zero: list[Node] = []
 
         def arrive(node: Node, gradients: Sequence[Tensor | None]) -> None:
@@ -440,11 +439,12 @@ class Watch:
         for node, summary in plain.items():
             if node in rows or node in tables:
                 continue
-            found, certain = summary.rows(probe[node], weights)
-            call = graph.calls.get(node)
             if summary.empty:
                 unseen.add(node)
-            elif found is not None:
+                continue
+            found, certain = summary.rows(probe[node], weights)
+            call = graph.calls.get(node)
+            if found is not None:
                 rows[node] = found
                 sure = sure and certain
             elif call is not None:
