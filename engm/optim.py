@@ -133,15 +133,18 @@ class _ExampleSGD(torch.optim.SGD):
             if not isinstance(value := sgd.get(name, 0.0), Tensor):
                 check_number(name, value, "0.1")
         super().__init__(params, **sgd)
-        for group in self.param_groups:
-            for name in _NUMBERS:
-                if not isinstance(group[name], Tensor):
-                    check_number(f"{name} of a group", group[name], "0.1")
         self._guard = StepGuard(message)
         self._count = 0
         self._gradients: dict[Tensor, Tensor] = {}
         self._bad: list[Tensor] = []  # which examples of each part, where processes share a batch
         self._in_closure = self._started = False
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a group of parameters, as torch does; a number that is out of range is refused."""
+        for name in _NUMBERS:
+            if name in param_group and not isinstance(param_group[name], Tensor):
+                check_number(f"{name} of a group", param_group[name], "0.1")
+        super().add_param_group(param_group)
 
     def __getstate__(self) -> dict[str, Any]:
         """Returns all but hooks, for copies and pickles; torch's own keeps groups and state."""
@@ -461,8 +464,8 @@ class ENGM(_ExampleSGD):
         check_choice("norms", norms, get_args(Norms))
         message = f"all losses or their gradients are inf or nan; {NO_STEP}"
         how = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
+        self._model, self._trained = model, model.training  # the groups are held against it
         super().__init__(_groups(model, groups), message, **how, **sgd)
-        self._model, self._trained = model, model.training
         self.scale, self.floor = scale, floor
         self.last: ExampleWeights | None = None
         self.measure: ExactMeasure | ProxyMeasure | LoopMeasure
@@ -473,6 +476,17 @@ class ENGM(_ExampleSGD):
         else:
             self.measure = ProxyMeasure(model, norms, refresh_every)
         self._mean_norm: Tensor | None = None  # of the steps so far, float64
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a group of the model's parameters, such as those that were frozen till now.
+
+        Raises:
+            InputError: If one of them is not the model's, or a number is out of range.
+        """
+        super().add_param_group(param_group)
+        if not {*self.param_groups[-1]["params"]} <= {*self._model.parameters()}:
+            del self.param_groups[-1]
+            raise InputError("a group lists a parameter that the model does not have")
 
     def _add(self, closure: Closure | None, inputs: Tensor | None) -> Tensor:
         self._check_model_again()
@@ -654,10 +668,8 @@ def _groups(model: nn.Module, groups: Sequence[Mapping[str, Any]]) -> list[dict[
                     f"The names are {', '.join(named)}"
                 )
         own.append({**group, "params": [p for p in parameters if p.requires_grad]})
-    listed = [p for group in own for p in group["params"]]
-    if not {*listed} <= {*named.values()}:
-        raise InputError("a group lists a parameter that the model does not have")
-    rest = [p for p in named.values() if p.requires_grad and p not in {*listed}]
+    listed = {p for group in own for p in group["params"]}
+    rest = [p for p in named.values() if p.requires_grad and p not in listed]
     return [group for group in ({"params": rest}, *own) if group["params"]]
 
 

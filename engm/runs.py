@@ -77,6 +77,10 @@ def write_config(
 
 def check_config(folder: Path, config: RunConfig) -> None:
     """Refuses a folder that does not hold a run of `config`."""
+    if not (folder / CONFIG).exists():
+        raise InputError(
+            f"{folder} has lost its {CONFIG}; delete it, and the same call runs it again"
+        )
     if read_config(folder) != config:
         raise InputError(f"{folder} holds a run of another config; choose another folder")
 

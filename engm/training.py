@@ -304,6 +304,7 @@ def fit(
     *,
     device: str = "auto",
     data_root: Path | None = None,
+    dataset: data.Dataset | None = None,
     save_adversarial: bool = True,
     progress: bool = True,
 ) -> RunResult:
@@ -323,6 +324,7 @@ def fit(
         out: Folder of the runs.
         device: "auto" (CUDA where there is one), "cpu", "cuda", "cuda:1", ...
         data_root: Where the datasets live, see `engm.data.load`.
+        dataset: What `load_data` gave, where the caller has it already.
         save_adversarial: Keep the adversarial test examples in the run directory.
         progress: Show progress bars.
 
@@ -341,7 +343,7 @@ def fit(
             runs.check_config(folder, config)
             metrics = runs.read_metrics(folder, config.epochs)
             return RunResult(folder, config, metrics, runs.read_result(folder))
-        trainer = Trainer(config, load_data(config, data_root).to(on))
+        trainer = Trainer(config, (dataset or load_data(config, data_root)).to(on))
         with runs.locked(folder) if first else nullcontext():  # what cannot start leaves no folder
             if first:
                 runs.write_config(folder, config, on, trainer.dataset.digest)

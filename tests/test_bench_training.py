@@ -595,8 +595,8 @@ def test_the_table_says_what_could_not_be_measured_and_has_goals_for_a_gpu_alone
 )  # fmt: skip
 def test_a_goal_is_settled_where_both_quartiles_agree(ratio, fraction, speed, rate):
     text = tables.table(result_of(ratio, fraction))
-    assert f"\ngoal, 6 x the reference's epochs an hour, bfloat16: {speed}\n" in text
-    assert f"\ngoal, attack steps at 35% of the bf16 rate, bfloat16: {rate}\n" in text
+    assert f"\nthe kit's goal, 6 x the reference's epochs an hour, bfloat16: {speed}\n" in text
+    assert f"\nthe kit's goal, attack steps at 35% of the bf16 rate, bfloat16: {rate}\n" in text
 
 
 @pytest.mark.parametrize(
@@ -612,4 +612,4 @@ def test_a_cost_is_held_to_its_goal_by_both_quartiles(spread, verdict):
     costs = dict(zip(("ratio", "low", "high"), spread, strict=True), median_seconds=1, peak_ratio=1)
     entry = {"agrees": True, "outer": costs, "at": costs}
     text = tables.table({"methods": {"output": entry}, "settings": {"num_steps": 10}})
-    assert text.endswith(f"goal, AT-10 step with output at most 1.01: {verdict}")
+    assert text.endswith(f"the kit's goal, AT-10 step with output at most 1.01: {verdict}")

@@ -62,6 +62,7 @@ def test_a_recipe_is_overridden_by_what_is_given_alone_even_where_that_is_the_de
         raise KeyboardInterrupt
 
     monkeypatch.setattr(training, "fit", fit)
+    monkeypatch.setattr(training, "load_data", lambda *_: None)
     command = ["train", "--recipe", "mart", "--lr", "0.1", "--device", "cpu", "--out", tmp_path]
     output = call(*command, code=130)
     published = dict(recipe="mart", dataset="cifar10", weight_decay=3.5e-3, eps=0.031, epochs=120)
@@ -233,7 +234,8 @@ def test_every_setting_of_a_run_is_an_option(runs):
         (["sweep", "train", "--set", "lr=0.2"], "requires 2 arguments. Write --set NAME VALUE."),
         (["train", "--no-compile=1"], "Option '--no-compile' does not take a value."),
         (["sweep", "trian", "--grid", "lr=0.1"], "or train, for training runs"),
-        (["report", "nowhere"], "there is no run in /"),
+        (["train", "--subset", "801"], "subset must be a whole number, 1 to 800; got 801"),
+        (["report", "nowhere"], "there is no folder /"),
         (["evaluate", "ROOT"], "is not a run directory, but holds some; give one of digits-pgd_at"),
         (["trian"], "prepare, report, run, student, sweep, train; did you mean train?"),
     ],
@@ -244,21 +246,29 @@ def test_mistakes_get_one_line_that_names_what_is_valid(
     monkeypatch.chdir(tmp_path)
     run = next(runs[0].iterdir())
     places = {"RUN": run, "FILE": run / "config.json", "ROOT": runs[0]}
-    code = 1 if {"nowhere", "gpu", "ROOT", "FILE", "-1", "06_cifar", "lr=0.1"} & {*arguments} else 2
+    code = (
+        1
+        if {"nowhere", "gpu", "ROOT", "FILE", "-1", "801", "06_cifar", "lr=0.1"} & {*arguments}
+        else 2
+    )
     arguments = [places.get(a, a) for a in arguments]
-    assert message in " ".join(call(*arguments, code=code).split())
+    output = " ".join(call(*arguments, code=code).split())
+    assert message in output
+    assert "training, then" not in output
 
 
 def test_every_option_arrives(monkeypatch):
     seen = []
     monkeypatch.setattr("engm.training.fit", lambda *a, **k: seen.extend((*a, k)) or 1 / 0)
+    monkeypatch.setattr("engm.training.load_data", lambda config, root: (config, root))
     arguments = ["train", "--eps", "8/255", "--scale", "2", "--channels-last", "--out", "o"]
     arguments += ["--device", "cpu", "--data-root", "d", "--no-save-adversarial"]
     CliRunner().invoke(main, arguments)
     config, out, others = seen
-    expected = RunConfig(eps=8 / 255, scale=2.0, channels_last=True)
-    assert (config, out) == (expected.resolved(), Path("o"))
-    assert others == {"device": "cpu", "data_root": Path("d"), "save_adversarial": False}
+    expected = RunConfig(eps=8 / 255, scale=2.0, channels_last=True).resolved()
+    assert (config, out) == (expected, Path("o"))
+    dataset = expected, Path("d")
+    assert others == {"device": "cpu", "dataset": dataset, "save_adversarial": False}
     del seen[:]
     CliRunner().invoke(main, ["train"])
     assert seen[:2] == [RunConfig().resolved(), Path("runs")]

@@ -430,6 +430,22 @@ def test_a_group_that_would_not_count_is_refused(groups, message):
         ENGM(network(), 0.1, groups=groups)
 
 
+@pytest.mark.parametrize(
+    ("group", "message"),
+    [
+        ({"params": network().parameters()}, "a parameter that the model does not have"),
+        ({"lr": -1}, "lr of a group must be a number, 0 or more.* got -1"),
+    ],
+)
+def test_a_group_that_is_added_later_is_held_to_the_same(group, message):
+    model = network()
+    model[0].requires_grad_(False)
+    optimizer = ENGM(model, 0.1)
+    with pytest.raises(InputError, match=message):
+        optimizer.add_param_group({"params": model[0].parameters()} | group)
+    assert len(optimizer.param_groups) == 1
+
+
 def test_a_run_gets_the_optimizer_it_asks_for():
     model = network()
     settings = dict(lr=0.3, momentum=0.8, weight_decay=1e-3)

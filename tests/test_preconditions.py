@@ -59,6 +59,10 @@ def nan_pixel(x):
         (lambda m, x, y: (m, x * 1.9, y), "normalise inside the model"),
         (lambda m, x, y: (m, x, y + 1), "the model gives 4 logits, but classes go up to 4"),
         (lambda m, x, y: (m, x[..., :3], y), r"does not take torch.float32 images of shape \[2, 1"),
+        (
+            lambda m, x, y: (nn.Conv2d(1, 10, 4), x[:, 0], y),
+            r"of shape \[2, .*\]; x\[:, None\] gives grey images",
+        ),
         (lambda m, x, y: (m, x.double(), y), "does not take torch.float64 images.*dtype"),
         (lambda m, x, y: (m.to("meta"), x, y), "model and x are on cpu and meta; move"),
         (lambda m, x, y: (Around(m, after=lambda z: (z, z)), x, y), "the model gave tuple"),

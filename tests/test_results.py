@@ -115,7 +115,7 @@ def test_unfinished_runs_are_left_out_and_named(tmp_path):
 
 
 def test_a_folder_without_runs_says_how_to_make_one(tmp_path):
-    with pytest.raises(InputError, match="there is no run in .*engm train --out"):
+    with pytest.raises(InputError, match="there is no run in .*engm train"):
         collect(tmp_path)
 
 

@@ -76,7 +76,7 @@ def test_a_config_of_another_version_names_the_file_and_the_setting(folder):
 
 def test_a_finished_run_without_its_config_is_not_given_a_new_one(folder):
     (folder / "config.json").unlink()
-    with pytest.raises(InputError, match="is not a run directory"):
+    with pytest.raises(InputError, match=r"has lost its config\.json; delete it"):
         fit_quietly(folder.parent)
 
 

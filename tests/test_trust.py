@@ -257,6 +257,8 @@ def test_transfer_from_a_second_model_is_a_black_box():
     assert by["transfer"].settings.endswith("on another model")
     assert {"black box below white box", "gradient direction"} <= set(report.gradient_masking)
     assert "Gradient masking (" in str(report)
+    with pytest.raises(InputError, match="Transfer takes the attack first, then the model"):
+        Transfer(model, pgd)
     plain = engm.evaluate(model, (x, y), eps=EPS)
     assert plain.gradient_masking == () and "Gradient masking" not in str(plain)
 

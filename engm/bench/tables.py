@@ -109,7 +109,7 @@ def _step_lines(result: Mapping[str, Any], able: Mapping[str, Any]) -> list[str]
     ]
     if "output" in able:
         verdict = _verdict(_spread(able["output"]["at"]), OUTPUT_GOAL, "{:.3f}", most=True)
-        lines.append(f"goal, {titles['at']} with output at most {OUTPUT_GOAL}: {verdict}")
+        lines.append(f"the kit's goal, {titles['at']} with output at most {OUTPUT_GOAL}: {verdict}")
     return lines
 
 
@@ -172,7 +172,7 @@ def _goal_lines(able: Mapping[str, Any]) -> list[str]:
     ):
         if spreads:
             best = max(spreads, key=spreads.__getitem__)
-            lines.append(f"goal, {title}, {best}: {_verdict(spreads[best], goal, shown)}")
+            lines.append(f"the kit's goal, {title}, {best}: {_verdict(spreads[best], goal, shown)}")
     return lines
 
 

@@ -99,9 +99,12 @@ def train(
     from engm.device import pick_device
     from engm.report.records import Record, near_chance, summarise, to_markdown
     from engm.runs import RESULT
-    from engm.training import fit
+    from engm.training import fit, load_data
 
-    pick_device(device)  # before all that is said
+    pick_device(device)  # this and the data before all that is said
+    folder = (out / config.name).resolve()
+    finished = (folder / RESULT).exists()
+    dataset = None if finished else load_data(config, data_root)
     first = os.environ.get("RANK", "0") == "0"  # of the processes that torchrun starts
     if first:
         for name, value in config.to_dict().items():
@@ -110,16 +113,15 @@ def train(
             say(f"{name} has no effect: {config.optimizer} does not read it")
         if config.recipe:
             say(f"\nrecipe {config.recipe}: {RECIPES[config.recipe].source}; options override it")
-        folder = (out / config.name).resolve()
-        if (folder / RESULT).exists():
+        if finished:
             say(f"\nshowing the finished run in {quoted(folder)}")
         else:
             does = f"training, then attacking the test images, in {quoted(folder)}"
             say(f"\n{does}; bars say how long it takes")
             warn_of_hours(config, device)
-    where: dict[str, Any] = dict(device=device, data_root=data_root)
+    how: dict[str, Any] = dict(device=device, dataset=dataset, save_adversarial=save_adversarial)
     with stoppable("the same command goes on after the last whole epoch"):
-        run = fit(config, out, **where, save_adversarial=save_adversarial)
+        run = fit(config, out, **how)
     if first:
         click.echo(f"\n{click.format_filename(run.folder)}\n")
         record = Record(run.folder, run.config, run.result)

@@ -163,10 +163,19 @@ class Transfer:
     Attributes:
         attack: What is made.
         source: The model that it is made on.
+
+    Raises:
+        InputError: If `attack` is no attack, as where the two are swapped.
     """
 
     attack: Attack
     source: Model = field(repr=False)
+
+    def __post_init__(self) -> None:
+        if not (hasattr(self.attack, "eps") and callable(self.source)):
+            raise InputError(
+                "Transfer takes the attack first, then the model: Transfer(PGD(...), model)"
+            )
 
     @property
     def eps(self) -> float:

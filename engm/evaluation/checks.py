@@ -275,8 +275,10 @@ def num_classes(model: nn.Module, x: Tensor, y: Tensor) -> int:
         raise
     except Exception as error:  # whatever a foreign model says of images that do not fit
         reason = f"{type(error).__name__}: {error}".split("\n")[0]
+        channels = "; x[:, None] gives grey images their channel" if few.ndim == 3 else ""
         raise InputError(
-            f"the model does not take {few.dtype} images of shape {list(few.shape)}: {reason}"
+            f"the model does not take {few.dtype} images of shape {list(few.shape)}{channels}: "
+            f"{reason}"
         ) from error
     if not torch.equal(few, x[:2]):
         raise InputError(

@@ -172,8 +172,9 @@ class RobustnessReport:
         ]
         head = ("attack", "accuracy", "95% interval", "settings")
         curve = "; ".join(f"{eps:.4g}: {a.fraction:.1%}" for eps, a in self.curve.items())
+        flagged_first = sorted(self.checks, key=lambda check: check.passed)
         marks = [
-            f"- {'pass' if c.passed else 'FLAG'} **{c.name}**: {c.meaning}" for c in self.checks
+            f"- {'pass' if c.passed else 'FLAG'} **{c.name}**: {c.meaning}" for c in flagged_first
         ]
         verdict = f"{len(self.flags)} of {len(self.checks)} checks raise a flag"
         masking = (

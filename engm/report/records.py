@@ -79,7 +79,11 @@ def collect(root: Path) -> tuple[list[Record], list[Path]]:
     folders = sorted(path.parent for path in Path(root).rglob(CONFIG))
     if not folders:
         place = Path(root).resolve()
-        raise InputError(f"there is no run in {place}; `engm train --out {root}` makes one")
+        what = "run in" if place.is_dir() else "folder"
+        raise InputError(
+            f"there is no {what} {place}; give a folder that `engm train` or `engm sweep train` "
+            "wrote to"
+        )
     done = [folder for folder in folders if (folder / RESULT).exists()]
     return list(map(read_record, done)), [folder for folder in folders if folder not in done]
 
@@ -245,7 +249,8 @@ def refuse_copies(records: Iterable[Record]) -> None:
         other = seen.setdefault((record.config, title), record.folder)
         if other is not record.folder:
             raise InputError(
-                f"{other} and {record.folder} hold the same run; leave one of them out"
+                f"{other} and {record.folder} hold the same run; leave one of them out, by "
+                "naming each folder to report, or by moving it elsewhere"
             )
         if digest := record.result.get("environment", {}).get("data_sha256"):
             known, other = data.setdefault(title, (digest, record.folder))
