@@ -99,9 +99,12 @@ def test_losses_agree_within_ten_points():
     assert checks.losses_agree(suite, kept).passed
     found = checks.losses_agree(suite, kept | {"dlr": standing(79)})
     assert not found.passed
-    assert "cross-entropy leaves 50.0%, dlr 39.5%" in found.meaning
-    assert checks.losses_agree(suite, kept | {"ce": standing(20)}).passed  # stronger is fine
+    assert "ce leaves 50.0%, dlr 39.5%" in found.meaning
+    found = checks.losses_agree(suite, kept | {"dlr": standing(130)})
+    assert not found.passed and "dlr leaves 65.0%, margin 47.5%" in found.meaning
     assert checks.losses_agree({"ce": pgd}, kept) is None
+    longer = PGD(**WEAK | {"num_steps": 50}, loss="margin")  # may be ahead for its steps
+    assert checks.losses_agree({"ce": pgd, "margin": longer}, kept) is None
 
 
 def test_autoattack_is_near_the_other_attacks():

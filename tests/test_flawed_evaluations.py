@@ -136,6 +136,20 @@ FLAWED = {
     "training at test time": (TestTimeTraining, {}, "test-time training"),
     "a gradient turned around": (lambda: Around(lambda x: 2 * x.detach() - x), {},
                                  "gradient direction"),
+    "a part of the gradient detached": (
+        lambda: Around(after=lambda z: torch.where(z == z.amax(1, keepdim=True), z, z.detach())),
+        {}, "gradient direction",
+    ),
+    "all logits but the largest set to 0": (
+        lambda: Around(after=lambda z: z * (z == z.amax(1, keepdim=True))), {}, "losses agree",
+    ),
+    "normalised twice, by the constants of ImageNet": (
+        lambda: Around(
+            lambda x: (x - x.new_tensor([0.485, 0.456, 0.406]).view(3, 1, 1))
+            / x.new_tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
+        ), {}, "pixel scale",
+    ),
+    "under l2 the eps of linf": (Around, {"norm": "l2"}, "unit of eps"),
     "eps divided by 255 twice": (Around, {"eps": 8 / 255 / 255}, "unit of eps"),
 }  # fmt: skip
 

@@ -101,6 +101,8 @@ def test_probabilities_and_nan_are_no_logits(problem):
     logits[3:5, 1] = float("nan")
     found = before.logits_not_probabilities(logits)
     assert not found.passed and "2 of 200 clean images" in found.meaning
+    found = before.logits_not_probabilities(0 * logits.nan_to_num() + 3)
+    assert not found.passed and "All outputs are 3; the network has collapsed" in found.meaning
 
 
 def test_clean_accuracy_is_held_against_always_the_same_answer():
@@ -109,6 +111,8 @@ def test_clean_accuracy_is_held_against_always_the_same_answer():
     found = before.clean_accuracy(torch.arange(200) < 148, y, 2)  # 74% [67.5, 79.6] against 70%
     assert not found.passed and "74.0% of the clean images" in found.meaning
     assert "commonest class would get 70.0%" in found.meaning
+    found = before.clean_accuracy(torch.arange(5) < 4, torch.arange(5) % 3, 3)
+    assert not found.passed and "5 images are too few" in found.meaning
 
 
 @pytest.mark.parametrize(
@@ -145,6 +149,8 @@ def test_models_that_answer_otherwise_the_next_time_are_flagged(problem):
     model, x, _ = problem
     assert before.repeatable(model, x).passed
     assert before.repeatable(model, x[:1]).passed
+    # logits that are not finite are no noise
+    assert before.repeatable(Around(model, after=lambda z: (1e3 * z).softmax(1).log()), x).passed
     assert before.repeatable(nn.Sequential(model, nn.Dropout(0.5)).train(), x).passed
     shared = nn.Sequential(nn.BatchNorm2d(1, track_running_stats=False), model)
     for wrong in (

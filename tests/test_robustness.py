@@ -404,6 +404,8 @@ def test_a_checkpoint_is_evaluated_with_the_settings_of_its_run(tmp_path, monkey
     }
     assert split.labels.bincount().tolist() == [5] * 10
     kept = json.loads((tmp_path / "evaluation-best.json").read_text())
+    weights = kept.pop("weights_sha256")
+    assert len(weights) == 32
     what = {"checkpoint": "best", "epoch": 7, "data_sha256": dataset.digest}
     assert kept == what | json.loads(json.dumps(found.to_dict()))
     assert (tmp_path / "robustness-best.png").read_bytes().startswith(b"\x89PNG")
@@ -455,3 +457,8 @@ def test_a_quick_evaluation_does_not_replace_one_that_has_more(tmp_path, monkeyp
     assert json.loads(files_after(99)[1])["num_examples"] == 60
     save_tensors(tmp_path / "checkpoint-best.pt", state | {"epoch": 9})  # the run has gone on
     assert json.loads(files_after(99, images=50)[1])["epoch"] == 9
+    # trained again, for as long
+    torch.manual_seed(1)
+    state["model"] = evaluation.build_model(config, dataset).state_dict()
+    save_tensors(tmp_path / "checkpoint-best.pt", state | {"epoch": 9})
+    assert json.loads(files_after(99, images=40)[1])["num_examples"] == 40

@@ -72,10 +72,30 @@ def test_an_attack_that_leaves_more_than_clean_is_flagged():
     report = engm.evaluate(model, (x, wrong), eps=EPS, attacks={"helps": helps})
     assert "below clean" in names(report)
     assert "below clean" not in names(engm.evaluate(model, (x, wrong), eps=EPS))
+    few = y.clone()
+    few[(wrong != y).nonzero()[:3]] = wrong[(wrong != y).nonzero()[:3]]
+    report = engm.evaluate(model, (x, few), eps=EPS, attacks={"helps": helps, **ONE})
+    assert "below clean" in names(report)
+
+
+def test_what_a_smaller_ball_holds_counts_in_the_larger_one(monkeypatch):
+    model, x, y = problem()
+
+    def fails_at_eps(eps, norm, num_steps):
+        return Mine(lambda x, y: x if eps == EPS else FGSM(eps=eps)(model, x, y), eps)
+
+    monkeypatch.setattr(suite, "on_margin", fails_at_eps)
+    nothing = Mine(lambda x, y: x)
+    report = engm.evaluate(model, (x, y), eps=EPS, attacks={"nothing": nothing})
+    assert [found.accuracy.count for found in report.attacks] == [60, 60]
+    assert report.worst == report.curve[EPS / 2] and report.worst.count < 60
 
 
 def test_eps_below_half_a_grey_level_is_flagged():
-    assert unit_of(0.5 / 255).passed and not unit_of(0.49 / 255).passed
+    assert unit_of(0.5 / 255, "linf").passed and not unit_of(0.49 / 255, "linf").passed
+    meant = unit_of(8 / 255, "l2")
+    assert not meant.passed and "was it meant for linf?" in meant.meaning
+    assert unit_of(0.05, "l2").passed
 
 
 def test_checks_that_saw_few_examples_say_so():
@@ -91,6 +111,11 @@ def test_checks_that_saw_few_examples_say_so():
 # ---- in place
 
 
+def from_the_third(x):
+    x[2:].sub_(0.1)
+    return x
+
+
 def test_what_works_in_place_is_refused_by_name_and_the_images_stay():
     model, x, y = problem()
     before = x.clone()
@@ -103,12 +128,65 @@ def test_what_works_in_place_is_refused_by_name_and_the_images_stay():
             call()
     with pytest.raises(InputError, match=r"\(Around\) changes its images in place.*x = x - mean"):
         engm.evaluate(Around(model, lambda x: x.sub_(0.1)), (x, y), eps=EPS)
+    with pytest.raises(InputError, match="changes its images in place"):
+        engm.evaluate(Around(model, from_the_third), (x, y), eps=EPS)
     correct(Around(model, lambda x: x.sub_(0.1)), x, y)
     assert torch.equal(x, before)
     # an attack that hands on its input unchanged does nothing wrong
     assert run_attack(model, x, y, Mine(lambda x, y: x)).correct.all()
     with pytest.raises(InputError, match=r"returned shape tuple for \[60, 1, 8, 8\]"):
         run_attack(model, x, y, Mine(lambda x, y: (x, y)))
+
+
+class Touching:
+    """An attack that does something to the model first."""
+
+    eps, norm = EPS, "linf"
+
+    def __init__(self, touch):
+        self.touch = touch
+
+    def __call__(self, model, x, y, *, generator=None):
+        self.touch(model, x, y)
+        return ONE["FGSM"](model, x, y)
+
+    def __repr__(self):
+        return "Touching"
+
+
+def with_norm():
+    model, x, _ = problem()
+    model = nn.Sequential(nn.BatchNorm2d(1), *model).eval()
+    return model.requires_grad_(True), x, model(x).argmax(1)
+
+
+@pytest.mark.parametrize(
+    ("touch", "message"),
+    [
+        (lambda model, x, y: model.train()(x), r"Touching changed the model \(0.running_mean\)"),
+        (lambda model, x, y: model[2].weight.data.mul_(2), r"changed the model \(2.weight\)"),
+        (lambda model, x, y: setattr(model[0], "eps", 1.0), "after Touching the model answers"),
+    ],
+)
+def test_an_attack_that_changes_the_model_is_refused_by_name(touch, message):
+    model, x, y = with_norm()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(InputError, match=message):
+        engm.evaluate(model, (x, y), eps=EPS, attacks={"mine": Touching(touch)})
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_what_an_attack_does_to_gradients_of_weights_does_not_last():
+    model, x, y = with_norm()
+    model[2].bias.grad = torch.ones(5)
+
+    def touch(model, x, y):
+        model(x).sum().backward()
+        model.requires_grad_(False)
+
+    engm.evaluate(model, (x, y), eps=EPS, attacks={"mine": Touching(touch)})
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert model[2].weight.grad is None and torch.equal(model[2].bias.grad, torch.ones(5))
 
 
 # ---- no dead ends
@@ -199,6 +277,13 @@ def test_half_precision_stays_in_the_ball(dtype):
         (dict(model=nn.Flatten), "got the class Flatten"),
         (dict(eps="eight"), "eps must be above 0, got 'eight'"),
         (dict(eps=None), "eps must be above 0, got None"),
+        (dict(eps=True), "eps must be above 0, got True"),
+        (dict(seed="a"), "seed must be a whole number, 0 or more; got 'a'"),
+        (
+            dict(surrogate=lambda x: x.flatten(1)[:, :7]),
+            "surrogate gives 7 logits, and the model 5",
+        ),
+        (dict(surrogate=lambda x: x.mul_(0).flatten(1)), "surrogate does not fit: .*in place"),
         (dict(attacks=[FGSM(eps=EPS)]), "attacks must be a mapping of names"),
         (dict(attacks={"f": lambda *a: a[1]}), "f must have eps and norm, and be called as"),
         (dict(data=[1, 2, 3]), "from a DataLoader: x, y = "),

@@ -3,6 +3,7 @@
 import hashlib
 import shutil
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, is_dataclass
 from functools import partial
 from pathlib import Path
@@ -175,8 +176,8 @@ def run_attack(
         for rows in _rows(len(y), batch_size):
             path, x = None, _pixels(images[rows])
             if folder is not None:
-                with torch.no_grad(), eval_mode(model):
-                    state = {"logits": model(x.clone()), "generator": generator.get_state()}
+                with eval_mode(model):
+                    state = behaviour(model, x) | {"generator": generator.get_state()}
                 state |= {"x": x, "y": y[rows]}
                 path = folder / f"{digest(repr(attack), model, state)}.pt"
             part = kept(path, "cpu", partial(_attacked, model, attack, x, y[rows], generator))
@@ -271,13 +272,32 @@ def answers(
 def digest(call: str, model: nn.Module, tensors: Mapping[str, Tensor]) -> str:
     """Returns a name for what decides a result: 32 hex digits of a SHA-256.
 
-    Plain attributes of a model may decide what it answers: put its logits into `tensors`.
+    Plain attributes of a model may decide what it answers: put its `behaviour` into `tensors`.
     """
     found = hashlib.sha256(call.encode())
     for name, tensor in [*tensors.items(), *model.named_parameters(), *model.named_buffers()]:
         found.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
         found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return found.hexdigest()[:32]
+
+
+def behaviour(model: Callable[[Tensor], Tensor], x: Tensor) -> dict[str, Tensor]:
+    """Returns what a model answers on images and beside them, and a gradient, if there is one.
+
+    A defence may leave clean images alone, and its backward pass may be another than its forward
+    pass: clean logits do not tell such models apart.
+    """
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.rand(x.shape, generator=generator, dtype=torch.float64).to(x)
+    beside = x.detach().lerp(noise, 0.1)
+    with torch.no_grad():
+        found = {"logits": model(x.clone()), "beside": model(beside.clone())}
+    classes = found["beside"].shape[1]
+    weights = torch.rand(classes, generator=generator, dtype=torch.float64).to(found["beside"])
+    with torch.enable_grad(), suppress(RuntimeError):  # of a model without gradients
+        here = beside.requires_grad_()
+        (found["gradient"],) = torch.autograd.grad((model(here) @ weights).sum(), here)
+    return found
 
 
 def kept(

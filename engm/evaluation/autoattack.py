@@ -29,7 +29,7 @@ from tqdm.auto import tqdm
 
 from engm.attacks import Model, check_pixels, checked_logits, eval_mode, fooled
 from engm.errors import InputError, check_choice, check_count
-from engm.evaluation.accuracy import digest, kept
+from engm.evaluation.accuracy import behaviour, digest, kept
 from engm.evaluation.attacks import as_module
 from engm.evaluation.checks import missing_gradient, num_classes
 
@@ -136,8 +136,8 @@ class AutoAttack:
             y: `[n]` classes.
             batch_size: Examples of a chunk.
             save_to: Folder that gets a file for each finished chunk, named after a digest of all
-                that decides it: weights, logits, images, classes, settings, versions. The same
-                call, made again after a kill, reads what is there and attacks the rest.
+                that decides it: weights, logits, a gradient, images, classes, settings, versions.
+                The same call, made again after a kill, reads what is there and attacks the rest.
             progress: Show a progress bar over the chunks.
 
         Raises:
@@ -180,8 +180,7 @@ class AutoAttack:
                     path = None
                     if save_to is not None:
                         torch.manual_seed(self.seed)  # for models that draw
-                        answers = forward(x[rows])
-                        decides = {"x": x[rows], "y": y[rows], "logits": answers}
+                        decides = {"x": x[rows], "y": y[rows]} | behaviour(forward, x[rows])
                         path = Path(save_to) / f"{digest(call, model, decides)}.pt"
                     attack = partial(self._chunk, package, forward, classes, x[rows], y[rows])
                     chunk = kept(path, x.device, attack)

@@ -7,8 +7,8 @@ report.flags
 
 import math
 import re
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import wraps
 from pathlib import Path
@@ -19,12 +19,20 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from engm.attacks import FGSM, PGD, Model
+from engm.attacks import FGSM, PGD, Model, eval_mode
 from engm.config import parse_number
 from engm.data import Dataset, Split, stratified_order, to_float
-from engm.errors import InputError
+from engm.errors import InputError, check_count
 from engm.evaluation import checks
-from engm.evaluation.accuracy import Attack, Attacked, correct, load_model, recount, run_attack
+from engm.evaluation.accuracy import (
+    Attack,
+    Attacked,
+    correct,
+    digest,
+    load_model,
+    recount,
+    run_attack,
+)
 from engm.evaluation.attacks import (
     RandomSearch,
     StraightThrough,
@@ -107,7 +115,8 @@ class RobustnessReport:
         clean: Accuracy without an attack.
         attacks: One entry an attack.
         worst: Accuracy when each example meets the attack that is worst for it: the mean over
-            examples of the minimum over all attacks and the clean image. The number to quote.
+            examples of the minimum over all attacks, those of the curve up to eps among them, and
+            the clean image. The number to quote.
         curve: Accuracy under PGD on the margin at several eps, from 0 to where any image may become
             any other.
         checks: What was looked at; `flags` has those that did not pass.
@@ -256,9 +265,25 @@ def _one_pair(evaluate: Callable[_P, RobustnessReport]) -> Callable[_P, Robustne
                 "images and classes are one argument, and all others have names: "
                 "evaluate(model, (x, y), eps=8 / 255)"
             )
-        return evaluate(*given, **options)
+        model = options.get("model", given[0] if given else None)
+        with _flags_kept(model) if isinstance(model, nn.Module) else nullcontext():
+            return evaluate(*given, **options)
 
     return call
+
+
+@contextmanager
+def _flags_kept(model: nn.Module) -> Iterator[None]:
+    # whatever attacks do to the gradients of parameters
+    kept = [(p, p.requires_grad, p.grad) for p in model.parameters()]
+    try:
+        for parameter, _, _ in kept:
+            parameter.grad = None
+        yield
+    finally:
+        for parameter, flag, gradient in kept:
+            parameter.requires_grad = flag
+            parameter.grad = gradient
 
 
 @_one_pair
@@ -318,17 +343,26 @@ def evaluate(
             labels out of range, other devices, ...); after it, if an attack returned examples
             outside its budget, or changed the images that it was given.
     """
-    eps = _budget(eps)
+    eps, seed = _budget(eps), check_count("seed", seed, 0)
     save_to = None if save_to is None else Path(save_to)
     x, y = _tensors(data, model)
     model = as_module(model, x.dtype)
     classes = checks.num_classes(model, x, y)
-    source = model if surrogate is None else StraightThrough(model, as_module(surrogate, x.dtype))
+    source = model
+    if surrogate is not None:
+        stand_in = as_module(surrogate, x.dtype)
+        try:
+            others = checks.num_classes(stand_in, x, y)
+        except InputError as error:
+            raise InputError(f"surrogate does not fit: {error}") from None
+        if others != classes:
+            raise InputError(f"surrogate gives {others} logits, and the model {classes}")
+        source = StraightThrough(model, stand_in)
     blind = checks.missing_gradient(source, x)
     suite, skipped = _suite(attacks, eps, norm, classes, blind)
     clean = correct(model, x, y, batch_size)
     judged = checks.before_attacks(model, source, x, y, clean, batch_size)
-    judged.append(checks.unit_of(eps))
+    judged.append(checks.unit_of(eps, norm))
     counted = dict(suite)
 
     def standard(radius: float) -> Attack:
@@ -345,6 +379,8 @@ def evaluate(
     paths = {name: save_to / file for name, file in files.items()} if save_to else {}
     settings = {name: in_words(attack) for name, attack in counted.items()}
     how: dict[str, Any] = {"batch_size": batch_size, "progress": progress}
+    steady = not {check.name for check in judged if not check.passed} & _MOVES
+    guard = _Guard(model, x[:batch_size], steady=steady)
     strongest = broken = None
     if autoattack:
         attack = AutoAttack(eps=eps, norm=norm, seed=seed)
@@ -366,7 +402,9 @@ def evaluate(
     def attacked_by(attack: Attack, path: Path | None = None) -> Attacked:
         if source is not model and not isinstance(attack, RandomSearch | Transfer):
             attack = Transfer(attack, source)
-        return run_attack(model, x, y, attack, seed=seed, save_to=path, **how)
+        outcome = run_attack(model, x, y, attack, seed=seed, save_to=path, **how)
+        guard.check(attack)
+        return outcome
 
     found = {}
     for name, attack in tqdm(counted.items(), "evaluation", disable=not progress, leave=False):
@@ -380,15 +418,19 @@ def evaluate(
     whole = 1.0 if norm == "linf" else math.sqrt(x[0].numel())
     radii = [k * eps for k in (0.25, 0.5, 1, 2, 4) if k * eps < whole] + [whole]
     curve = {0.0: clean}
+    smaller = [clean]
     for radius in tqdm(radii, "evaluation", disable=not progress, leave=False):
         known = [found[name] for name, attack in counted.items() if attack == standard(radius)]
         curve[radius] = (known[0] if known else attacked_by(standard(radius))).correct
+        if radius < eps and steady:  # of a model that draws, each attack is one more draw
+            smaller.append(curve[radius])
     judged += checks.after_attacks(suite, found, clean, y, curve, eps)
     given = _worst(clean, *(found[name] for name in suite))
     for name in counted:
         if name not in suite and name != _EOT:
             judged.append(checks.attacks_strong(given, name, found[name].correct))
-    worst = _worst(clean, *found.values())
+    # what a smaller ball holds, the larger one does
+    worst = _worst(clean, *found.values()) & torch.stack(smaller).all(0)
     if strongest is not None and broken is not None:
         judged.append(checks.autoattack_gap(broken.correct, worst))
         judged.append(checks.kept_results({_AUTOATTACK: broken}, eps))
@@ -419,6 +461,50 @@ def evaluate(
     )
 
 
+# checks whose flag says that a model answers otherwise by itself
+_MOVES = {"randomness", "batch statistics", "test-time training"}
+
+
+class _Guard:
+    """Sees to it that attacks leave a model as it is, of which the next ones are made.
+
+    `steady` is whether it answers alike in two passes.
+    """
+
+    def __init__(self, model: nn.Module, x: Tensor, *, steady: bool) -> None:
+        self._model, self._x, self._steady = model, x, steady
+        self._state = {name: t.clone() for name, t in self._tensors().items()}
+        self._answers = self._now()
+
+    def _tensors(self) -> dict[str, Tensor]:
+        values = self._model.state_dict().items()
+        return {name: t for name, t in values if isinstance(t, Tensor)}
+
+    def _now(self) -> Tensor:
+        with torch.no_grad(), eval_mode(self._model):
+            return self._model(self._x.clone())
+
+    def check(self, attack: Attack) -> None:
+        """Refuses an attack after which weights, buffers or answers are others."""
+        if not self._steady:
+            return
+        now = self._tensors()
+        # whole numbers may count calls
+        floats = [name for name, t in self._state.items() if t.is_floating_point()]
+        changed = [name for name in floats if not torch.equal(self._state[name], now[name])]
+        if changed:
+            self._model.load_state_dict(self._state, strict=False)
+            raise InputError(
+                f"{in_words(attack)} changed the model ({changed[0]}); its weights and buffers are "
+                "put back. Let it work in eval mode, or on a copy of the model"
+            )
+        if not checks.alike(self._answers, self._now()):
+            raise InputError(
+                f"after {in_words(attack)} the model answers clean images otherwise than before: "
+                "the attack changed it, or it changes by itself, as by counting its calls"
+            )
+
+
 def _worst(standing: Tensor, *found: Attacked) -> Tensor:
     return torch.stack([standing, *(outcome.correct for outcome in found)]).all(0)
 
@@ -426,7 +512,7 @@ def _worst(standing: Tensor, *found: Attacked) -> Tensor:
 def _budget(eps: Any) -> float:
     with suppress(TypeError, ValueError):
         number = parse_number(eps) if isinstance(eps, str) else float(eps)
-        if number > 0:
+        if number > 0 and eps is not True:
             return eps if type(eps) is int else number
     raise InputError(f"eps must be above 0, got {eps!r}; it is in pixel units, as in 8/255")
 
@@ -527,14 +613,18 @@ def evaluate_checkpoint(
     assert eps is not None
     attacks = standard_attacks(eps, config.norm, num_steps)
     how: dict[str, Any] = dict(eps=eps, norm=config.norm, attacks=attacks, autoattack=autoattack)
-    epoch = load_tensors(folder / CHECKPOINTS[which])["epoch"]
+    what = {
+        "checkpoint": which,
+        "epoch": load_tensors(folder / CHECKPOINTS[which])["epoch"],
+        "weights_sha256": digest("", model, {}),
+        "data_sha256": dataset.digest,
+    }
     name, number = which, 1
-    while _has_more(folder / f"evaluation-{name}.json", epoch, len(test), **how):
+    while _has_more(folder / f"evaluation-{name}.json", what, len(test), **how):
         number += 1
         name = f"{which}-{number}"
     how |= dict(seed=config.seed, progress=progress, save_to=folder / f"evaluation-{name}")
     report = evaluate(model, test, **how)
-    what = {"checkpoint": which, "epoch": epoch, "data_sha256": dataset.digest}
     write_json(folder / f"evaluation-{name}.json", what | report.to_dict())
     from engm.plots import robustness_curve, to_png
 
@@ -548,12 +638,13 @@ def evaluate_checkpoint(
     return replace(report, remark=remark)
 
 
-def _has_more(path: Path, epoch: int, images: int, **how: Any) -> bool:
+def _has_more(path: Path, what: Mapping[str, Any], images: int, **how: Any) -> bool:
     if not path.exists():
         return False
     try:
         old = read_json(path)
-        if old["epoch"] != epoch:
+        weights = old.get("weights_sha256", what["weights_sha256"])  # earlier ones have none
+        if (old["epoch"], weights) != (what["epoch"], what["weights_sha256"]):
             return False  # of other weights
         budget = old["eps"], old["norm"]
         settings = {found["settings"] for n, found in old["attacks"].items() if n != _AUTOATTACK}
