@@ -112,11 +112,14 @@ class RunConfig:
     subset: int | None = _option(None, "train on this many images only; default: all", at_least=1)
     validation_images: int | None = _option(
         None,
-        "images that choose the epoch, taken off the training set; default: by dataset",
+        "images that choose the epoch, taken off the training set; default: by dataset and subset",
         at_least=1,
     )
     test_images: int | None = _option(
-        None, "test on this many images, evenly over the classes; default: all", at_least=1
+        None,
+        "test on this many images, evenly over the classes; default: all, or 1000 where the "
+        "subset is smaller",
+        at_least=1,
     )
     augment: Literal["crop-and-mirror", "reflect-crop-and-mirror", "none"] | None = _option(
         None, "what training does to its images; crops are padded by zeros, or by reflection; "

@@ -107,6 +107,9 @@ class Dataset:
         return replace(self, train=train, validation=validation, test=test)
 
 
+SMALL = 1000  # images; a smaller subset is a quick try, which few images judge
+
+
 def load(
     name: str,
     *,
@@ -121,7 +124,9 @@ def load(
 
     The validation images come out of the official training images, evenly over the classes; the
     test images have no part in it. By default there are 200 for the digits and 1,000 otherwise
-    (this kit): a standard error of at most 1.6 points, and few enough to attack every epoch.
+    (this kit): a standard error of at most 1.6 points, and few enough to attack every epoch. Beside
+    a subset of fewer than 1,000 images, there are 200 of them, and 1,000 test images (this kit): to
+    attack more would take longer than to train.
 
     Args:
         name: One of `SPECS`.
@@ -130,7 +135,7 @@ def load(
         subset: How many of the remaining training images to keep, evenly over the classes. A
             larger subset holds the smaller ones, and the validation images stay the same.
         validation: How many validation images.
-        test: How many test images to keep, evenly over the classes; by default all.
+        test: How many test images to keep, evenly over the classes.
         split_seed: Draws the validation images and the subsets.
 
     Raises:
@@ -148,12 +153,15 @@ def load(
             for kind in ("images", "labels"):
                 arrays[f"{part}_{kind}"] = arrays[f"{part}_{kind}"][kept_rows]
     pool = len(arrays["train_labels"])
-    default = 200 if name == "digits" else min(1000, pool // 10)
+    small = name != "digits" and subset is not None and subset < SMALL
+    default = 200 if name == "digits" else min(200 if small else 1000, pool // 10)
     held_out = check_count("validation", default if validation is None else validation, 1, pool - 1)
     left = pool - held_out
     kept = check_count("subset", left if subset is None else subset, 1, left)
     order = stratified_order(arrays["train_labels"], check_count("split_seed", split_seed, 0))
     tested: np.ndarray | slice = slice(None)
+    if small and test is None:
+        test = min(SMALL, len(arrays["test_labels"]))
     if test is not None:
         count = check_count("test", test, 1, len(arrays["test_labels"]))
         tested = stratified_order(arrays["test_labels"], split_seed)[:count]

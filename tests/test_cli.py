@@ -70,9 +70,13 @@ def test_a_recipe_is_overridden_by_what_is_given_alone_even_where_that_is_the_de
     assert "recipe mart: YisenWang/MART, train_resnet.py; options override it" in output
     assert "a quick try: --subset 500 --width 8" in output
     few = "--subset", "500", "--test-images", "100"
-    assert "a quick try" in call(*command, *few[:2], code=130)  # it attacks all test images
-    assert "a quick try" not in call(*command, *few, code=130)
-    assert seen[2]["subset"] == 500
+    assert "a quick try" not in call(*command, *few[:2], code=130)
+    assert "a quick try" in call(*command, "--subset", 1000, code=130)  # it attacks all test images
+    assert "a quick try" not in call(*command, "--subset", 1000, *few[2:], code=130)
+    assert seen[1]["subset"] == 500
+    assert "grey levels" not in output
+    tiny = call(*command, "--eps", "0.0001", code=130)
+    assert "eps is 0.0255 grey levels of 255; no image of 8 bits has that" in tiny
     assert "no effect" not in call(*command, "--scale", "1", "--optimizer", "engm", code=130)
     said = call(*command, "--scale", "1", "--optimizer", "msgd", code=130)
     assert "scale has no effect: msgd does not read it" in said

@@ -417,6 +417,19 @@ def test_a_missing_cache_names_the_command(cached):
         load("cifar10")
 
 
+@pytest.mark.parametrize(("subset", "expected"), [(999, (200, 1000)), (1000, (500, 5000))])
+def test_few_images_judge_a_small_subset(subset, expected, monkeypatch):
+    images, labels = np.zeros((5000, 3, 2, 2), np.uint8), np.arange(5000) % 10
+    arrays = {f"{part}_{k}": v for part in ("train", "test") for k, v in
+              (("images", images), ("labels", labels))}  # fmt: skip
+    record = dict(class_names="0123456789", title="", mean=[0], std=[1], cache_sha256="")
+    monkeypatch.setattr(data_cache, "read_arrays", lambda *_: (dict(arrays), record))
+    dataset = load("cifar10", subset=subset)
+    assert (len(dataset.validation), len(dataset.test)) == expected
+    given = load("cifar10", subset=subset, validation=50, test=40)
+    assert (len(given.validation), len(given.test)) == (50, 40)
+
+
 def cut_short(folder: Path) -> None:
     cache = folder / "cifar10.npz"
     cache.write_bytes(cache.read_bytes()[:-1000])

@@ -156,9 +156,11 @@ def warn_of_hours(config: RunConfig, device: str, command: str = "") -> None:
 
     `command` is what the options of a quick try belong to, where it is not this one.
     """
+    from engm.data import SMALL
     from engm.device import pick_device
 
-    whole = config.model != "small_cnn" and None in (config.subset, config.test_images)
+    large = config.subset is None or (config.test_images is None and config.subset >= SMALL)
+    whole = config.model != "small_cnn" and large
     if whole and pick_device(device).type == "cpu":
         long = "all images on a CPU take long, hours or days at the usual width"
         say(f"{long}; a quick try: {command}{QUICK}")

@@ -97,6 +97,7 @@ def train(
     given = {n: v for n, v in settings.items() if source_of(n) is not ParameterSource.DEFAULT}
     config = RunConfig(**given).resolved()
     from engm.device import pick_device
+    from engm.evaluation.checks import unit_of
     from engm.report.records import Record, near_chance, summarise, to_markdown
     from engm.runs import RESULT
     from engm.training import fit, load_data
@@ -111,6 +112,10 @@ def train(
             click.echo(f"{name:17} {'default' if value is None else value}")
         for name in sorted(given.keys() & config.unread):
             say(f"{name} has no effect: {config.optimizer} does not read it")
+        assert config.eps is not None
+        unit = unit_of(config.eps, config.norm)
+        if not unit.passed:
+            say(f"\n{unit.meaning}")
         if config.recipe:
             say(f"\nrecipe {config.recipe}: {RECIPES[config.recipe].source}; options override it")
         if finished:
@@ -161,16 +166,13 @@ def evaluate(
     each checkpoint, evaluation-best.json, robustness-best.png and the adversarial examples, which
     the accuracies are recomputed from, in the folder evaluation-best.
     """
-    from engm import data
     from engm.device import pick_device
     from engm.evaluation.suite import evaluate_checkpoint
     from engm.runs import RESULT, read_config
+    from engm.training import load_data
 
     config = read_config(_run_directory(run))
-    dataset = data.load(
-        config.dataset, root=data_root, classes=config.classes, test=config.test_images
-    )
-    dataset = dataset.to(pick_device(device))
+    dataset = load_data(config, data_root).to(pick_device(device))
     options: dict[str, Any] = dict(num_steps=num_steps, eps=eps, images=images)
     checkpoints = [checkpoint] if checkpoint else ["best", "last"]
     first = ", first with AutoAttack, which takes longest" if autoattack else ""
