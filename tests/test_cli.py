@@ -235,6 +235,7 @@ def test_every_setting_of_a_run_is_an_option(runs):
         (["evaluate", "nowhere"], "there is no such folder; `engm train` makes one"),
         (["run", "06_cifar", "-p", "epochs", "0"], "epochs must be at least 1"),
         (["run", "06_cifar", "-p", "eps", "8"], "eps must be"),
+        (["run", "06_cifar", "-p", "seeds", "[1, 2, 1]"], "seeds = [1, 2, 1] counts a seed twice"),
         (["sweep", "train", "--set", "lr=0.2"], "requires 2 arguments. Write --set NAME VALUE."),
         (["train", "--no-compile=1"], "Option '--no-compile' does not take a value."),
         (["sweep", "trian", "--grid", "lr=0.1"], "or train, for training runs"),

@@ -168,6 +168,9 @@ def _accept(
             ) from None
         if accepted[name] in ([], ()) and known[name].default not in ("[]", "()"):
             raise InputError(f"{name} = {value!r} is empty; give at least one value; {listing}")
+        values = accepted[name] if isinstance(accepted[name], list) else []
+        if name.endswith("seeds") and len(set(values)) < len(values):
+            raise InputError(f"{name} = {values} counts a seed twice; give unlike ones")
     return accepted
 
 
