@@ -5,6 +5,7 @@ import os
 import shlex
 import zipfile
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -379,6 +380,14 @@ def read_arrays(spec: DatasetSpec, root: Path | str | None) -> tuple[Arrays, dic
             f"the cache of {spec.title} in {folder} is damaged ({error}); make it anew: `{command}`"
         ) from None
     return arrays, record
+
+
+def recorded_digest(name: str, root: Path | str | None = None) -> str | None:
+    """Returns the digest of a cache from its record alone; `None` for none, and for the digits."""
+    with suppress(InputError, OSError, AttributeError):
+        digest = read_json(data_root(root) / f"{name}.json").get("cache_sha256")
+        return digest if isinstance(digest, str) else None
+    return None
 
 
 def _digits(spec: DatasetSpec) -> tuple[Arrays, dict[str, Any]]:

@@ -341,6 +341,7 @@ def fit(
         folder, first = Path(out) / config.name, distributed.first()
         if (folder / runs.RESULT).exists():
             runs.check_config(folder, config)
+            runs.check_data(folder, data.recorded_digest(config.dataset, data_root))
             metrics = runs.read_metrics(folder, config.epochs)
             return RunResult(folder, config, metrics, runs.read_result(folder))
         trainer = Trainer(config, (dataset or load_data(config, data_root)).to(on))

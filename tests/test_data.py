@@ -453,13 +453,19 @@ def test_a_run_is_resumed_and_evaluated_on_its_own_images_alone(cached):
     folder, digest = train(), json.loads((cached / "cifar10.json").read_text())["cache_sha256"]
     for file in ("config.json", "result.json"):
         assert json.loads((folder / file).read_text())["environment"]["data_sha256"] == digest
+    train()  # it is finished
+    (cached / "cifar10.json").rename(cached / "away.json")
+    train()  # and is shown where its data are gone
+    (cached / "away.json").rename(cached / "cifar10.json")
     options = dict(images=10, num_steps=1)
     evaluate_checkpoint(folder, "last", load("cifar10"), **options)
     assert json.loads((folder / "evaluation-last.json").read_text())["data_sha256"] == digest
+    rewrite(cached, {"test_images": np.zeros((40, 3, 32, 32), np.uint8)})
+    with pytest.raises(InputError, match="a run on other images of that name"):
+        train()
     for file in ("result.json", "checkpoint-last.pt"):  # as if it had been cut off
         (folder / file).unlink()
     metrics = (folder / "metrics.jsonl").read_bytes()
-    rewrite(cached, {"test_images": np.zeros((40, 3, 32, 32), np.uint8)})
     for call in (train, lambda: evaluate_checkpoint(folder, "best", load("cifar10"), **options)):
         with pytest.raises(InputError, match="a run on other images of that name.*--data-root"):
             call()

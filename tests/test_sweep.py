@@ -1,5 +1,6 @@
 """Sweeps as real processes, which are killed, interrupted and started again."""
 
+import errno
 import json
 import os
 import shutil
@@ -10,7 +11,7 @@ import sys
 import threading
 import time
 import warnings
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from importlib import metadata
 from pathlib import Path
@@ -430,6 +431,47 @@ def test_a_worker_that_is_not_fit_from_the_start_is_refused_and_stays(tmp_path):
             (tmp_path / "cifar10.json").touch()
         assert len(found.scheduler.workers) == 1
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_worker_must_have_the_folder_and_the_images_of_the_sweep(tmp_path, monkeypatch):
+    one = SimpleNamespace(state=SimpleNamespace(nthreads=1))
+    mark, code = tmp_path / "mark", code_version()
+
+    def lacking(*data):
+        return clusters.Needs(code, mark, data, tmp_path, "cpu").lacking(one)
+
+    assert "does not see" in lacking()
+    mark.touch()
+    assert lacking() == ""
+    write_json(tmp_path / "cifar10.json", {"cache_sha256": "ours"})
+    assert lacking(("cifar10", "ours")) == lacking(("cifar10", None)) == ""
+    assert "has other images of cifar10 in" in lacking(("cifar10", "theirs"))
+
+    def full(**_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(clusters, "TemporaryFile", full)
+    assert lacking() == f"cannot write to {tmp_path} (No space left on device)"
+
+
+def test_a_run_that_has_ended_elsewhere_is_not_taken_for_done(tmp_path, monkeypatch):
+    tasks = plan(TRAIN, {"seed": [0, 1]}, settings=FIXED)
+    monkeypatch.setattr(running, "_failed", lambda *_: iter(()))
+    monkeypatch.setattr(clusters, "local", lambda *_, **__: nullcontext())
+    outcomes = sweep.run(tasks, tmp_path)
+    assert all("there is no result in" in outcome.error for outcome in outcomes)
+
+
+def test_finished_runs_on_other_images_of_the_name_are_not_taken_for_done(tmp_path, monkeypatch):
+    monkeypatch.setenv("ENGM_DATA", str(tmp_path))
+    (task,) = plan(TRAIN, {}, settings=FIXED | {"dataset": "cifar10"})
+    folder = sweep.folder_of(tmp_path) / task.name
+    write_json(folder / "result.json", {})
+    write_json(folder / "config.json", {"environment": {"data_sha256": "theirs"}})
+    assert sweep.run([task], tmp_path)[0].error is None  # nothing here to compare with
+    write_json(tmp_path / "cifar10.json", {"cache_sha256": "ours"})
+    with pytest.raises(InputError, match="is a run on other images of that name"):
+        sweep.run([task], tmp_path)
 
 
 def test_the_only_worker_that_ever_came_is_not_sent_away():

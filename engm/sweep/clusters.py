@@ -8,21 +8,32 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 from unittest.mock import patch
 
 from engm.errors import InputError
 from engm.sweep.plan import code_version
 
+_ROOM = 2**20  # bytes that a disk must have left at least
 _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 
 @dataclass(frozen=True)
 class Needs:
-    """What a worker must have: the same `code_version`, and for training data sets and a device."""
+    """What a worker must have: code, and elsewhere than here the folder, data sets and a device.
+
+    Attributes:
+        code: Its `code_version`.
+        mark: A file in the folder of the runs, where it must be able to write.
+        datasets: Names of data sets, each with the digest of its cache, `None` for any.
+        data_root: Where they are.
+        device: That of `fit`.
+    """
 
     code: str
-    datasets: tuple[str, ...] = ()
+    mark: Path | None = None
+    datasets: tuple[tuple[str, str | None], ...] = ()
     data_root: Path | None = None
     device: str = "auto"
 
@@ -39,14 +50,25 @@ class Needs:
                 f"runs {code_version()}, and the sweep is of {self.code}; update the code there "
                 "and start the worker again, or the sweep where the code has changed since it began"
             )
+        if self.mark is not None:
+            folder = self.mark.parent
+            if not self.mark.exists():
+                return f"does not see {folder} as the sweep does; have both use the same disk"
+            try:
+                with TemporaryFile(dir=folder) as file:
+                    file.write(bytes(_ROOM))
+            except OSError as error:
+                return f"cannot write to {folder} ({error.strerror})"
         if self.datasets:
-            from engm.data import data_root
+            from engm.data import data_root, recorded_digest
             from engm.device import pick_device
 
             folder = data_root(self.data_root)
-            for name in self.datasets:
+            for name, digest in self.datasets:
                 if name != "digits" and not (folder / f"{name}.json").is_file():
                     return f"finds no {name} in {folder}; prepare it there"
+                if digest and recorded_digest(name, folder) != digest:
+                    return f"has other images of {name} in {folder} than the sweep; copy its cache"
             try:
                 pick_device(self.device)
             except InputError as error:

@@ -16,7 +16,7 @@ import time
 import warnings
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -26,8 +26,9 @@ from filelock import FileLock
 from tqdm.auto import tqdm
 
 from engm.config import RunConfig
+from engm.data import recorded_digest
 from engm.errors import InputError, check_count
-from engm.runs import RESULT, read_json, write_json
+from engm.runs import RESULT, check_data, make_folder, read_json, write_json
 from engm.sweep import clusters
 from engm.sweep.plan import TRAIN, Task, code_version
 
@@ -119,6 +120,11 @@ def run(tasks: Sequence[Task], out: Path, options: Options | None = None) -> lis
     _check(tasks, options)
     folder = folder_of(out)
     left = [task for task in tasks if not is_done(task, folder)]
+    datasets = {task.settings["dataset"] for task in tasks if task.target == TRAIN}
+    digests = {name: recorded_digest(name, options.data_root) for name in sorted(datasets)}
+    for task in tasks:
+        if task not in left and task.target == TRAIN:
+            check_data(folder / task.name, digests[task.settings["dataset"]])
     errors: dict[str, str] = {}
     if left:
         needs = clusters.Needs(code_version())
@@ -126,14 +132,15 @@ def run(tasks: Sequence[Task], out: Path, options: Options | None = None) -> lis
             own_gpus = options.device in ("auto", "cuda")
             cluster = clusters.local(min(options.workers, len(left)), own_gpus=own_gpus)
         else:
-            datasets = {task.settings["dataset"] for task in left if task.target == TRAIN}
-            where = options.data_root, options.device
-            needs = clusters.Needs(code_version(), tuple(sorted(datasets)), *where)
+            mark = folder / f".sweep-{secrets.token_hex(8)}"
+            wanted = {task.settings["dataset"] for task in left if task.target == TRAIN}
+            data = tuple((name, digests[name]) for name in sorted(wanted))
+            needs = clusters.Needs(code_version(), mark, data, options.data_root, options.device)
             cluster = clusters.remote(options.scheduler, needs, _PATIENCE)
         pause = 0.1 if sys.stderr.isatty() else 60  # seldom where nobody watches it move
         how: dict[str, Any] = dict(mininterval=pause, maxinterval=max(10, pause))
         how |= dict(total=len(tasks), initial=len(tasks) - len(left), disable=not options.progress)
-        with cluster as client:
+        with _marked(needs.mark), cluster as client:
             _note_code(folder)
             with tqdm(desc="sweep", unit="run", **how) as bar:
                 for task, error in _failed(left, folder, options, needs, client, bar):
@@ -141,11 +148,32 @@ def run(tasks: Sequence[Task], out: Path, options: Options | None = None) -> lis
                     note = {"error": error, "settings": task.settings}
                     with suppress(OSError):  # a full disk is the reason, and takes no note
                         write_json(folder / task.name / ERROR, note)
+        for task in left:
+            if task.name not in errors and not is_done(task, folder):
+                errors[task.name] = f"it has ended, but there is no result in {folder}"
     for task in tasks:
         if is_done(task, folder):
             with suppress(OSError):  # of a worker that was killed with its last word said
                 (folder / task.name / LOCK).unlink(missing_ok=True)
     return [Outcome(task, folder / task.name, errors.get(task.name)) for task in tasks]
+
+
+@contextmanager
+def _marked(mark: Path | None) -> Iterator[None]:
+    # workers know the folder of the sweep by this file
+    if mark is None:
+        yield
+        return
+    make_folder(mark.parent, "give another --out")
+    mark.touch()
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            mark.unlink()
+        with suppress(OSError):  # one that was made for nothing, with that of all versions
+            mark.parent.rmdir()
+            mark.parents[1].rmdir()
 
 
 def _check(tasks: Sequence[Task], options: Options) -> None:
