@@ -1,6 +1,7 @@
 import errno
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -49,7 +50,13 @@ def test_train_prints_its_config_and_its_result(runs):
         assert f"training, then attacking the test images, in {folder}" in output
         assert f"next: engm evaluate {folder} attacks it in more ways" in output
         assert "| Digits | pgd_at | msgd |" in output
-        assert (folder / "result.json").exists()
+        result = json.loads((folder / "result.json").read_text())
+        n, part = result["best"]["num_examples"], result["best"]["robust_accuracy"]
+        (low, high), *_ = re.findall(r"robust \(best\) ([\d.]+) to ([\d.]+)", output)
+        # Wilson's ends are where the normal interval of the end itself reaches what was seen
+        for end in (float(low) / 100, float(high) / 100):
+            assert abs(part - end) == pytest.approx(1.96 * (end * (1 - end) / n) ** 0.5, abs=2e-3)
+        assert f"95% intervals, from {n} test images" in output
 
 
 def test_a_recipe_is_overridden_by_what_is_given_alone_even_where_that_is_the_default(
@@ -224,6 +231,8 @@ def test_every_setting_of_a_run_is_an_option(runs):
         (["train", "--seed", ""], "'' is not a whole number"),
         (["train", "--lr", f"{10**400}/1"], "is not a number such as 0.03 or 8/255"),
         (["train", "--wd", "1"], "--weight-decay"),
+        (["train", "--lr", "0.1", "--lr=0.2"], "--lr is given twice; give it once"),
+        (["train", "--compile", "--no-compile"], "--compile is given twice"),
         (["train", "--method", "trade"], "; did you mean trades?"),
         (["prepare", "cifar"], "'cifar' is not one of fashion-mnist, cifar10, cifar100, tiny"),
         (["prepare", "digits"], "the digits come with scikit-learn and need no preparation"),

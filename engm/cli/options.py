@@ -26,10 +26,14 @@ def meant(word: str, known: Collection[str]) -> str:
 
 
 class Command(click.Command):
-    """Names every option when one is unknown."""
+    """Names every option when one is unknown, and refuses one that is given twice."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         try:
+            *_, order = self.make_parser(ctx).parse_args(args=list(args))
+            for item in order:
+                if isinstance(item, click.Option) and not item.multiple and order.count(item) > 1:
+                    raise click.UsageError(f"{item.opts[0]} is given twice; give it once", ctx)
             return super().parse_args(ctx, args)
         except click.NoSuchOption as error:
             options = [o for o in self.get_params(ctx) if isinstance(o, click.Option)]

@@ -98,7 +98,7 @@ def train(
     config = RunConfig(**given).resolved()
     from engm.device import pick_device
     from engm.evaluation.checks import unit_of
-    from engm.report.records import Record, near_chance, summarise, to_markdown
+    from engm.report.records import Record, intervals, near_chance, summarise, to_markdown
     from engm.runs import RESULT
     from engm.training import fit, load_data
 
@@ -131,6 +131,7 @@ def train(
         click.echo(f"\n{click.format_filename(run.folder)}\n")
         record = Record(run.folder, run.config, run.result)
         click.echo(to_markdown(summarise([record])))
+        click.echo(intervals(record))
         if chance := near_chance([record]):
             say(f"{chance}; a smaller --lr, more --epochs, or an --awp-warmup may help\n")
         say(

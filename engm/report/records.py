@@ -18,6 +18,7 @@ from engm.config import RunConfig
 from engm.data import SPECS
 from engm.errors import InputError
 from engm.report import tables
+from engm.report.statistics import wilson
 from engm.report.tables import text as short
 from engm.runs import CONFIG, RESULT, read_config, read_json, read_metrics, read_result
 
@@ -266,6 +267,17 @@ def _settings(record: Record, without: Collection[str] = ()) -> dict[str, Any]:
     settings = {**record.config.to_dict(), "dataset": protocol.pop("data")} | protocol
     settings["subset"] = "all" if settings["subset"] is None else settings["subset"]
     return {name: v for name, v in settings.items() if name not in ("seed", *without)}
+
+
+def intervals(record: Record) -> str:
+    """Says what the test images of a run say of its robust accuracies about all images."""
+    n, parts = record.result["last"].get("num_examples"), []
+    if n is None:  # in logs of old
+        return ""
+    for which in CHECKPOINTS:
+        ends = wilson(round(record.result[which]["robust_accuracy"] * n), n)
+        parts.append(f"robust ({which}) {100 * ends.low:.1f} to {100 * ends.high:.1f}")
+    return f"95% intervals, from {n} test images: {', '.join(parts)}\n"
 
 
 def key_of(record: Record, without: Collection[str]) -> str:
