@@ -341,7 +341,7 @@ def evaluate(
     Raises:
         InputError: Before any long work, if model and data do not fit (pixels outside [0, 1],
             labels out of range, other devices, ...); after it, if an attack returned examples
-            outside its budget, or changed the images that it was given.
+            outside its budget, or changed the model or the images that it was given.
     """
     eps, seed = _budget(eps), check_count("seed", seed, 0)
     save_to = None if save_to is None else Path(save_to)
