@@ -406,7 +406,7 @@ def test_a_file_that_is_missing_or_half_is_noticed_and_can_be_had_again(
     assert contents(folder) == before
     message = str(caught.value)
     if name == "config.json" and left is None:
-        assert "is not a run directory" in message
+        assert "has lost its config.json; delete it" in message
     elif name == "metrics.jsonl":
         epochs = 0 if not left else path.read_bytes().count(b"\n")
         assert f"has {epochs} of 3 epochs; delete {folder} and run again" in message
