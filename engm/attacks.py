@@ -436,7 +436,7 @@ def checked_logits(model: Model, highest: int, images: Tensor) -> Tensor:
     if logits.shape[1] <= max(highest, 1):
         raise InputError(
             f"the model gives {logits.shape[1]} logits, but classes go up to {max(highest, 1)}; "
-            "build it with one logit for each class"
+            "build it with one logit for each class, and count classes from 0"
         )
     # in bfloat16 the losses of two restarts would hardly differ
     return logits.to(torch.promote_types(logits.dtype, torch.float32))

@@ -524,6 +524,11 @@ class ENGM(_ExampleSGD):
 
     def _first_losses(self, closure: Closure | None) -> Tensor:
         losses = super()._first_losses(closure)
+        if _is_one_number(losses):
+            raise InputError(
+                "all losses are one number, as a mean that is repeated; write reduction='none', "
+                "so that each example has a loss of its own"
+            )
         if _has_term_for_all(losses):
             warnings.warn(
                 "the losses hold a term that is the same for all examples, as a penalty on the "
@@ -634,6 +639,22 @@ def _has_term_for_all(losses: Tensor) -> bool:
                 elif child is not None and node.name() in _SUMS:
                     terms.append(child)
     return len(losses) > 1 and bool(terms) and set(own).isdisjoint(nodes_under(terms))
+
+
+def _is_one_number(losses: Tensor) -> bool:
+    """Returns whether several losses are copies of a single number."""
+    if len(losses) == 1 or not bool((losses == losses[0]).all()):
+        return False
+    sources, waiting = set(), [losses.grad_fn]
+    for node in waiting:
+        if node is None or not node.next_functions:  # a parameter
+            return False
+        for child, output in node.next_functions:
+            if child is not None and size_of(GradientEdge(child, output)).numel() == 1:
+                sources.add((child, output))
+            elif child is not None and child not in waiting:
+                waiting.append(child)
+    return len(sources) == 1
 
 
 _FOR_ALL = {"scale", "floor", "norms", "refresh_every"}

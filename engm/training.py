@@ -336,6 +336,11 @@ def fit(
         NonFiniteLossError: If a loss is inf or nan. The state before that step is kept in
             `checkpoint-failed.pt`, that of the last whole epoch in `checkpoint-last.pt`.
     """
+    if not isinstance(config, RunConfig):
+        raise InputError(
+            f"fit takes a RunConfig, not {type(config).__name__}; a model of your own takes "
+            "Trainer(config, model=...), or a loop of your own"
+        )
     with distributed.joined():
         config, on = config.resolved(), pick_device(device)
         folder, first = Path(out) / config.name, distributed.first()

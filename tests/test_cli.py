@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import nbformat
 import pytest
@@ -129,15 +130,21 @@ def test_evaluate_takes_a_checkpoint_steps_eps_and_images(runs, tmp_path):
 
 
 def test_evaluate_runs_autoattack_when_it_is_asked(runs, monkeypatch):
-    seen = []
-    monkeypatch.setattr(
-        "engm.evaluation.suite.evaluate_checkpoint",
-        lambda *a, **k: seen.append((a[1], k)) or "report",
-    )
+    seen, remarks = [], []
+
+    def evaluate_checkpoint(run, which, data, **how):
+        seen.append((which, how))
+        return SimpleNamespace(remark="it stays" if which in remarks else "")
+
+    monkeypatch.setattr("engm.evaluation.suite.evaluate_checkpoint", evaluate_checkpoint)
     folder = sorted(runs[0].iterdir())[0]
-    call("evaluate", folder, "--autoattack", "--device", "cpu")
+    output = call("evaluate", folder, "--autoattack", "--device", "cpu")
     usual = dict(eps=None, num_steps=None, images=None, progress=True)
     assert seen == [(which, {**usual, "autoattack": True}) for which in ("best", "last")]
+    assert "shows it beside the other runs" in output
+    remarks.append("best")  # of which another evaluation is the one that a report reads
+    output = call("evaluate", folder, "--device", "cpu")
+    assert "shows it" not in output and "take the one that stays away" in output
 
 
 def test_report_puts_the_seeds_into_one_row(runs, tmp_path):

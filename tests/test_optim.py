@@ -405,6 +405,10 @@ def test_the_mistakes_that_people_make_get_an_answer():
     other = network()
     with pytest.raises(InputError, match="is it the same model"):
         optimizer.step(lambda: losses_of(other, x, y))
+    for repeat in (lambda loss: loss.repeat(4), lambda loss: torch.ones(4) * loss,
+                   lambda loss: loss.expand(4), lambda loss: torch.stack([loss] * 4)):  # fmt: skip
+        with pytest.raises(InputError, match="all losses are one number.*reduction='none'"):
+            ENGM(model, 0.1).step(lambda r=repeat: r(losses_of(model, x, y).mean()))
     with pytest.raises(InputError, match="max_norm must be above 0"):
         MSGD(model.parameters(), 0.1, max_norm=0)
     with pytest.raises(InputError, match="weight_decay must be a number.* got -1"):

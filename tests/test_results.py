@@ -593,4 +593,8 @@ def test_an_evaluation_of_a_run_that_went_on_afterwards_is_left_out(tmp_path):
     (remark,) = [remark for remark in done.remarks if "left out" in remark]
     assert "evaluation-last.json is of epoch 2, and the last checkpoint of epoch 4" in remark
     evaluated(folder, 28, epoch=4, which="last")
-    assert "PGD-20 margin (last, 40 images)" in build(records_of(tmp_path)).summary[0]
+    shutil.copy(folder / "evaluation-last.json", folder / "evaluation-last-2.json")
+    done = build(records_of(tmp_path))
+    assert "PGD-20 margin (last, 40 images)" in done.summary[0]
+    (remark,) = [remark for remark in done.remarks if "left out" in remark]
+    assert "evaluation-last-2.json, beside evaluation-last.json, which has something" in remark

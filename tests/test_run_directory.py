@@ -175,6 +175,8 @@ def test_a_loaded_model_is_in_eval_mode_and_tensors_go_where_they_are_asked_for(
     "settings", [{"subset": 10**6}, {"model": "preact_resnet18", "model_norm": "none"}]
 )
 def test_a_run_that_cannot_start_leaves_no_folder(settings, tmp_path):
+    with pytest.raises(InputError, match="fit takes a RunConfig, not Linear"):
+        fit(torch.nn.Linear(1, 1), tmp_path)
     with pytest.raises(InputError, match="subset|norm"):
         fit(RunConfig(**settings), tmp_path / "runs", device="cpu", progress=False)
     assert not (tmp_path / "runs").exists()

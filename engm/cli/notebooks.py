@@ -51,7 +51,7 @@ def run(
             kept = f"kept in {quoted(folder / given['out'])}, and the same command goes on with it"
             say(f"what it makes is {kept}")
             then = f"what it made is {kept}"
-        else:
+        elif "epochs" in parameters.parameters(path):
             say("the runs that it trains are not kept: -p out FOLDER keeps them, and goes on")
             then += ", with -p out FOLDER it keeps the runs that it trains and goes on with them"
     warn_of_hours(config, "auto", f"engm train --dataset {config.dataset} ")
@@ -122,12 +122,11 @@ def student(out: Path, folder: Path) -> None:
     \b
     engm student class
     """
-    import nbformat
-
     from engm.lab.batch import kit
-    from engm.lab.parameters import blank, read_notebook
+    from engm.lab.parameters import blank, library, read_notebook
     from engm.runs import write_text
 
+    nbformat = library()
     if folder == Path("notebooks") and not folder.exists():
         folder = kit("notebooks")
     paths = _numbered(folder)

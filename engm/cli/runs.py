@@ -183,6 +183,7 @@ def evaluate(
     )
     if not (run / RESULT).exists():
         say("this run has not ended; evaluate it again when it has: checkpoints are others then")
+    aside = False
     for which in checkpoints:
         with stoppable(
             f"the evaluation of the {which} checkpoint is not kept, but for what AutoAttack has "
@@ -192,8 +193,12 @@ def evaluate(
                 run, which, dataset, **options, autoattack=autoattack, progress=True
             )
         click.echo(f"{which} checkpoint: {report}\n")
+        aside = aside or bool(report.remark)
     click.echo(f"written to {click.format_filename(run)}")
-    say(f"next: engm report {quoted(run.resolve().parent)} shows it beside the other runs")
+    if aside:
+        say("next: to have engm report read this evaluation, take the one that stays away")
+    else:
+        say(f"next: engm report {quoted(run.resolve().parent)} shows it beside the other runs")
 
 
 def _run_directory(folder: Path) -> Path:
@@ -275,7 +280,9 @@ def report(
     files += [] if logs is None else copy_logs(records, logs)
     for path in files:
         click.echo(f"written to {click.format_filename(path)}", err=True)
-    if not files and kind is None:
+    if not records:
+        say("next: the same engm train or sweep command goes on with what is not finished")
+    elif not files and kind is None:
         pairs = "" if compare else ", --compare msgd pairs it seed by seed"
         say(f"next: --out report.html makes a page of it{pairs}")
 

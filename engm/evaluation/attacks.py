@@ -155,6 +155,7 @@ def on_margin(eps: float, norm: str, num_steps: int) -> PGD:
 class Transfer:
     """An attack that is made on another model, and judged on the one that is evaluated.
 
+        from engm.evaluation.suite import standard_attacks
         attacks = standard_attacks(eps) | {"transfer": Transfer(PGD(eps=eps, ...), second_model)}
 
     What a second model's images fool and the model's own gradients do not find, those gradients

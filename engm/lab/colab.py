@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from engm.errors import InputError
-from engm.lab.parameters import read_notebook
+from engm.lab.parameters import library, read_notebook
 from engm.runs import write_text
 
 _TAG = "colab"
@@ -79,7 +79,7 @@ def remove(paths: Sequence[Path]) -> list[Path]:
 
 
 def _rewrite(paths: Sequence[Path], repo: str | None, branch: str) -> list[Path]:
-    import nbformat
+    nbformat = library()
     from nbformat.v4 import new_code_cell, new_markdown_cell
 
     changed = {}

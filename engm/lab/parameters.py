@@ -9,7 +9,7 @@ import tokenize
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import GenericAlias
+from types import GenericAlias, ModuleType
 from typing import Any, Literal
 
 from engm.config import TYPES, RunConfig
@@ -42,12 +42,18 @@ class Parameter:
         return f"{line}  # {self.help}" if self.help else line
 
 
-def read_notebook(path: Path) -> Any:
-    """The notebook at `path` as an nbformat node; every cell has `metadata.tags`."""
+def library() -> ModuleType:
+    """Returns nbformat, or says how to install it."""
     try:
         import nbformat
     except ImportError:
         raise InputError('nbformat is not installed: pip install "engm[batch]"') from None
+    return nbformat
+
+
+def read_notebook(path: Path) -> Any:
+    """The notebook at `path` as an nbformat node; every cell has `metadata.tags`."""
+    nbformat = library()
     try:
         notebook = nbformat.read(path, as_version=4)
     except (OSError, UnicodeDecodeError, nbformat.reader.NotJSONError) as error:

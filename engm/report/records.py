@@ -356,6 +356,10 @@ def measured(record: Record) -> tuple[dict[Column, tuple[float, str]], Counter[s
         path = record.folder / name
         if not path.exists():
             continue
+        early += [
+            f"left out: {other}, beside {name}, which has something that it has not"
+            for other in sorted(record.folder.glob(f"evaluation-{which}-*.json"))
+        ]
         facts = read_json(path)
         try:
             epoch = _epochs(record).get(which, facts["epoch"])
