@@ -357,7 +357,7 @@ def fit(
             _resume(trainer, folder)
             _train(trainer, folder, progress and first)
             with _stream(config.seed, config.epochs, on):  # models are built, to be loaded into
-                result = _evaluate(trainer, folder, save_adversarial and first, progress and first)
+                result = _evaluate(trainer, folder, save_adversarial, progress and first)
             if first:
                 runs.write_json(folder / runs.RESULT, result)
                 (folder / "result-partial.json").unlink(missing_ok=True)
@@ -420,17 +420,23 @@ def _evaluate(trainer: Trainer, folder: Path, keep: bool, progress: bool) -> dic
     done = folder / "result-partial.json"
     found: dict[str, Any] = runs.read_json(done) if done.exists() else {}
     images = {which: folder / f"adversarial-{which}.pt" for which in runs.CHECKPOINTS}
+    first = distributed.first()
+    if keep:  # an earlier call may have been told to keep none
+        found = {which: facts for which, facts in found.items() if images[which].exists()}
     for which in [which for which in runs.CHECKPOINTS if which not in found]:
         if which == "best" and trainer.best["epoch"] == trainer.epoch:  # the same weights
             found[which] = found["last"]
-            if keep:
+            if first and keep:
                 runs.link(images["last"], images[which])
             continue
-        path = images[which] if keep else None
+        path = images[which] if first else None  # even of images that are not to stay
         evaluated = evaluate_run(folder, which, trainer.dataset, save_to=path, progress=progress)
         found[which] = evaluated.to_dict()
-        if distributed.first():
+        if first:
             runs.write_json(done, found)
+    if first and not keep:
+        for path in images.values():
+            path.unlink(missing_ok=True)
     result = {"data": trainer.dataset.title, **found}
     gap = result["best"]["robust_accuracy"] - result["last"]["robust_accuracy"]
     return {

@@ -20,6 +20,7 @@ from engm.attacks import PGD
 from engm.config import RunConfig
 from engm.device import pick_device
 from engm.errors import InputError, NonFiniteLossError
+from engm.evaluation import accuracy
 from engm.evaluation.accuracy import accuracy_under, evaluate_run
 from engm.methods import Natural
 from engm.models import small_cnn
@@ -524,6 +525,47 @@ def test_where_best_is_last_its_images_are_attacked_once(tmp_path, monkeypatch):
     assert calls == ["last"] and run.result["best"] == run.result["last"]
     last, best = (run.folder / f"adversarial-{which}.pt" for which in ("last", "best"))
     assert last.samefile(best) and not (run.folder / "result-partial.json").exists()
+
+
+def test_a_kill_in_the_final_attack_keeps_its_batches_though_no_images_are_to_stay(
+    tmp_path, monkeypatch
+):
+    attacked, calls, config = accuracy._attacked, [], replace(TINY, epochs=1)
+
+    def killed(*given):
+        if given[2].shape[0] == 297:  # the second of 500 and 297 images, that of the test set alone
+            raise KeyboardInterrupt
+        return attacked(*given)
+
+    def counted(*given):
+        calls.append(len(given[2]))
+        return attacked(*given)
+
+    monkeypatch.setattr(accuracy, "_attacked", killed)
+    with pytest.raises(KeyboardInterrupt):
+        fit_quietly(config, tmp_path, save_adversarial=False)
+    monkeypatch.setattr(accuracy, "_attacked", counted)
+    run = fit_quietly(config, tmp_path, save_adversarial=False)
+    assert calls == [297]
+    assert not list(run.folder.glob("adversarial*"))
+    assert run.result["last"] == fit_quietly(config, tmp_path / "whole").result["last"]
+
+
+def test_images_that_an_earlier_call_was_told_not_to_keep_are_made(tmp_path, monkeypatch):
+    config = replace(TINY, epochs=1)
+    write = runs.write_json
+
+    def killed(path, value):
+        if path.name == "result.json":
+            raise KeyboardInterrupt
+        write(path, value)
+
+    monkeypatch.setattr(runs, "write_json", killed)
+    with pytest.raises(KeyboardInterrupt):
+        fit_quietly(config, tmp_path, save_adversarial=False)
+    monkeypatch.undo()
+    folder = fit_quietly(config, tmp_path).folder
+    assert len(list(folder.glob("adversarial-*.pt"))) == 2
 
 
 def test_a_kill_in_the_final_attack_costs_nothing_that_was_finished(tmp_path, monkeypatch):
