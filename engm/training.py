@@ -344,11 +344,8 @@ def fit(
     with distributed.joined():
         config, on = config.resolved(), pick_device(device)
         folder, first = Path(out) / config.name, distributed.first()
-        if (folder / runs.RESULT).exists():
-            runs.check_config(folder, config)
-            runs.check_data(folder, data.recorded_digest(config.dataset, data_root))
-            metrics = runs.read_metrics(folder, config.epochs)
-            return RunResult(folder, config, metrics, runs.read_result(folder))
+        if finished := read_finished(config, out, data_root, dataset):
+            return finished
         trainer = Trainer(config, (dataset or load_data(config, data_root)).to(on))
         with runs.locked(folder) if first else nullcontext():  # what cannot start leaves no folder
             if first:
@@ -365,6 +362,31 @@ def fit(
             (folder / runs.LOCK).unlink(missing_ok=True)  # nobody writes to a complete run
         distributed.wait()
         return RunResult(folder, config, runs.read_metrics(folder, config.epochs), result)
+
+
+def read_finished(
+    config: RunConfig,
+    out: Path | str,
+    data_root: Path | None = None,
+    dataset: data.Dataset | None = None,
+) -> RunResult | None:
+    """Reads the finished run of `config` in `out`; None where there is none.
+
+    Arguments are those of `fit`. A run can be read where its data are gone.
+
+    Raises:
+        InputError: If it is a run on other images than those of `dataset`, or of the cache in
+            `data_root`; or what is in its folder is no run of `config`.
+    """
+    config = config.resolved()
+    folder = Path(out) / config.name
+    if not (folder / runs.RESULT).exists():
+        return None
+    runs.check_config(folder, config)
+    digest = dataset.digest if dataset else data.recorded_digest(config.dataset, data_root)
+    runs.check_data(folder, digest)
+    metrics = runs.read_metrics(folder, config.epochs)
+    return RunResult(folder, config, metrics, runs.read_result(folder))
 
 
 def _resume(trainer: Trainer, folder: Path) -> None:

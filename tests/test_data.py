@@ -10,8 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 
 from engm import data as data_cache
+from engm.cli import main
 from engm.config import RunConfig
 from engm.data import Split, batches, load, stratified_order, to_float, with_wrong_labels
 from engm.errors import InputError
@@ -445,6 +447,7 @@ def change_a_byte(folder: Path) -> None:
 def test_a_run_is_resumed_and_evaluated_on_its_own_images_alone(cached):
     counts = dict(subset=20, validation_images=10, test_images=10, batch_size=10)
     small = dict(model="small_cnn", width=4, num_steps=1, eval_steps=1, epochs=1)
+    images = dict(subset=20, validation=10, test=10)
     config = RunConfig(dataset="cifar10", **counts, **small)
 
     def train():
@@ -463,6 +466,14 @@ def test_a_run_is_resumed_and_evaluated_on_its_own_images_alone(cached):
     rewrite(cached, {"test_images": np.zeros((40, 3, 32, 32), np.uint8)})
     with pytest.raises(InputError, match="a run on other images of that name"):
         train()
+    settings = [f"--{name.replace('_', '-')}={value}" for name, value in (counts | small).items()]
+    command = ["train", "--dataset=cifar10", *settings, f"--out={cached / 'runs'}"]
+    said = CliRunner().invoke(main, command)
+    assert said.exit_code == 1 and "a run on other images of that name" in said.output
+    assert "showing the finished run" not in said.output
+    # images that are given count, not those of the usual folder
+    given = replace(load("cifar10", **images), digest=digest)
+    assert fit(config, cached / "runs", device="cpu", dataset=given, progress=False)
     for file in ("result.json", "checkpoint-last.pt"):  # as if it had been cut off
         (folder / file).unlink()
     metrics = (folder / "metrics.jsonl").read_bytes()

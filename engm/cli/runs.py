@@ -99,12 +99,11 @@ def train(
     from engm.device import pick_device
     from engm.evaluation.checks import unit_of
     from engm.report.records import Record, intervals, near_chance, summarise, to_markdown
-    from engm.runs import RESULT
-    from engm.training import fit, load_data
+    from engm.training import fit, load_data, read_finished
 
     pick_device(device)  # this and the data before all that is said
     folder = (out / config.name).resolve()
-    finished = (folder / RESULT).exists()
+    finished = read_finished(config, out, data_root)
     dataset = None if finished else load_data(config, data_root)
     first = os.environ.get("RANK", "0") == "0"  # of the processes that torchrun starts
     if first:
@@ -126,7 +125,7 @@ def train(
             warn_of_hours(config, device)
     how: dict[str, Any] = dict(device=device, dataset=dataset, save_adversarial=save_adversarial)
     with stoppable("the same command goes on after the last whole epoch"):
-        run = fit(config, out, **how)
+        run = finished or fit(config, out, **how)
     if first:
         click.echo(f"\n{click.format_filename(run.folder)}\n")
         record = Record(run.folder, run.config, run.result)
