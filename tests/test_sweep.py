@@ -454,6 +454,43 @@ def test_a_worker_must_have_the_folder_and_the_images_of_the_sweep(tmp_path, mon
     assert lacking() == f"cannot write to {tmp_path} (No space left on device)"
 
 
+def test_workers_must_agree_on_images_that_the_sweep_has_not(tmp_path, monkeypatch):
+    monkeypatch.setenv("ENGM_DATA", str(tmp_path))
+    write_json(tmp_path / "cifar10.json", {"cache_sha256": "ours"})
+    data = (("cifar10", None), ("digits", None), ("fashion-mnist", "known"))
+    needs, one = clusters.Needs("code", datasets=data), SimpleNamespace(address="tcp://a")
+    monkeypatch.setattr(clusters.Needs, "lacking", lambda *_: "")
+    others = {"tcp://b": RuntimeError("the worker tcp://b has no engm")}
+    counts = [{}, {"tcp://a": 1}]  # none is there yet; then one is
+    client = SimpleNamespace(
+        nthreads=lambda: counts.pop(0), run=lambda work, on_error: {"tcp://a": work(one)} | others
+    )
+    monkeypatch.setattr(time, "sleep", lambda _: None)
+    found = dict(clusters.agreed(client, needs).datasets)
+    assert found == {"cifar10": "ours", "digits": None, "fashion-mnist": "known"}
+    counts, others["tcp://b"] = [{"tcp://a": 1, "tcp://b": 1}], "theirs"
+    with pytest.raises(InputError, match="different images of cifar10 .*ours on tcp://a, theirs"):
+        clusters.agreed(client, needs)
+
+
+def test_a_disk_that_is_full_for_all_is_no_fault_of_a_worker(tmp_path, monkeypatch):
+    [task] = plan(TRAIN, {}, settings=FIXED)
+    writable, met = clusters.TemporaryFile, []
+
+    def filling(**where):
+        met.append(where)
+        if len(met) > 1:  # the workers were looked at before there was anything to do
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return writable(**where)
+
+    monkeypatch.setattr(clusters, "TemporaryFile", filling)
+    monkeypatch.setattr(clusters, "retire", lambda *_, **__: pytest.fail("it was sent away"))
+    with LocalCluster(1, threads_per_worker=1, processes=False, dashboard_address=None) as found:
+        options = sweep.Options(scheduler=found.scheduler_address, device="cpu", progress=False)
+        [outcome] = sweep.run([task], tmp_path, options)
+    assert "cannot be written to (No space left on device); make room" in outcome.error
+
+
 def test_a_run_that_has_ended_elsewhere_is_not_taken_for_done(tmp_path, monkeypatch):
     tasks = plan(TRAIN, {"seed": [0, 1]}, settings=FIXED)
     monkeypatch.setattr(running, "_failed", lambda *_: iter(()))

@@ -6,7 +6,7 @@ import pickle
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any
@@ -54,11 +54,8 @@ class Needs:
             folder = self.mark.parent
             if not self.mark.exists():
                 return f"does not see {folder} as the sweep does; have both use the same disk"
-            try:
-                with TemporaryFile(dir=folder) as file:
-                    file.write(bytes(_ROOM))
-            except OSError as error:
-                return f"cannot write to {folder} ({error.strerror})"
+            if reason := unwritable(folder):
+                return f"cannot write to {folder} ({reason})"
         if self.datasets:
             from engm.data import data_root, recorded_digest
             from engm.device import pick_device
@@ -74,6 +71,16 @@ class Needs:
             except InputError as error:
                 return f"is not fit for the sweep: {error}"
         return ""
+
+
+def unwritable(folder: Path) -> str:
+    """Says why this process cannot write to a folder; empty if it can."""
+    try:
+        with TemporaryFile(dir=folder) as file:
+            file.write(bytes(_ROOM))
+    except OSError as error:
+        return str(error.strerror)
+    return ""
 
 
 @contextmanager
@@ -147,7 +154,7 @@ def remote(address: str, needs: Needs, patience: float) -> Iterator[Any]:
             raise
 
 
-def task(needs: Needs, function: Callable[..., None] | None = None, *arguments: Any) -> Any:
+def task(needs: Needs, function: Callable[..., Any] | None = None, *arguments: Any) -> Any:
     """Makes what a worker runs: first it looks at itself, then it calls `function`.
 
     A worker without the kit can take it, too, and say so. The error of one that is not fit has its
@@ -156,7 +163,7 @@ def task(needs: Needs, function: Callable[..., None] | None = None, *arguments: 
     content = pickle.dumps((needs, function, arguments))
 
     # a function within a function is sent as code, not by its name
-    def work(dask_worker: Any = None) -> None:
+    def work(dask_worker: Any = None) -> Any:
         import pickle
 
         from distributed import get_worker
@@ -171,10 +178,36 @@ def task(needs: Needs, function: Callable[..., None] | None = None, *arguments: 
             error = RuntimeError(f"the worker {worker.address} {lacking}")
             error.unfit_worker = worker.address  # type: ignore[attr-defined]
             raise error
-        if function is not None:
-            function(*arguments)
+        return None if function is None else function(*arguments)
 
     return work
+
+
+def agreed(client: Any, needs: Needs) -> Needs:
+    """Adds to `needs` the digests that the workers have of data sets which the sweep has not.
+
+    Where there is no worker yet it waits for one, since those that come later are held to it.
+
+    Raises:
+        InputError: If workers have different ones.
+    """
+    from engm.data import recorded_digest
+
+    data = dict(needs.datasets)
+    for name in [name for name, digest in data.items() if digest is None and name != "digits"]:
+        while not client.nthreads():
+            time.sleep(1)
+        asked = client.run(task(needs, recorded_digest, name, needs.data_root), on_error="return")
+        # a worker that is not fit gives an error, and is sent away when it gets a task
+        found = {digest: worker for worker, digest in asked.items() if isinstance(digest, str)}
+        if len(found) > 1:
+            listed = ", ".join(f"{digest[:12]} on {worker}" for digest, worker in found.items())
+            raise InputError(
+                f"the workers have different images of {name} (sha256 of the cache: {listed}); "
+                "copy one cache to all of them"
+            )
+        data[name] = next(iter(found), None)
+    return replace(needs, datasets=tuple(data.items()))
 
 
 def retire(client: Any, worker: str, reason: str, *, alone: bool) -> None:

@@ -143,6 +143,8 @@ def run(tasks: Sequence[Task], out: Path, options: Options | None = None) -> lis
         with _marked(needs.mark), cluster as client:
             _note_code(folder)
             with tqdm(desc="sweep", unit="run", **how) as bar:
+                if options.scheduler is not None:
+                    needs = clusters.agreed(client, needs)
                 for task, error in _failed(left, folder, options, needs, client, bar):
                     errors[task.name] = error
                     note = {"error": error, "settings": task.settings}
@@ -230,7 +232,11 @@ def _failed(
         for future in [future for future in left if future.status in ("finished", "error")]:
             task = left.pop(future)
             error = future.exception() if future.status == "error" else None
-            if worker := getattr(error, "unfit_worker", None):
+            worker = getattr(error, "unfit_worker", None)
+            # where the sweep cannot write either, no worker is at fault
+            if worker and needs.mark and (full := clusters.unwritable(folder)):
+                error = _Failed(f"{folder} cannot be written to ({full}); make room, and try again")
+            elif worker:
                 left[submit(task)] = task
                 if worker not in sent_away:
                     with suppress(OSError):  # where the scheduler is away, it is met again
