@@ -154,6 +154,16 @@ def test_report_puts_the_seeds_into_one_row(runs, tmp_path):
     assert rows[2].endswith("| 2 |")
     assert sum(row.startswith("|") for row in rows) == 3
     assert rows[2] in output
+    assert "rows of one seed" not in output
+    folder = sorted(runs[0].iterdir())[0]
+    result = json.loads((folder / "result.json").read_text())
+    n, z = result["last"]["num_examples"], 1.959964
+    widths = [
+        200 * z / (1 + z**2 / n) * (p * (1 - p) / n + z**2 / (4 * n**2)) ** 0.5
+        for p in (result[which]["robust_accuracy"] for which in ("best", "last"))
+    ]
+    one = f"rows of one seed have no deviation.* of up to {max(widths):.1f} points"
+    assert re.search(one, call("report", folder))
 
 
 def test_report_compares_writes_and_draws(runs, tmp_path):

@@ -18,7 +18,7 @@ from engm.config import RunConfig
 from engm.data import SPECS
 from engm.errors import InputError
 from engm.report import tables
-from engm.report.statistics import wilson
+from engm.report.statistics import Interval, wilson
 from engm.report.tables import text as short
 from engm.runs import CONFIG, RESULT, read_config, read_json, read_metrics, read_result
 
@@ -271,13 +271,35 @@ def _settings(record: Record, without: Collection[str] = ()) -> dict[str, Any]:
 
 def intervals(record: Record) -> str:
     """Says what the test images of a run say of its robust accuracies about all images."""
-    n, parts = record.result["last"].get("num_examples"), []
-    if n is None:  # in logs of old
+    parts = [
+        f"robust ({which}) {100 * ends.low:.1f} to {100 * ends.high:.1f}"
+        for which, ends in _intervals(record).items()
+    ]
+    n = record.result["last"].get("num_examples")
+    return f"95% intervals, from {n} test images: {', '.join(parts)}\n" if parts else ""
+
+
+def one_seed(records: Iterable[Record]) -> str:
+    """Says how wide these intervals are of runs that alone make a row; empty where there is none.
+
+    A row of several seeds has their deviation.
+    """
+    found = [ends for record in records for ends in _intervals(record).values()]
+    if not found:
         return ""
-    for which in CHECKPOINTS:
-        ends = wilson(round(record.result[which]["robust_accuracy"] * n), n)
-        parts.append(f"robust ({which}) {100 * ends.low:.1f} to {100 * ends.high:.1f}")
-    return f"95% intervals, from {n} test images: {', '.join(parts)}\n"
+    widest = 100 * max(ends.high - ends.low for ends in found)
+    return (
+        "rows of one seed have no deviation; the number of test images alone leaves their robust "
+        f"accuracies 95% intervals of up to {widest:.1f} points"
+    )
+
+
+def _intervals(record: Record) -> dict[str, Interval]:
+    n = record.result["last"].get("num_examples")
+    if n is None:  # in logs of old
+        return {}
+    counts = {which: round(record.result[which]["robust_accuracy"] * n) for which in CHECKPOINTS}
+    return {which: wilson(count, n) for which, count in counts.items()}
 
 
 def key_of(record: Record, without: Collection[str]) -> str:

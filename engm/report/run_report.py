@@ -212,6 +212,8 @@ def build(
         end = comparisons.grid_end(records, members, choose)
         notes.append("; ".join(filter(None, (end, chance))))
     remarks += [_CHANCE] * any(results.CHANCE in note for note in notes)
+    single = [members[0] for _, members in results.groups_of(kept) if len(members) == 1]
+    remarks += filter(None, [results.one_seed(single)])
     return RunReport(kept, results.with_seeds(rows), found, remarks, took, notes)
 
 
