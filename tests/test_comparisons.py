@@ -77,7 +77,7 @@ def test_a_setting_that_lacks_a_seed_cannot_be_chosen_and_an_unequal_search_is_s
     kept, remarks = choose(collect(sweep)[0], ["lr"])
     assert {(r.config.optimizer, r.config.lr) for r in kept} == {("msgd", 0.1), ("engm", 0.2)}
     assert remarks == [
-        "not chosen from: engm, lr 0.5 lacks seed 1, 2",
+        "not chosen from, of engm: lr 0.5 (no seed 1, 2)",
         "unequal search: settings were chosen for engm from 2, msgd from 3",
         "Digits, pgd_at, msgd, lr 0.1: lr at an end of its grid; what lies beyond was not tried",
     ]

@@ -149,6 +149,7 @@ FLAWED = {
             / x.new_tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
         ), {}, "pixel scale",
     ),
+    "pixels times 255 in the model, too": (lambda: Around(lambda x: 255 * x), {}, "pixel scale"),
     "under l2 the eps of linf": (Around, {"norm": "l2"}, "unit of eps"),
     "eps divided by 255 twice": (Around, {"eps": 8 / 255 / 255}, "unit of eps"),
 }  # fmt: skip

@@ -425,6 +425,7 @@ def pixel_scale(
     twice = "is the model's own normalisation there twice?"
     changed = {
         "multiplied by 255": (images * 255, put),
+        "divided by 255": (images / 255, "does the model multiply them by 255 once too often?"),
         "normalised by mean and standard deviation": ((images - mean) / std, put),
         "moved to [-1, 1]": (images * 2 - 1, put),
         "moved back by mean and standard deviation": (images * std + mean, twice),
@@ -493,7 +494,7 @@ def repeatable(model: nn.Module, x: Tensor) -> Check:
     seen += "passes of the same images"
     if moves[0] <= allowed:
         wrong = "as BatchNorm in train mode has it, or noise from a fixed seed, no image has an "
-        wrong += "answer of its own: take that out"
+        wrong += "answer of its own: take that out (of a model within a function: call its eval())"
         return _judged("batch statistics", False, f"{seen} among others", wrong)
     wrong = "the model draws random numbers, and each attack meets others: take them out, or "
     return _judged("randomness", False, seen, f"{wrong}attack the mean over many draws")

@@ -332,7 +332,8 @@ def evaluate(
         seed: Seed of all attacks.
         batch_size: Examples attacked at a time.
         save_to: Folder to keep the adversarial examples in, a file an attack; the accuracies are
-            recomputed from what the files hold. AutoAttack goes on there where it was killed.
+            recomputed from what the files hold. Those of an earlier call are replaced;
+            AutoAttack goes on there where it was killed.
         progress: Show progress bars.
 
     Returns:

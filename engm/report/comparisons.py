@@ -102,15 +102,22 @@ def choose(
         raise InputError(f"cannot choose {', '.join(wrong)}; choose of {', '.join(known)}")
     kept, remarks = [], []
     budgets: dict[str, int] = {}
-    for _, members in groups_of(records, without=names):
+    searches = groups_of(records, without=names)
+    telling = [name for name in TYPES if len({repr(s.get(name)) for s, _ in searches}) > 1]
+    for shared, members in searches:
         seeds = {member.config.seed for member in members}
         scores: dict[tuple[float, int], list[Record]] = {}
+        incomplete: dict[str, list[str]] = defaultdict(list)
         for settings, candidates in groups_of(members):
-            what = in_words(settings, ("optimizer", *names))
             if missing := seeds - {candidate.config.seed for candidate in candidates}:
-                remarks.append(f"not chosen from: {what} lacks seed {listed(sorted(missing))}")
+                incomplete[listed(sorted(missing))].append(in_words(settings, names))
             else:
                 scores[mean(map(_validation, candidates)), -len(scores)] = candidates
+        idle = {*OF_OPTIMIZERS} - {*READ_BY[shared["optimizer"]]}
+        whose = in_words(shared, ["optimizer", *(name for name in telling if name not in idle)])
+        for lacking, settings_of in incomplete.items():
+            among = "; ".join(settings_of)
+            remarks.append(f"not chosen from, of {whose}: {among} (no seed {lacking})")
         if not scores:
             raise InputError(
                 f"no setting of {listed(names)} has all of the seeds {listed(sorted(seeds))}; "
