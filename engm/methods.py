@@ -102,7 +102,8 @@ class TRADES(_Checked):
     """Clean cross-entropy plus beta times KL(p(x) || p(x_adv)) (Zhang et al. 2019, 1901.08573).
 
     The attack climbs the same divergence from x plus a little normal noise, without the label:
-    `PGD(eps=eps, step_size=..., loss="kl", start_noise=0.001)`.
+    `PGD(eps=eps, step_size=..., loss="kl", start_noise=0.001)`. With PGD's default, the
+    cross-entropy, it is another method.
 
     Args:
         attack: The inner maximisation.

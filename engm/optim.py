@@ -206,6 +206,7 @@ class _ExampleSGD(torch.optim.SGD):
             NonFiniteLossError: As `step`.
         """
         if not self._started:
+            self._warn_of_gradients()
             distributed.share_values(self._parameters())
             closure = partial(self._first_losses, closure)
         before = [(p, p.grad, _version(p.grad)) for p in self._parameters()]
@@ -239,6 +240,15 @@ class _ExampleSGD(torch.optim.SGD):
                 self._forget()
                 raise InputError(_BACKWARD_IN_CLOSURE)
         return losses
+
+    def _warn_of_gradients(self) -> None:
+        if any(p.grad is not None and bool(p.grad.any()) for p in self._parameters()):
+            warnings.warn(
+                "p.grad is not empty before the first step, and is added to it, as is meant where "
+                "it is the gradient of a penalty. If an attack filled it, call zero_grad() after "
+                "the attack, right before step()",
+                stacklevel=4,
+            )
 
     def _add(self, closure: Closure | None, inputs: Tensor | None) -> Tensor:
         raise NotImplementedError
@@ -291,7 +301,7 @@ class _ExampleSGD(torch.optim.SGD):
         skip = self._guard.skip
         fused = skip is not None or any(group["fused"] for group in self.param_groups)
         for parameter, gradient in self._gradients.items():
-            gradient = _laid_out(gradient, parameter) if fused else gradient
+            gradient = _laid_out(gradient, parameter)
             before = parameter.grad
             parameter.grad = gradient if before is None else before + gradient
         if self.max_norm is not None:
@@ -329,7 +339,7 @@ def _version(gradient: Tensor | None) -> int:
 
 
 def _laid_out(values: Tensor, parameter: Tensor) -> Tensor:
-    # fused kernels run through the memory of both, whatever their strides
+    # fused kernels run through the memory of both, whatever their strides; and torch wants it so
     same = values.stride() == parameter.stride()
     return values if same else torch.empty_like(parameter).copy_(values)
 
@@ -446,12 +456,12 @@ class ENGM(_ExampleSGD):
         model: nn.Module,
         lr: float,
         momentum: float = 0.9,
+        *,
         weight_decay: float = 0.0,
         scale: float | Literal["mean"] = "mean",
         floor: float = 0.05,
         norms: Norms = "exact",
         refresh_every: int | None = 20,
-        *,
         groups: Sequence[Mapping[str, Any]] = (),
         **sgd: Any,
     ) -> None:
@@ -523,7 +533,24 @@ class ENGM(_ExampleSGD):
         return distributed.mean(~bad) == 0
 
     def _first_losses(self, closure: Closure | None) -> Tensor:
-        losses = super()._first_losses(closure)
+        given: list[int] = []
+
+        def count(module: nn.Module, arguments: Any, named: Any) -> None:
+            tensors = [t for t in (*arguments, *named.values()) if isinstance(t, Tensor)]
+            given.extend(len(tensor) for tensor in tensors if tensor.dim())
+
+        hook = self._model.register_forward_pre_hook(count, with_kwargs=True)
+        try:
+            losses = super()._first_losses(closure)
+        finally:
+            hook.remove()
+        if len(losses) == 1 and max(given, default=1) > 1:
+            warnings.warn(
+                f"the closure returns a single loss, and the model got a tensor of length "
+                f"{max(given)}: if these are {max(given)} examples, write reduction='none', so "
+                "that each has a loss of its own",
+                stacklevel=4,
+            )
         if _is_one_number(losses):
             raise InputError(
                 "all losses are one number, as a mean that is repeated; write reduction='none', "
@@ -531,10 +558,11 @@ class ENGM(_ExampleSGD):
             )
         if _has_term_for_all(losses):
             warnings.warn(
-                "the losses hold a term that is the same for all examples, as a penalty on the "
-                "weights is: it counts in the norm of each example, and is weighed as the example "
-                "is. Give ENGM weight_decay instead, or call penalty.backward() between "
-                "zero_grad() and step(), and leave it out of the losses",
+                "the losses hold a term that is the same for all examples, as a mean over the "
+                "batch or a penalty on the weights is: it counts in the norm of each example, and "
+                "is weighed as the example is. Of a mean take the parts of the examples, with "
+                "reduction='none' (of kl_div: then .sum(1)). For a penalty give ENGM weight_decay "
+                "instead, or call penalty.backward() between zero_grad() and step()",
                 stacklevel=4,
             )
         return losses

@@ -1424,7 +1424,9 @@ def test_exact_and_loop_are_one_optimizer(build):
     ends = []
     for norms in ("exact", "loop"):
         model = made(build)
-        ends.append(run(model, ENGM(model, 0.05, 0.9, 5e-4, norms=norms, nesterov=True), 30))
+        ends.append(
+            run(model, ENGM(model, 0.05, weight_decay=5e-4, norms=norms, nesterov=True), 30)
+        )
     assert not torch.equal(*ends)  # two ways of computing it
     torch.testing.assert_close(*ends, rtol=1e-8, atol=1e-10)
 
@@ -1436,7 +1438,7 @@ def test_parts_of_a_batch_make_the_step_of_the_whole(norms, scale, parts):
     ends = []
     for split in (None, parts):
         model = made(Residual)
-        optimizer = ENGM(model, 0.05, 0.9, 5e-4, scale=scale, norms=norms)
+        optimizer = ENGM(model, 0.05, weight_decay=5e-4, scale=scale, norms=norms)
         run(model, optimizer, 1)  # under "mean" the first step's scale is that of its first part
         ends.append(run(model, optimizer, 4, split, start=1))
     torch.testing.assert_close(*ends, rtol=1e-9, atol=1e-12)

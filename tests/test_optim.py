@@ -75,7 +75,9 @@ def test_engm_takes_the_steps_of_the_equations(scale, floor, nesterov):
     model = network()
     reference = copy.deepcopy(model)
     lr, momentum, decay = 0.05, 0.9, 0.01
-    optimizer = ENGM(model, lr, momentum, decay, scale, floor, nesterov=nesterov)
+    optimizer = ENGM(
+        model, lr, momentum, weight_decay=decay, scale=scale, floor=floor, nesterov=nesterov
+    )
     velocity = [torch.zeros_like(p) for p in reference.parameters()]
     running = 0.0
     for step in range(12):
@@ -103,7 +105,7 @@ def test_engm_takes_the_steps_of_the_equations(scale, floor, nesterov):
 
 def test_clipping_that_never_bites_is_msgd():
     models = [network() for _ in range(2)]
-    engm = ENGM(models[0], 0.1, 0.9, 5e-4, scale=1e6, floor=1.0)
+    engm = ENGM(models[0], 0.1, weight_decay=5e-4, scale=1e6, floor=1.0)
     msgd = MSGD(models[1].parameters(), 0.1, momentum=0.9, weight_decay=5e-4)
     for step in range(5):
         x, y = batch(seed=step)
@@ -147,7 +149,7 @@ def test_a_million_times_the_loss_of_one_example_moves_the_step_no_further_than_
 def test_a_hundred_steps_of_the_fast_norms_are_a_hundred_of_the_loop():
     models = [network(lambda c: nn.GroupNorm(2, c)) for _ in range(2)]
     pairs = [
-        (m, ENGM(m, 0.02, 0.9, 5e-4, norms=n))
+        (m, ENGM(m, 0.02, weight_decay=5e-4, norms=n))
         for m, n in zip(models, ("exact", "loop"), strict=True)
     ]
     for step in range(100):
@@ -277,9 +279,18 @@ def test_a_gradient_that_is_there_already_is_added_to_as_with_sgd():
     model = network()
     for p in model.parameters():
         p.grad = torch.full_like(p, 0.25)
-    ENGM(model, 0.1, scale=1.0).step(lambda: losses_of(model, x, y))
+    with pytest.warns(UserWarning, match="not empty before the first step.*zero_grad"):
+        ENGM(model, 0.1, scale=1.0).step(lambda: losses_of(model, x, y))
     for p, gradient in zip(model.parameters(), alone, strict=True):
         torch.testing.assert_close(p.grad, gradient + 0.25, rtol=1e-12, atol=1e-15)
+
+
+def test_gradients_are_laid_out_as_their_parameters_so_that_torch_does_not_warn():
+    model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Conv2d(2, 2, 1), nn.Flatten(), nn.Linear(8, 3))
+    x, y = torch.rand(4, 1, 4, 4), torch.tensor([0, 1, 2, 0])
+    ENGM(model, 0.1).step(lambda: losses_of(model, x, y))
+    for p in model.parameters():
+        assert p.grad.stride() == p.stride()
 
 
 def test_schedulers_and_parameter_groups_work_as_with_sgd():
@@ -409,6 +420,11 @@ def test_the_mistakes_that_people_make_get_an_answer():
                    lambda loss: loss.expand(4), lambda loss: torch.stack([loss] * 4)):  # fmt: skip
         with pytest.raises(InputError, match="all losses are one number.*reduction='none'"):
             ENGM(model, 0.1).step(lambda r=repeat: r(losses_of(model, x, y).mean()))
+    with pytest.raises(TypeError, match="positional"):  # where SGD has its dampening
+        ENGM(model, 0.1, 0.9, 0.0)
+    for single in (lambda loss: loss[None], lambda loss: loss.reshape(1)):
+        with pytest.warns(UserWarning, match="returns a single loss.*length 6: .*reduction='none'"):
+            ENGM(model, 0.1).step(lambda s=single: s(losses_of(model, x, y).mean()))
     with pytest.raises(InputError, match="max_norm must be above 0"):
         MSGD(model.parameters(), 0.1, max_norm=0)
     with pytest.raises(InputError, match="weight_decay must be a number.* got -1"):

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 import engm
 from engm import ENGM
+from engm.training import train_one_epoch
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "PORTING.md").read_text()
@@ -118,6 +119,17 @@ def test_a_ported_script_does_what_it_did_but_for_the_weights(name, way, monkeyp
     optimizer = weighed.get("opt", weighed.get("optimizer"))
     assert not torch.equal(weighed["model"][4].bias, ported["model"][4].bias)
     assert optimizer.last.excluded == 0 and optimizer.last.weights.std() > 0.01
+
+
+def test_the_loop_with_the_kits_methods_is_that_of_engm_train(monkeypatch):
+    (loop,) = [s for s in re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL) if "TRADES" in s]
+    monkeypatch.setattr(engm, "ENGM", partial(ENGM, scale=1e9, floor=1.0), raising=False)
+    ours = run(f"torch.manual_seed(2)\n{loop}")
+    model = network()
+    msgd = engm.MSGD(model.parameters(), 0.05, momentum=0.9, weight_decay=5e-4)
+    torch.manual_seed(2)
+    train_one_epoch(model, ours["method"], msgd, ours["train_batches"], awp=ours["awp"])
+    torch.testing.assert_close(values_of(ours), values_of({"model": model}), rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", list(DIFFS)[:3])

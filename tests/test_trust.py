@@ -108,6 +108,18 @@ def test_checks_that_saw_few_examples_say_so():
     assert "No image is classified rightly" in str(nothing)
 
 
+def test_a_lack_of_memory_is_not_taken_for_a_lack_of_gradients():
+    model, x, y = problem()
+
+    def full(z):
+        if torch.is_grad_enabled():
+            raise torch.OutOfMemoryError("out of memory")
+        return z
+
+    with pytest.raises(torch.OutOfMemoryError):
+        engm.evaluate(Around(model, full), (x, y), eps=EPS)
+
+
 # ---- in place
 
 

@@ -32,6 +32,7 @@ from engm.norms.saved import Kept, Reader, hooks_on_saved
 
 _NOTHING = "the losses do not depend on any of the parameters; is it the same model?"
 WAY_OUT = "use norms='loop', which takes every model at the price of one backward pass an example"
+_DETACH = "where a loss holds a number of the whole batch, such as losses.mean(), detach it"
 # Numbers that may be held at once where the gradients of all examples go through a plain part.
 _AT_ONCE = 2**26
 
@@ -487,7 +488,7 @@ class Watch:
             if parameter not in layers:
                 raise InputError(
                     f"the part of the examples in the gradient of {self._owners[parameter]!r} "
-                    f"is not the one that autograd finds; {WAY_OUT}"
+                    f"is not the one that autograd finds; {_DETACH}, or {WAY_OUT}"
                 )
             wrong.add(layers[parameter])
         if wrong or not found.squares:
@@ -521,7 +522,7 @@ class Watch:
             warnings.warn(
                 f"the norms of {names} are found one example at a time, which is slow: there is "
                 "no formula for where they are used, a checkpoint makes something of them, or "
-                "examples meet on the way to the losses",
+                f"examples meet on the way to the losses ({_DETACH})",
                 stacklevel=2,
             )
 
