@@ -86,8 +86,10 @@ def test_a_recipe_is_overridden_by_what_is_given_alone_even_where_that_is_the_de
     tiny = call(*command, "--eps", "0.0001", code=130)
     assert "eps is 0.0255 grey levels of 255; no image of 8 bits has that" in tiny
     assert "no effect" not in call(*command, "--scale", "1", "--optimizer", "engm", code=130)
-    said = call(*command, "--scale", "1", "--optimizer", "msgd", code=130)
-    assert "scale has no effect: msgd does not read it" in said
+    idle = call(*command, "--scale", "1", "--optimizer", "msgd", code=2)
+    assert "--scale has no effect with msgd; leave it out, or take an --optimizer" in idle
+    idle = call(*command, "--max-norm", "1", "--optimizer", "engm", code=2)
+    assert "--max-norm has no effect with engm" in idle and "reads it: msgd-clip" in idle
 
 
 def test_training_that_ends_near_chance_is_said_at_once(tmp_path):
@@ -262,7 +264,15 @@ def test_every_setting_of_a_run_is_an_option(runs):
         (["run", "06_cifar", "-p", "epochs", "0"], "epochs must be at least 1"),
         (["run", "06_cifar", "-p", "eps", "8"], "eps must be"),
         (["run", "06_cifar", "-p", "seeds", "[1, 2, 1]"], "seeds = [1, 2, 1] counts a seed twice"),
-        (["sweep", "train", "--set", "lr=0.2"], "requires 2 arguments. Write --set NAME VALUE."),
+        (["sweep", "train", "--set", "lr"], "requires 2 arguments. Write --set NAME VALUE."),
+        (["sweep", "train", "--set", "ls=0.2"], "unknown setting ls; the settings are"),
+        (["run", "06_cifar", "-p", "lr=x"], "lr = 'x' is not of type float"),
+        (["train", "--optimizer", "ENGM"], "did you mean engm?"),
+        (["train", "--awp-warmup", "3"], "--awp-warmup is 3, but there is no awp; try --awp 0.01"),
+        (
+            ["train", "--device", "cpu", "--capture"],
+            "--capture records CUDA graphs, and this is a cpu",
+        ),
         (["train", "--no-compile=1"], "Option '--no-compile' does not take a value."),
         (["sweep", "trian", "--grid", "lr=0.1"], "or train, for training runs"),
         (["train", "--subset", "801"], "subset must be a whole number, 1 to 800; got 801"),
@@ -279,7 +289,7 @@ def test_mistakes_get_one_line_that_names_what_is_valid(
     places = {"RUN": run, "FILE": run / "config.json", "ROOT": runs[0]}
     code = (
         1
-        if {"nowhere", "gpu", "ROOT", "FILE", "-1", "801", "06_cifar", "lr=0.1"} & {*arguments}
+        if {"nowhere", "gpu", "ROOT", "FILE", "801", "06_cifar", "lr=0.1", "ls=0.2"} & {*arguments}
         else 2
     )
     arguments = [places.get(a, a) for a in arguments]
@@ -292,11 +302,22 @@ def test_every_option_arrives(monkeypatch):
     seen = []
     monkeypatch.setattr("engm.training.fit", lambda *a, **k: seen.extend((*a, k)) or 1 / 0)
     monkeypatch.setattr("engm.training.load_data", lambda config, root: (config, root))
-    arguments = ["train", "--eps", "8/255", "--scale", "2", "--channels-last", "--out", "o"]
+    arguments = [
+        "train",
+        "--eps",
+        "8/255",
+        "--optimizer",
+        "engm",
+        "--scale",
+        "2",
+        "--channels-last",
+        "--out",
+        "o",
+    ]
     arguments += ["--device", "cpu", "--data-root", "d", "--no-save-adversarial"]
     CliRunner().invoke(main, arguments)
     config, out, others = seen
-    expected = RunConfig(eps=8 / 255, scale=2.0, channels_last=True).resolved()
+    expected = RunConfig(optimizer="engm", eps=8 / 255, scale=2.0, channels_last=True).resolved()
     assert (config, out) == (expected, Path("o"))
     dataset = expected, Path("d")
     assert others == {"device": "cpu", "dataset": dataset, "save_adversarial": False}
@@ -331,7 +352,7 @@ def test_run_hands_on_its_values_and_fails_with_the_notebook(monkeypatch, tmp_pa
     assert output[0] == f"running {name} with its defaults, in {tmp_path}"
     assert output[-2:] == [str(tmp_path / "n.ipynb"), f"next: jupyter lab {tmp_path / 'n.ipynb'}"]
     assert seen == [(name, {}, {"output_dir": tmp_path, "timeout": 7.0})]
-    assert f"{name} failed in cell [3] source: ValueError: no" in call("run", name, code=1)
+    assert f"{name} failed in cell [3] (source): ValueError: no" in call("run", name, code=1)
     assert "there is no parameter 'nonsense'" in call("run", name, "-p", "nonsense", 1, code=1)
     told = call("run", "06_cifar", "-p", "out", "runs/a", "--out", tmp_path, code=1)
     assert f"kept in {tmp_path / 'runs' / 'a'}, and" in told  # not in ./runs/a
@@ -398,6 +419,11 @@ def test_ctrl_c_ends_in_one_line_and_the_same_command_goes_on(tmp_path):
     arguments = ["train", *SMALL[:-4], "--epochs", "3000", "--device", "cpu", "--out", tmp_path]
     errors = stopped_when(lambda: any(tmp_path.glob("*/checkpoint-last.pt")), *arguments)
     assert errors.endswith("stopped; the same command goes on after the last whole epoch\n")
+    assert "going on" not in errors
+    (metrics,) = tmp_path.glob("*/metrics.jsonl")
+    done = len(metrics.read_text().splitlines())
+    more = stopped_when(lambda: len(metrics.read_text().splitlines()) > done, *arguments)
+    assert f"going on after epoch {done} of 3000" in more
 
 
 def test_ctrl_c_ends_a_notebook_in_one_line_and_keeps_what_ran(tmp_path):

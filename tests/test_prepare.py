@@ -161,10 +161,10 @@ def python2_pickle(value) -> bytes:
     return b"\x80\x02" + emit(value) + b"."
 
 
-def cifar_files(name: str) -> dict[str, bytes]:
+def cifar_files(name: str, seed: int = 0) -> dict[str, bytes]:
     parts = {
         part: (images.transpose(0, 3, 1, 2).reshape(len(images), -1), labels.tolist())
-        for part, (images, labels) in truth(name).items()
+        for part, (images, labels) in truth(name, seed).items()
     }
 
     def batch(part: str, rows: slice) -> bytes:
@@ -663,6 +663,14 @@ def test_a_full_disk_leaves_no_valid_cache(root, tmp_path, monkeypatch, step):
     assert "No space left on device" in result.output
     assert not (root / "cifar10.json").exists()
     assert not [path for path in root.iterdir() if path.name != "cifar10.npz"]
+
+
+def test_a_set_that_is_prepared_is_not_downloaded_again_and_other_images_are_said(root, tmp_path):
+    archive = write_tar(tmp_path / "c.tar.gz", cifar_files("cifar10"))
+    assert "others than before" not in run("cifar10", archive, root) + run("cifar10", archive, root)
+    assert "cifar10 is prepared" in run("cifar10", None, root)  # and nothing is fetched
+    other = write_tar(tmp_path / "d.tar.gz", cifar_files("cifar10", seed=1))
+    assert "its images are others than before" in run("cifar10", other, root)
 
 
 def test_a_failure_leaves_the_earlier_cache_in_use(root, tmp_path):

@@ -226,7 +226,7 @@ def test_the_claims_stand_first_with_verdict_figure_and_link(tmp_path):
 
 
 def test_a_failure_stands_at_the_top_and_in_place_as_text(page):
-    assert page.links["cell [2] boom(): ValueError: </p><script>alert(2)</script>"] == (
+    assert page.links["cell [2] (boom()): ValueError: </p><script>alert(2)</script>"] == (
         "#01_second--error"
     )
     body = page.text.partition("The second")[2]
@@ -297,8 +297,10 @@ def test_demo_goes_on_after_a_failure_and_reports_both(tmp_path, capsys):
 
     assert [run.ok for run in runs] == [False, True]
     lines = output.splitlines()
-    assert re.match(r"10_stops +\d+\.\d s  FAILED at cell \[2\] raise KeyError\(n\): Key", lines[0])
-    assert re.match(r"11_goes_on +\d+\.\d s  ok$", lines[1])
+    assert re.match(
+        r"10_stops +\d+\.\d s  1 of 2  FAILED at cell \[2\] \(raise KeyError\(n\)\): Key", lines[0]
+    )
+    assert re.match(r"11_goes_on +\d+\.\d s  2 of 2  ok$", lines[1])
     assert lines[2].endswith("index.html")
     assert "KeyError: 1" in page.text
     assert "n is 1" in page.text

@@ -1,6 +1,7 @@
 """The command `bench`."""
 
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -91,9 +92,13 @@ def bench(
     config = RunConfig(**{"dataset": "cifar10"} | rest)
     from engm.bench import outer_step, tables, training
 
-    say(f"measuring in {repeats} rounds, after a warm-up; each method once a round")
     known = outer_step.METHODS if what == "step" else training.METHODS
     names = methods.split(",") if methods is not None else known
+    times = "once" if repeats == 1 else f"in {repeats} rounds, each method once a round"
+    say(f"measuring {times}, after a warm-up; bars say how long it takes")
+    libraries = {word for name in names for word in name.split("-")} & {"opacus", "backpack"}
+    if missing := [name for name in sorted(libraries) if find_spec(name) is None]:
+        say(f"without {' and '.join(missing)}: pip install 'engm[peers]' adds them")
     how: dict[str, Any] = dict(repeats=repeats, names=names, device=device)
     if what == "step":
         result = outer_step.run(config, image_size=image_size, **how)

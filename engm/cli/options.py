@@ -1,5 +1,7 @@
 """The command `engm`, and what its subcommands share: options, paths, messages."""
 
+import logging
+import re
 import shlex
 import sys
 from collections.abc import Callable, Collection, Iterable, Iterator
@@ -21,7 +23,7 @@ QUICK = "--subset 500 --width 8 --epochs 1 --validation-images 100 --test-images
 
 def meant(word: str, known: Collection[str]) -> str:
     """Returns the question which of the known words was meant; empty where none is like it."""
-    close = get_close_matches(word, known, n=1)
+    close = get_close_matches(word.lower(), known, n=1)
     return f"; did you mean {close[0]}?" if close else ""
 
 
@@ -29,6 +31,7 @@ class Command(click.Command):
     """Names every option when one is unknown, and refuses one that is given twice."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        args = self._pairs(ctx, args)
         try:
             *_, order = self.make_parser(ctx).parse_args(args=list(args))
             for item in order:
@@ -46,6 +49,15 @@ class Command(click.Command):
                     form = f"{error.option_name} {option.make_metavar(ctx)}"
                     raise click.UsageError(f"{error.message} Write {form}.", ctx) from None
             raise
+
+    def _pairs(self, ctx: click.Context, args: list[str]) -> list[str]:
+        # NAME=VALUE is taken for NAME VALUE, too
+        pairs = {opt for o in self.get_params(ctx) if o.nargs == 2 for opt in o.opts}
+        found: list[str] = []
+        for before, word in zip(["", *args], args, strict=False):
+            both = str(word).split("=", 1)
+            found += both if before in pairs and len(both) == 2 else [word]
+        return found
 
 
 class Group(click.Group):
@@ -151,6 +163,7 @@ def stoppable(then: str) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
+        logging.getLogger("asyncio").disabled = True  # of what waited for a kernel that is gone
         say(f"\nstopped; {then}")
         sys.exit(STOPPED)
 
@@ -170,6 +183,20 @@ def warn_of_hours(config: RunConfig, device: str, command: str = "") -> None:
         say(f"{long}; a quick try: {command}{QUICK}")
 
 
+def option_of(setting: str) -> str:
+    """Returns how a command writes a field of `RunConfig`: with dashes."""
+    return f"--{setting.replace('_', '-')}"
+
+
+def with_options(text: str) -> str:
+    """Returns a message about settings of `RunConfig` as one about the options of a command."""
+    for name in TYPES:
+        text = re.sub(rf"\b{name}=(?=\S)", f"{option_of(name)} ", text)
+        if "_" in name:
+            text = re.sub(rf"\b{name}\b", option_of(name), text)
+    return text
+
+
 def once(pairs: Iterable[tuple[str, Any]], instead: str) -> dict[str, Any]:
     """Returns names and values as a dictionary; a name that is there twice is an `InputError`."""
     values: dict[str, Any] = {}
@@ -185,7 +212,7 @@ def settings_options(
 ) -> Callable[..., Any]:
     """Gives a command one option for each field of `RunConfig`, or for those in `names`."""
     for item in reversed([item for item in fields(RunConfig) if item.name in names]):
-        flag = f"--{item.name.replace('_', '-')}"
+        flag = option_of(item.name)
         is_flag = TYPES[item.name] is bool
         option = click.option(
             f"{flag}/--no-{flag[2:]}" if is_flag else flag,

@@ -3,6 +3,7 @@
 import os
 import sys
 import warnings
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +20,16 @@ from engm.cli.options import (
     main,
     meant,
     once,
+    option_of,
     quoted,
     save_option,
     say,
     settings_options,
     stoppable,
     warn_of_hours,
+    with_options,
 )
-from engm.config import RECIPES, TYPES, RunConfig, choices
+from engm.config import READ_BY, RECIPES, TYPES, RunConfig, choices
 from engm.errors import InputError
 
 _PREPARED = [name for name in choices(TYPES["dataset"]) if name != "digits"]
@@ -50,7 +53,7 @@ def prepare(name: str | None, archive: Path | None, root: Path | None) -> None:
     engm prepare cifar10
     engm prepare cifar10 --archive cifar-10-python.tar.gz
     """
-    from engm.data import SPECS, data_root
+    from engm.data import SPECS, data_root, load, recorded_digest
     from engm.preparation import caches
 
     if name is None:
@@ -66,10 +69,20 @@ def prepare(name: str | None, archive: Path | None, root: Path | None) -> None:
     if name not in _PREPARED:
         known = f"{name!r} is not one of {', '.join(_PREPARED)}"
         raise click.UsageError(known + meant(name, _PREPARED))
-    try:
-        cache = caches.prepare(SPECS[name], archive, data_root(root))
-    except OSError as error:
-        raise InputError(f"{error}; {name} is not prepared") from None
+    cache, before = data_root(root) / f"{name}.npz", recorded_digest(name, root)
+    whole = False
+    if before and archive is None:
+        with suppress(InputError):
+            whole = bool(load(name, root=root))
+    if whole:
+        say(f"{name} is prepared: {quoted(cache)}; delete that file to have it made anew")
+    else:
+        try:
+            caches.prepare(SPECS[name], archive, data_root(root))
+        except OSError as error:
+            raise InputError(f"{error}; {name} is not prepared") from None
+        if before not in (None, recorded_digest(name, root)):
+            say("its images are others than before; runs on those will not go on with these")
     setting = "" if cache.parent == data_root() else f"ENGM_DATA={quoted(cache.parent)} "
     say(f"next: {setting}engm train --dataset {name} {QUICK}")
 
@@ -95,13 +108,25 @@ def train(
     """
     source_of = click.get_current_context().get_parameter_source
     given = {n: v for n, v in settings.items() if source_of(n) is not ParameterSource.DEFAULT}
-    config = RunConfig(**given).resolved()
+    try:
+        config = RunConfig(**given).resolved()
+    except InputError as error:
+        raise click.UsageError(with_options(str(error))) from None
+    for name in sorted(given.keys() & config.unread):  # else a run of its own, the same as another
+        readers = [optimizer for optimizer, names in READ_BY.items() if name in names]
+        raise click.UsageError(
+            f"{option_of(name)} has no effect with {config.optimizer}; leave it out, or take an "
+            f"--optimizer that reads it: {', '.join(readers)}"
+        )
     from engm.device import pick_device
     from engm.evaluation.checks import unit_of
     from engm.report.records import Record, intervals, near_chance, summarise, to_markdown
+    from engm.runs import CHECKPOINTS, read_metrics
     from engm.training import fit, load_data, read_finished
 
-    pick_device(device)  # this and the data before all that is said
+    on = pick_device(device)  # this and the data before all that is said
+    if config.capture and on.type != "cuda":
+        raise click.UsageError(f"--capture records CUDA graphs, and this is a {on}; leave it out")
     folder = (out / config.name).resolve()
     finished = read_finished(config, out, data_root)
     dataset = None if finished else load_data(config, data_root)
@@ -109,8 +134,6 @@ def train(
     if first:
         for name, value in config.to_dict().items():
             click.echo(f"{name:17} {'default' if value is None else value}")
-        for name in sorted(given.keys() & config.unread):
-            say(f"{name} has no effect: {config.optimizer} does not read it")
         assert config.eps is not None
         unit = unit_of(config.eps, config.norm)
         if not unit.passed:
@@ -122,6 +145,9 @@ def train(
         else:
             does = f"training, then attacking the test images, in {quoted(folder)}"
             say(f"\n{does}; bars say how long it takes")
+            if (folder / CHECKPOINTS["last"]).exists():
+                done = len(read_metrics(folder)[: config.epochs])
+                say(f"going on after epoch {done} of {config.epochs}")
             warn_of_hours(config, device)
     how: dict[str, Any] = dict(device=device, dataset=dataset, save_adversarial=save_adversarial)
     with stoppable("the same command goes on after the last whole epoch"):
@@ -132,7 +158,8 @@ def train(
         click.echo(to_markdown(summarise([record])))
         click.echo(intervals(record))
         if chance := near_chance([record]):
-            say(f"{chance}; a smaller --lr, more --epochs, or an --awp-warmup may help\n")
+            warmup = ", or an --awp-warmup" if config.awp else ""
+            say(f"{chance}; a smaller --lr, more --epochs{warmup} may help\n")
         say(
             f"next: engm evaluate {quoted(run.folder)} attacks it in more ways, "
             f"engm report {quoted(out)} puts it beside others"
@@ -344,6 +371,7 @@ def sweep(
         tasks = plan(target, once(axes, "write it once"), settings=fixed, seeds=seeds)
     out = out or Path("runs")
     how = sweeps.Options(workers=workers or 1, scheduler=scheduler, **options)
+    sweeps.check(tasks, out, how)
     folder = sweeps.folder_of(out)
     done = sum(sweeps.is_done(task, folder) for task in tasks)
     click.echo(f"{_count(len(tasks))}, {done} done already, in {click.format_filename(folder)}")

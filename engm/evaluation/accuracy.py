@@ -200,7 +200,8 @@ def _attacked(
         x_adv = attack(model, given, y.clone(), generator=generator)
     if not torch.equal(given, x):
         raise InputError(
-            f"{attack} changed the images that it was given, in place; let it start from x.clone()"
+            f"{type(attack).__name__} changed the images that it was given, in place; let it start "
+            "from x.clone()"
         )
     shape = list(x_adv.shape) if isinstance(x_adv, Tensor) else type(x_adv).__name__
     if shape != list(x.shape):

@@ -223,7 +223,8 @@ def in_words(attack: Attack) -> str:
         return f"{attack.num_steps} steps towards each of {attack.targets} likely classes"
     if isinstance(attack, Transfer):
         return f"{in_words(attack.attack)}, on another model"
-    return repr(attack)
+    plain = type(attack).__repr__ is object.__repr__
+    return type(attack).__name__ if plain else repr(attack)
 
 
 # --- the suite

@@ -38,7 +38,7 @@ class NotebookError:
 
     def __str__(self) -> str:
         """Where and why, in one line."""
-        where = f"cell [{self.cell}] {self.source}" if self.cell else "before the first cell"
+        where = f"cell [{self.cell}] ({self.source})" if self.cell else "before the first cell"
         return f"{where}: {self.name}: {self.value.strip().partition(chr(10))[0]}"
 
 

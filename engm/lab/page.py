@@ -80,10 +80,11 @@ def demo(output_dir: Path, paths: Sequence[Path] | None = None) -> list[Notebook
     if not paths:
         raise InputError("there are no notebooks to run; run this in a checkout of the kit")
     runs = []
-    for path in paths:
+    for number, path in enumerate(paths, start=1):
         runs.append(run(path, output_dir=output_dir))
         verdict = "ok" if runs[-1].ok else f"FAILED at {runs[-1].error}"
-        print(f"{path.stem:<34}{runs[-1].seconds:7.1f} s  {verdict}", flush=True)
+        took = f"{path.stem:<34}{runs[-1].seconds:7.1f} s"
+        print(f"{took}  {number} of {len(paths)}  {verdict}", flush=True)
     print(f"report: {build(runs, Path(output_dir) / 'index.html')}", flush=True)
     return runs
 

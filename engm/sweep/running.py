@@ -110,21 +110,16 @@ def run(tasks: Sequence[Task], out: Path, options: Options | None = None) -> lis
     away, and its tasks go to others.
 
     Raises:
-        InputError: If an option has no meaning for the tasks, the scheduler cannot be reached or is
-            lost, its workers are not fit for the sweep, or dask is not installed.
+        InputError: As `check`; or the scheduler cannot be reached or is lost, its workers are not
+            fit for the sweep, or dask is not installed.
 
     Warns:
         UserWarning: If the folder has runs of other code, or a worker is sent away.
     """
     options = options or Options()
-    _check(tasks, options)
+    digests = check(tasks, out, options)
     folder = folder_of(out)
     left = [task for task in tasks if not is_done(task, folder)]
-    datasets = {task.settings["dataset"] for task in tasks if task.target == TRAIN}
-    digests = {name: recorded_digest(name, options.data_root) for name in sorted(datasets)}
-    for task in tasks:
-        if task not in left and task.target == TRAIN:
-            check_data(folder / task.name, digests[task.settings["dataset"]])
     errors: dict[str, str] = {}
     if left:
         needs = clusters.Needs(code_version())
@@ -178,7 +173,15 @@ def _marked(mark: Path | None) -> Iterator[None]:
             mark.parents[1].rmdir()
 
 
-def _check(tasks: Sequence[Task], options: Options) -> None:
+def check(tasks: Sequence[Task], out: Path, options: Options) -> dict[str, str | None]:
+    """Refuses what cannot be run, before anything is.
+
+    Returns:
+        The digest of each data set that the tasks train on, `None` where it has none.
+
+    Raises:
+        InputError: If an option has no meaning for the tasks, or a finished run is on other images.
+    """
     training = [task.target == TRAIN for task in tasks]
     if any(training) and options.timeout is not None:
         raise InputError("timeout is for notebooks; training is limited by its epochs")
@@ -188,6 +191,13 @@ def _check(tasks: Sequence[Task], options: Options) -> None:
             "device, data_root and save_adversarial are for training; a notebook takes a GPU "
             "where it finds one, and its data from the folder that ENGM_DATA names"
         )
+    names = sorted({task.settings["dataset"] for task in tasks if task.target == TRAIN})
+    digests = {name: recorded_digest(name, options.data_root) for name in names}
+    folder = folder_of(out)
+    for task in tasks:
+        if task.target == TRAIN and is_done(task, folder):
+            check_data(folder / task.name, digests[task.settings["dataset"]])
+    return digests
 
 
 def _note_code(folder: Path) -> None:
