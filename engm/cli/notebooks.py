@@ -124,7 +124,7 @@ def student(out: Path, folder: Path) -> None:
     """
     from engm.lab.batch import kit
     from engm.lab.parameters import blank, library, read_notebook
-    from engm.runs import write_text
+    from engm.runs import make_folder, write_text
 
     nbformat = library()
     if folder == Path("notebooks") and not folder.exists():
@@ -135,6 +135,7 @@ def student(out: Path, folder: Path) -> None:
             f"{out} has {', '.join(there)} already, perhaps with somebody's answers; choose "
             "another folder, or take them away"
         )
+    make_folder(out, "choose another folder")
     for path in paths:
         notebook = read_notebook(path)
         solution = "<details><summary>Solution</summary>"

@@ -224,7 +224,8 @@ def evaluate(
     if aside:
         say("next: to have engm report read this evaluation, take the one that stays away")
     else:
-        say(f"next: engm report {quoted(run.resolve().parent)} shows it beside the other runs")
+        above = run.parent if run.name else run.resolve().parent  # of "." there is no parent
+        say(f"next: engm report {quoted(above)} shows it beside the other runs")
 
 
 def _run_directory(folder: Path) -> Path:
