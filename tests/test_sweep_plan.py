@@ -66,6 +66,7 @@ def test_the_same_run_is_one_task_whatever_way_it_is_written():
         ({}, {"seeds": True}, "seeds must be a whole number"),
         ({}, {"seeds": 0}, "seeds must be a whole number, 1 or more"),
         ({"method": ["pgd_at", "trades"]}, {"settings": {"beta": 6}}, "pgd_at has none"),
+        ({"max_norm": ["1", "2"]}, {"settings": {"optimizer": "engm"}}, "no optimizer .* max_norm"),
     ],
 )
 def test_what_is_wrong_is_refused_before_anything_runs(grid, more, reason):

@@ -14,7 +14,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from engm.config import TYPES, RunConfig
+from engm.config import OF_OPTIMIZERS, READ_BY, TYPES, RunConfig
 from engm.errors import InputError, check_count
 from engm.values import read
 
@@ -75,7 +75,12 @@ def plan(
         _task(target, fixed | dict(zip(axes, each, strict=True)))
         for each in product(*axes.values())
     )
-    return list({task.name: task for task in made}.values())
+    tasks = list({task.name: task for task in made}.values())
+    if target == TRAIN:
+        read_by_some = {n for task in tasks for n in READ_BY[task.settings["optimizer"]]}
+        if idle := [n for n in axes if n in OF_OPTIMIZERS and n not in read_by_some]:
+            raise InputError(f"no optimizer of the grid reads {', '.join(idle)}; leave it out")
+    return tasks
 
 
 def read_plan(path: Path) -> tuple[list[Task], Path | None]:
