@@ -340,6 +340,8 @@ def _version(gradient: Tensor | None) -> int:
 
 def _laid_out(values: Tensor, parameter: Tensor) -> Tensor:
     # fused kernels run through the memory of both, whatever their strides; and torch wants it so
+    if values.layout != parameter.layout:  # of a sparse embedding; a sparse tensor has no strides
+        return values
     same = values.stride() == parameter.stride()
     return values if same else torch.empty_like(parameter).copy_(values)
 

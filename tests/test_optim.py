@@ -285,6 +285,21 @@ def test_a_gradient_that_is_there_already_is_added_to_as_with_sgd():
         torch.testing.assert_close(p.grad, gradient + 0.25, rtol=1e-12, atol=1e-15)
 
 
+@pytest.mark.parametrize("loop", [False, True])
+def test_sparse_gradients_of_an_embedding_are_stepped_along_as_dense_ones_are(loop):
+    x, y, found = torch.tensor([[1, 2], [3, 1], [4, 4]]), torch.tensor([0, 1, 2]), []
+    for sparse in (True, False):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Embedding(9, 4, sparse=sparse), nn.Flatten(), nn.Linear(8, 3))
+        parameters = model.parameters()
+        optimizer = ENGM(model, 0.1, norms="loop") if loop else MSGD(parameters, 0.1, momentum=0.9)
+        for _ in range(3):
+            optimizer.zero_grad()
+            optimizer.step(lambda m=model: losses_of(m, x, y))
+        found.append([p.detach() for p in model.parameters()])
+    torch.testing.assert_close(*found)
+
+
 def test_gradients_are_laid_out_as_their_parameters_so_that_torch_does_not_warn():
     model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Conv2d(2, 2, 1), nn.Flatten(), nn.Linear(8, 3))
     x, y = torch.rand(4, 1, 4, 4), torch.tensor([0, 1, 2, 0])
