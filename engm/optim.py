@@ -546,7 +546,7 @@ class ENGM(_ExampleSGD):
             losses = super()._first_losses(closure)
         finally:
             hook.remove()
-        if len(losses) == 1 and max(given, default=1) > 1:
+        if len(losses) == 1 and max(given, default=1) > 1 and _was_a_number(losses):
             warnings.warn(
                 f"the closure returns a single loss, and the model got a tensor of length "
                 f"{max(given)}: if these are {max(given)} examples, write reduction='none', so "
@@ -669,6 +669,23 @@ def _has_term_for_all(losses: Tensor) -> bool:
                 elif child is not None and node.name() in _SUMS:
                     terms.append(child)
     return len(losses) > 1 and bool(terms) and set(own).isdisjoint(nodes_under(terms))
+
+
+def _was_a_number(losses: Tensor) -> bool:
+    """Returns whether a single loss comes from one without dimensions, as a mean of all is.
+
+    The loss of a single example has one, even where the model gets more: with TRADES its image and
+    the attacked one, or a sequence that runs along the first dimension.
+    """
+    waiting = [losses.grad_fn]
+    for node in waiting:
+        for child, output in node.next_functions if node is not None else ():
+            size = None if child is None else size_of(GradientEdge(child, output))
+            if size is not None and len(size) == 0:
+                return True
+            if size is not None and size.numel() == 1 and child not in waiting:
+                waiting.append(child)
+    return False
 
 
 def _is_one_number(losses: Tensor) -> bool:

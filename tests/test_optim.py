@@ -300,6 +300,24 @@ def test_sparse_gradients_of_an_embedding_are_stepped_along_as_dense_ones_are(lo
     torch.testing.assert_close(*found)
 
 
+def test_a_batch_of_one_is_no_mean_of_several(recwarn):
+    model, (x, y) = network(), batch(1)
+
+    def trades() -> torch.Tensor:  # the image and the attacked one in one pass
+        clean, attacked = model(torch.cat([x, x + 0.1])).chunk(2)
+        gap = F.kl_div(attacked.log_softmax(1), clean.softmax(1), reduction="none").sum(1)
+        return F.cross_entropy(clean, y, reduction="none") + 6.0 * gap
+
+    ENGM(model, 0.1).step(trades)
+    ENGM(model, 0.1).step(lambda: losses_of(model, torch.cat([x, x]), y.repeat(2)).chunk(2)[0])
+    lstm = nn.LSTM(8, 10)
+    steps = torch.rand(7, 1, 8)  # of one example
+    ENGM(lstm, 0.1, norms="loop").step(
+        lambda: F.cross_entropy(lstm(steps)[0][-1], y, reduction="none")
+    )
+    assert not [str(w.message) for w in recwarn if "single loss" in str(w.message)]
+
+
 def test_gradients_are_laid_out_as_their_parameters_so_that_torch_does_not_warn():
     model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Conv2d(2, 2, 1), nn.Flatten(), nn.Linear(8, 3))
     x, y = torch.rand(4, 1, 4, 4), torch.tensor([0, 1, 2, 0])
