@@ -460,17 +460,46 @@ def test_workers_must_agree_on_images_that_the_sweep_has_not(tmp_path, monkeypat
     data = (("cifar10", None), ("digits", None), ("fashion-mnist", "known"))
     needs, one = clusters.Needs("code", datasets=data), SimpleNamespace(address="tcp://a")
     monkeypatch.setattr(clusters.Needs, "lacking", lambda *_: "")
-    others = {"tcp://b": RuntimeError("the worker tcp://b has no engm")}
-    counts = [{}, {"tcp://a": 1}]  # none is there yet; then one is
-    client = SimpleNamespace(
-        nthreads=lambda: counts.pop(0), run=lambda work, on_error: {"tcp://a": work(one)} | others
-    )
+    workers: list[dict] = [{}, {"tcp://a": None, "tcp://b": RuntimeError("it has no engm")}]
+
+    def run(work, on_error):  # none is there yet; then the scheduler is away; then two are there
+        if len(answers) == 2:
+            answers.append("away")
+            raise OSError("Timed out trying to connect")
+        answers.append("asked")
+        there = workers.pop(0) if len(workers) > 1 else workers[0]
+        return {address: said or work(one) for address, said in there.items()}
+
+    answers: list[str] = ["asked"]
+    client = SimpleNamespace(run=run, status="running")
     monkeypatch.setattr(time, "sleep", lambda _: None)
-    found = dict(clusters.agreed(client, needs).datasets)
+    found = dict(clusters.agreed(client, needs, 1).datasets)
     assert found == {"cifar10": "ours", "digits": None, "fashion-mnist": "known"}
-    counts, others["tcp://b"] = [{"tcp://a": 1, "tcp://b": 1}], "theirs"
+    assert answers == ["asked", "asked", "away", "asked"]
+    workers = [{"tcp://a": None, "tcp://b": "theirs"}]
     with pytest.raises(InputError, match="different images of cifar10 .*ours on tcp://a, theirs"):
-        clusters.agreed(client, needs)
+        clusters.agreed(client, needs, 1)
+    client.status, answers = "closed", ["asked", "asked"]
+    with pytest.raises(InputError, match="the scheduler is gone; start it"):
+        clusters.agreed(client, needs, 1)
+
+
+def test_workers_that_do_not_agree_leave_no_folder(tmp_path, monkeypatch):
+    [task] = plan(TRAIN, {}, settings=FIXED)
+
+    @contextmanager
+    def remote(*_):
+        yield SimpleNamespace(nthreads=lambda: {"tcp://a": 1})
+
+    def disagree(*_):
+        raise InputError("the workers have different images")
+
+    monkeypatch.setattr(clusters, "remote", remote)
+    monkeypatch.setattr(clusters, "agreed", disagree)
+    options = sweep.Options(scheduler="tcp://x", progress=False)
+    with pytest.raises(InputError, match="different images"):
+        sweep.run([task], tmp_path / "runs", options)
+    assert not (tmp_path / "runs").exists()
 
 
 def test_a_disk_that_is_full_for_all_is_no_fault_of_a_worker(tmp_path, monkeypatch):

@@ -183,21 +183,28 @@ def task(needs: Needs, function: Callable[..., Any] | None = None, *arguments: A
     return work
 
 
-def agreed(client: Any, needs: Needs) -> Needs:
+def agreed(client: Any, needs: Needs, patience: float) -> Needs:
     """Adds to `needs` the digests that the workers have of data sets which the sweep has not.
 
     Where there is no worker yet it waits for one, since those that come later are held to it.
 
     Raises:
-        InputError: If workers have different ones.
+        InputError: If workers have different ones, or the scheduler is away for more than
+            `patience` seconds.
     """
     from engm.data import recorded_digest
 
     data = dict(needs.datasets)
     for name in [name for name, digest in data.items() if digest is None and name != "digits"]:
-        while not client.nthreads():
-            time.sleep(1)
-        asked = client.run(task(needs, recorded_digest, name, needs.data_root), on_error="return")
+        ask = task(needs, recorded_digest, name, needs.data_root)
+        asked: dict[str, Any] = {}
+        while not asked:
+            try:
+                asked = client.run(ask, on_error="return")
+            except OSError:  # the scheduler may come back, as while the runs are made
+                wait_for_connection(client, patience)
+            if not asked:
+                time.sleep(1)
         # a worker that is not fit gives an error, and is sent away when it gets a task
         found = {digest: worker for worker, digest in asked.items() if isinstance(digest, str)}
         if len(found) > 1:

@@ -135,16 +135,20 @@ def run(tasks: Sequence[Task], out: Path, options: Options | None = None) -> lis
         pause = 0.1 if sys.stderr.isatty() else 60  # seldom where nobody watches it move
         how: dict[str, Any] = dict(mininterval=pause, maxinterval=max(10, pause))
         how |= dict(total=len(tasks), initial=len(tasks) - len(left), disable=not options.progress)
-        with _marked(needs.mark), cluster as client:
-            _note_code(folder)
-            with tqdm(desc="sweep", unit="run", **how) as bar:
-                if options.scheduler is not None:
-                    needs = clusters.agreed(client, needs)
-                for task, error in _failed(left, folder, options, needs, client, bar):
-                    errors[task.name] = error
-                    note = {"error": error, "settings": task.settings}
-                    with suppress(OSError):  # a full disk is the reason, and takes no note
-                        write_json(folder / task.name / ERROR, note)
+        with (
+            _marked(needs.mark),
+            cluster as client,
+            tqdm(desc="sweep", unit="run", **how) as bar,
+        ):
+            if options.scheduler is not None:
+                bar.set_postfix_str("" if client.nthreads() else "no worker yet")
+                needs = clusters.agreed(client, needs, _PATIENCE)
+            _note_code(folder)  # from here on there are runs of it
+            for task, error in _failed(left, folder, options, needs, client, bar):
+                errors[task.name] = error
+                note = {"error": error, "settings": task.settings}
+                with suppress(OSError):  # a full disk is the reason, and takes no note
+                    write_json(folder / task.name / ERROR, note)
         for task in left:
             if task.name not in errors and not is_done(task, folder):
                 errors[task.name] = f"it has ended, but there is no result in {folder}"
