@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,6 +20,7 @@ from click.testing import CliRunner
 from engm import training
 from engm.cli import main
 from engm.config import RunConfig
+from engm.runs import load_tensors, read_config, write_json
 
 SMALL = [
     *("--subset", "40", "--width", "4", "--num-steps", "2", "--eval-steps", "2"),
@@ -421,9 +423,21 @@ def test_ctrl_c_ends_in_one_line_and_the_same_command_goes_on(tmp_path):
     assert errors.endswith("stopped; the same command goes on after the last whole epoch\n")
     assert "going on" not in errors
     (metrics,) = tmp_path.glob("*/metrics.jsonl")
-    done = len(metrics.read_text().splitlines())
-    more = stopped_when(lambda: len(metrics.read_text().splitlines()) > done, *arguments)
+    done = load_tensors(metrics.parent / "checkpoint-last.pt")["epoch"]
+    with open(metrics, "a") as file:  # as a kill before the checkpoint of an epoch leaves it
+        file.write("{}\n" * 2)
+    cut = len(metrics.read_text().splitlines())
+    more = stopped_when(lambda: len(metrics.read_text().splitlines()) > cut, *arguments)
     assert f"going on after epoch {done} of 3000" in more
+
+
+def test_a_finished_run_that_was_captured_is_shown_where_there_is_no_gpu(runs, tmp_path):
+    made = next(runs[0].glob("*-seed0-*"))
+    config = replace(read_config(made), capture=True)
+    folder = shutil.copytree(made, tmp_path / config.name)
+    write_json(folder / "config.json", config.to_dict())
+    output = call("train", *SMALL, "--seed", 0, "--capture", "--out", tmp_path)
+    assert f"showing the finished run in {folder}" in output
 
 
 def test_ctrl_c_ends_a_notebook_in_one_line_and_keeps_what_ran(tmp_path):

@@ -121,14 +121,14 @@ def train(
     from engm.device import pick_device
     from engm.evaluation.checks import unit_of
     from engm.report.records import Record, intervals, near_chance, summarise, to_markdown
-    from engm.runs import CHECKPOINTS, read_metrics
+    from engm.runs import CHECKPOINTS, fits_config, load_tensors
     from engm.training import fit, load_data, read_finished
 
     on = pick_device(device)  # this and the data before all that is said
-    if config.capture and on.type != "cuda":
-        raise click.UsageError(f"--capture records CUDA graphs, and this is a {on}; leave it out")
     folder = (out / config.name).resolve()
     finished = read_finished(config, out, data_root)
+    if config.capture and on.type != "cuda" and not finished:
+        raise click.UsageError(f"--capture records CUDA graphs, and this is a {on}; leave it out")
     dataset = None if finished else load_data(config, data_root)
     first = os.environ.get("RANK", "0") == "0"  # of the processes that torchrun starts
     if first:
@@ -145,8 +145,10 @@ def train(
         else:
             does = f"training, then attacking the test images, in {quoted(folder)}"
             say(f"\n{does}; bars say how long it takes")
-            if (folder / CHECKPOINTS["last"]).exists():
-                done = len(read_metrics(folder)[: config.epochs])
+            last = folder / CHECKPOINTS["last"]
+            if last.exists():  # the metrics may count an epoch that was cut off before it was kept
+                with fits_config(last):
+                    done = load_tensors(last)["epoch"]
                 say(f"going on after epoch {done} of {config.epochs}")
             warn_of_hours(config, device)
     how: dict[str, Any] = dict(device=device, dataset=dataset, save_adversarial=save_adversarial)
