@@ -38,6 +38,16 @@ def test_a_grid_makes_one_task_for_each_combination_and_seed():
     assert [task.settings["seed"] for task in tasks] == [0, 1] * 4
 
 
+def test_a_setting_that_one_grid_of_a_plan_reads_may_be_that_of_all(tmp_path):
+    path = tmp_path / "plan.yaml"
+    text = "run: train\nsettings: {floor: 1}\ngrid: [{optimizer: msgd}, {optimizer: %s}]\n"
+    path.write_text(text % "engm")
+    assert [task.settings["floor"] for task in read_plan(path)[0]] == [0.05, 1.0]
+    path.write_text(text % "msgd-clip")
+    with pytest.raises(InputError, match=r"\(msgd, msgd-clip\) reads floor; leave it out"):
+        read_plan(path)
+
+
 def test_the_same_run_is_one_task_whatever_way_it_is_written():
     assert len(plan(TRAIN, {"lr": ["0.1", "1e-1", 0.1]})) == 1
     assert len(plan(TRAIN, {"subset": ["none", 5]})) == 2
@@ -67,6 +77,7 @@ def test_the_same_run_is_one_task_whatever_way_it_is_written():
         ({}, {"seeds": 0}, "seeds must be a whole number, 1 or more"),
         ({"method": ["pgd_at", "trades"]}, {"settings": {"beta": 6}}, "pgd_at has none"),
         ({"max_norm": ["1", "2"]}, {"settings": {"optimizer": "engm"}}, "no optimizer .* max_norm"),
+        ({"lr": ["1", "2"]}, {"settings": {"scale": "2"}}, r"no optimizer .*\(msgd\) reads scale"),
     ],
 )
 def test_what_is_wrong_is_refused_before_anything_runs(grid, more, reason):

@@ -5,7 +5,7 @@ plan("train", {"optimizer": ["msgd", "engm"], "lr": ["0.1", "0.2"]}, seeds=3)
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -60,10 +60,18 @@ def plan(
             since its verdict needs them; one that takes a `seed` runs once for each.
 
     Raises:
-        InputError: If a name is unknown, a value is wrong or given twice, or there is none.
+        InputError: If a name is unknown, a value is wrong or given twice, or there is none; or no
+            optimizer of the tasks reads a setting.
     """
-    axes: dict[str, Sequence[Any]] = dict(grid)
-    fixed = dict(settings or {})
+    tasks = _tasks(target, grid, settings or {}, seeds)
+    _refuse_idle(tasks, _chosen(settings or {}))
+    return tasks
+
+
+def _tasks(
+    target: str, grid: Mapping[str, Sequence[Any]], settings: Mapping[str, Any], seeds: int | None
+) -> list[Task]:
+    axes, fixed = dict(grid), dict(settings)
     if seeds is not None:
         _add_seeds(target, axes, fixed, seeds)
     for name, values in axes.items():
@@ -76,11 +84,28 @@ def plan(
         for each in product(*axes.values())
     )
     tasks = list({task.name: task for task in made}.values())
-    if target == TRAIN:
-        read_by_some = {n for task in tasks for n in READ_BY[task.settings["optimizer"]]}
-        if idle := [n for n in axes if n in OF_OPTIMIZERS and n not in read_by_some]:
-            raise InputError(f"no optimizer of the grid reads {', '.join(idle)}; leave it out")
+    _refuse_idle(tasks, axes)
     return tasks
+
+
+def _chosen(settings: Mapping[str, Any]) -> list[str]:
+    # the names whose value is another than the default, which would be lost
+    return [
+        name
+        for name, value in settings.items()
+        if name in OF_OPTIMIZERS and _setting(name, value) != getattr(RunConfig, name)
+    ]
+
+
+def _refuse_idle(tasks: Sequence[Task], names: Iterable[str]) -> None:
+    # what some of the optimizers read may be given to all; else it is a mistake
+    trained = [task.settings["optimizer"] for task in tasks if task.target == TRAIN]
+    read_by_some = {name for optimizer in trained for name in READ_BY[optimizer]}
+    if idle := [n for n in names if trained and n in OF_OPTIMIZERS and n not in read_by_some]:
+        among = ", ".join(sorted(set(trained)))
+        raise InputError(
+            f"no optimizer of the sweep ({among}) reads {', '.join(idle)}; leave it out"
+        )
 
 
 def read_plan(path: Path) -> tuple[list[Task], Path | None]:
@@ -126,12 +151,13 @@ def read_plan(path: Path) -> tuple[list[Task], Path | None]:
         parts = value if name == "grid" and isinstance(value, list) else [value]
         if not all(type(part) is known[name] for part in parts):  # a bool is an int to isinstance
             raise InputError(f"{name} in {path} must be {in_words[known[name]]}, got {value!r}")
-    what = dict(settings=values.get("settings"), seeds=values.get("seeds"))
+    settings = values.get("settings", {})
     grids = values.get("grid", {})
     tasks: list[Task] = []
     for grid in grids if isinstance(grids, list) else [grids]:
         lists = {k: v if isinstance(v, list) else [v] for k, v in grid.items()}
-        tasks += plan(values["run"], lists, **what)
+        tasks += _tasks(values["run"], lists, settings, values.get("seeds"))
+    _refuse_idle(tasks, _chosen(settings))  # one of the other grids may read them
     once = list({task.name: task for task in tasks}.values())
     return once, Path(values["out"]) if values.get("out") else None
 
