@@ -672,7 +672,7 @@ def _has_term_for_all(losses: Tensor) -> bool:
 
 
 def _was_a_number(losses: Tensor) -> bool:
-    """Returns whether a single loss comes from one without dimensions, as a mean of all is.
+    """Returns whether a single loss is a mean, or comes from a number without dimensions.
 
     The loss of a single example has one, even where the model gets more: with TRADES its image and
     the attacked one, or a sequence that runs along the first dimension.
@@ -680,10 +680,13 @@ def _was_a_number(losses: Tensor) -> bool:
     waiting = [losses.grad_fn]
     for node in waiting:
         for child, output in node.next_functions if node is not None else ():
-            size = None if child is None else size_of(GradientEdge(child, output))
-            if size is not None and len(size) == 0:
+            if child is None:
+                continue
+            size = size_of(GradientEdge(child, output))
+            mean = node is not None and node.name().startswith("MeanBackward")
+            if len(size) == 0 or (mean and size[0] > 1):
                 return True
-            if size is not None and size.numel() == 1 and child not in waiting:
+            if size.numel() == 1 and child not in waiting:
                 waiting.append(child)
     return False
 

@@ -455,9 +455,10 @@ def test_the_mistakes_that_people_make_get_an_answer():
             ENGM(model, 0.1).step(lambda r=repeat: r(losses_of(model, x, y).mean()))
     with pytest.raises(TypeError, match="positional"):  # where SGD has its dampening
         ENGM(model, 0.1, 0.9, 0.0)
-    for single in (lambda loss: loss[None], lambda loss: loss.reshape(1)):
+    for single in (lambda losses: losses.mean()[None], lambda losses: losses.mean().reshape(1),
+                   lambda losses: 2 * losses.mean(0, keepdim=True)):  # fmt: skip
         with pytest.warns(UserWarning, match="returns a single loss.*length 6: .*reduction='none'"):
-            ENGM(model, 0.1).step(lambda s=single: s(losses_of(model, x, y).mean()))
+            ENGM(model, 0.1).step(lambda s=single: s(losses_of(model, x, y)))
     with pytest.raises(InputError, match="max_norm must be above 0"):
         MSGD(model.parameters(), 0.1, max_norm=0)
     with pytest.raises(InputError, match="weight_decay must be a number.* got -1"):
