@@ -121,7 +121,8 @@ def test_the_three_lines_of_the_readme_run_before_and_after():
         model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(16, 3))
         start = model[1].weight.detach().clone()
         x_adv, y = torch.rand(5, 1, 4, 4), torch.tensor([0, 1, 2, 0, 1])
-        names = dict(torch=torch, engm=engm, F=functional, model=model, x_adv=x_adv, y=y)
+        names = dict(torch=torch, engm=engm, F=functional, model=model, x=x_adv, y=y)
+        names["attack"] = lambda model, x, y: x
         exec(code, names)
         assert isinstance(names["optimizer"], torch.optim.SGD)
         assert not torch.equal(model[1].weight, start)
