@@ -231,7 +231,7 @@ def pick_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(0, device=device).cpu()  # "meta" has no numbers to copy
     except (RuntimeError, AssertionError, TypeError, ImportError) as error:
-        reason = str(error).split("\n")[0]
+        reason = str(error).split("\n")[0].split(". ")[0]
         raise InputError(f"cannot use device {name!r}: {reason}; use 'cpu' or 'auto'") from None
     return device
 

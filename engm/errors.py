@@ -1,6 +1,8 @@
-"""The two errors that a user of the kit meets on purpose, and three checks that all rooms share."""
+"""What a user of the kit is told: two errors, a warning, and three checks that all rooms share."""
 
 import math
+import sys
+import warnings
 from collections.abc import Iterable
 from numbers import Integral, Real
 
@@ -22,6 +24,15 @@ class NonFiniteLossError(FloatingPointError):
     """
 
     steps_ago = 0
+
+
+def warn(message: str) -> None:
+    """Warns at the line that called the optimizer, outside of it and of torch."""
+    inside = ("engm.errors", "engm.optim", "engm.norms", "torch.")
+    level, frame = 1, sys._getframe()
+    while frame.f_back and f"{frame.f_globals.get('__name__')}.".startswith(inside):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, stacklevel=level)
 
 
 def check_count(name: str, value: int, low: int = 1, high: int | None = None) -> int:

@@ -6,11 +6,11 @@ All take their step with the same call, whose closure returns one loss per examp
 """
 
 import math
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, get_args
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ from torch.utils.checkpoint import CheckpointError
 
 from engm import distributed
 from engm.config import RunConfig
-from engm.errors import InputError, NonFiniteLossError, check_choice, check_number
+from engm.errors import InputError, NonFiniteLossError, check_choice, check_number, warn
 from engm.norms.graph import nodes_under
 from engm.norms.measures import (
     NO_STEP,
@@ -125,6 +125,8 @@ class _ExampleSGD(torch.optim.SGD):
     """
 
     max_norm: float | None = None  # of the gradient of a batch, all parameter groups together
+    _left: tuple[Any, int] | None = None  # a gradient that the last step left, and its version
+    _told = False
     # so that a GradScaler hands its scale to `step`, which refuses it
     _step_supports_amp_scaling = True
 
@@ -150,7 +152,8 @@ class _ExampleSGD(torch.optim.SGD):
         """Returns all but hooks, for copies and pickles; torch's own keeps groups and state."""
         values = vars(self).items()
         # `step` on the instance is that of a scheduler
-        return {k: v for k, v in values if k != "step" and not k.endswith("_hooks")}
+        apart = ("step", "_left")
+        return {k: v for k, v in values if k not in apart and not k.endswith("_hooks")}
 
     def step(  # type: ignore[override]
         self, closure: Closure | None = None, inputs: Tensor | None = None
@@ -205,8 +208,9 @@ class _ExampleSGD(torch.optim.SGD):
             InputError: As `step`, or if a backward pass filled `p.grad` meanwhile.
             NonFiniteLossError: As `step`.
         """
-        if not self._started:
+        if not self._count:
             self._warn_of_gradients()
+        if not self._started:
             distributed.share_values(self._parameters())
             closure = partial(self._first_losses, closure)
         before = [(p, p.grad, _version(p.grad)) for p in self._parameters()]
@@ -242,12 +246,21 @@ class _ExampleSGD(torch.optim.SGD):
         return losses
 
     def _warn_of_gradients(self) -> None:
-        if any(p.grad is not None and bool(p.grad.any()) for p in self._parameters()):
-            warnings.warn(
+        held = [p.grad for p in self._parameters() if p.grad is not None]
+        left, version = self._left or (None, -1)
+        if left is not None and any(left() is g and g._version == version for g in held):
+            self._left = None
+            if not self._told:
+                self._told = True
+                warn(
+                    "p.grad holds the gradient of the step before, which is added to this step; "
+                    "call zero_grad() before each step"
+                )
+        if not self._started and any(bool(gradient.any()) for gradient in held):
+            warn(
                 "p.grad is not empty before the first step, and is added to it, as is meant where "
                 "it is the gradient of a penalty. If an attack filled it, call zero_grad() after "
-                "the attack, right before step()",
-                stacklevel=4,
+                "the attack, right before step()"
             )
 
     def _add(self, closure: Closure | None, inputs: Tensor | None) -> Tensor:
@@ -316,6 +329,8 @@ class _ExampleSGD(torch.optim.SGD):
             update = update.__wrapped__  # type: ignore[attr-defined]
         update(self)
         self._guard.steps += 1
+        left = next((p.grad for p in self._gradients if p.grad is not None), None)
+        self._left = None if left is None else (ref(left), left._version)
 
     def _fuse(self) -> None:
         # the fused update alone can be skipped on the device; it needs the momentum from the start
@@ -547,11 +562,10 @@ class ENGM(_ExampleSGD):
         finally:
             hook.remove()
         if len(losses) == 1 and max(given, default=1) > 1 and _was_a_number(losses):
-            warnings.warn(
+            warn(
                 f"the closure returns a single loss, and the model got a tensor of length "
                 f"{max(given)}: if these are {max(given)} examples, write reduction='none', so "
-                "that each has a loss of its own",
-                stacklevel=4,
+                "that each has a loss of its own"
             )
         if _is_one_number(losses):
             raise InputError(
@@ -559,13 +573,12 @@ class ENGM(_ExampleSGD):
                 "so that each example has a loss of its own"
             )
         if _has_term_for_all(losses):
-            warnings.warn(
+            warn(
                 "the losses hold a term that is the same for all examples, as a mean over the "
                 "batch or a penalty on the weights is: it counts in the norm of each example, and "
                 "is weighed as the example is. Of a mean take the parts of the examples, with "
                 "reduction='none' (of kl_div: then .sum(1)). For a penalty give ENGM weight_decay "
-                "instead, or call penalty.backward() between zero_grad() and step()",
-                stacklevel=4,
+                "instead, or call penalty.backward() between zero_grad() and step()"
             )
         return losses
 
@@ -581,10 +594,9 @@ class ENGM(_ExampleSGD):
             self._trained = True
         elif self._trained:
             self._trained = False
-            warnings.warn(
+            warn(
                 "the model is in eval mode, though it was in train mode before; if an attack left "
-                "it so, call model.train() after the attack",
-                stacklevel=4,
+                "it so, call model.train() after the attack"
             )
 
     def state_dict(self) -> dict[str, Any]:

@@ -79,6 +79,7 @@ def test_a_recipe_is_overridden_by_what_is_given_alone_even_where_that_is_the_de
     assert seen[0].items() >= (published | {"lr": 0.1}).items()
     assert "recipe mart: YisenWang/MART, train_resnet.py; options override it" in output
     assert "a quick try: --subset 500 --width 8" in output
+    assert ", wants a GPU; quicker: --model preact_resnet18" in output
     few = "--subset", "500", "--test-images", "100"
     assert "a quick try" not in call(*command, *few[:2], code=130)
     assert "a quick try" in call(*command, "--subset", 1000, code=130)  # it attacks all test images
@@ -148,7 +149,7 @@ def test_evaluate_runs_autoattack_when_it_is_asked(runs, monkeypatch):
     assert "shows it beside the other runs" in output
     remarks.append("best")  # of which another evaluation is the one that a report reads
     output = call("evaluate", folder, "--device", "cpu")
-    assert "shows it" not in output and "take the one that stays away" in output
+    assert "shows it" not in output and "move evaluation-best.json out" in output
 
 
 def test_report_puts_the_seeds_into_one_row(runs, tmp_path):
@@ -252,6 +253,9 @@ def test_every_setting_of_a_run_is_an_option(runs):
         (["train", "--seed", ""], "'' is not a whole number"),
         (["train", "--lr", f"{10**400}/1"], "is not a number such as 0.03 or 8/255"),
         (["train", "--wd", "1"], "--weight-decay"),
+        (["train", "--opt", "engm"], "did you mean --optimizer?"),
+        (["train", "--validation-images", "1000"], "--validation-images must be a whole number"),
+        (["sweep", "train", "--set", "dataset=cifar100"], "engm prepare cifar100"),
         (["train", "--lr", "0.1", "--lr=0.2"], "--lr is given twice; give it once"),
         (["train", "--compile", "--no-compile"], "--compile is given twice"),
         (["train", "--method", "trade"], "; did you mean trades?"),
@@ -291,7 +295,19 @@ def test_mistakes_get_one_line_that_names_what_is_valid(
     places = {"RUN": run, "FILE": run / "config.json", "ROOT": runs[0]}
     code = (
         1
-        if {"nowhere", "gpu", "ROOT", "FILE", "801", "06_cifar", "lr=0.1", "ls=0.2"} & {*arguments}
+        if {
+            "nowhere",
+            "gpu",
+            "ROOT",
+            "FILE",
+            "801",
+            "06_cifar",
+            "lr=0.1",
+            "ls=0.2",
+            "1000",
+            "dataset=cifar100",
+        }
+        & {*arguments}
         else 2
     )
     arguments = [places.get(a, a) for a in arguments]
@@ -373,6 +389,10 @@ def test_run_and_demo_say_what_takes_hours_and_how_to_go_on_after_ctrl_c(monkeyp
     monkeypatch.setattr(notebooks, "run", stop)
     monkeypatch.setattr(report, "run", stop)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setenv("ENGM_DATA", str(tmp_path / "data"))
+    missing = call("run", "06_cifar", "-p", "dataset", "cifar10", code=1)
+    assert "CIFAR-10 is not prepared" in missing  # before anything runs
+    monkeypatch.setattr("engm.data.recorded_digest", lambda name: "0" * 64)
     again = "has what ran; the same command runs it from the start"
     plain = call("run", "03_engm_step_by_step", "--out", tmp_path, code=130)
     assert plain.endswith(f"stopped; {tmp_path / '03_engm_step_by_step.ipynb'} {again}\n")
@@ -505,7 +525,9 @@ def test_unfinished_runs_are_named_and_a_run_that_is_given_twice_is_refused(runs
     shutil.copytree(sorted(runs[0].iterdir())[0], folder)
     (folder / "result.json").unlink()
     assert f"left out, not finished: {folder}" in call("report", runs[0], folder)
-    assert "hold the same run" in call("report", runs[0], runs[0], code=1)
+    assert "is given twice; give each folder once" in call("report", runs[0], runs[0], code=1)
+    shutil.copytree(sorted(runs[0].iterdir())[0], tmp_path / "copy")
+    assert "hold the same run" in call("report", runs[0], tmp_path / "copy", code=1)
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")

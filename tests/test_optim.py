@@ -1,5 +1,6 @@
 import copy
 import io
+import warnings
 from collections.abc import Callable
 
 import pytest
@@ -316,6 +317,30 @@ def test_a_batch_of_one_is_no_mean_of_several(recwarn):
         lambda: F.cross_entropy(lstm(steps)[0][-1], y, reduction="none")
     )
     assert not [str(w.message) for w in recwarn if "single loss" in str(w.message)]
+
+
+def test_a_gradient_that_the_last_step_left_is_warned_of_once():
+    model, (x, y) = network(), batch()
+    optimizer = ENGM(model, 0.1)
+    for _ in range(2):
+        optimizer.step(lambda: losses_of(model, x, y))
+        for clear in (optimizer.zero_grad, model.zero_grad,
+                      lambda: optimizer.zero_grad(set_to_none=False)):  # fmt: skip
+            clear()
+            (0.01 * model[0].weight.square().sum()).backward()  # a penalty is no such gradient
+            optimizer.accumulate(lambda: losses_of(model, x[:3], y[:3]))
+            optimizer.accumulate(lambda: losses_of(model, x[3:], y[3:]))
+            optimizer.step()
+        optimizer.zero_grad()
+    optimizer.step(lambda: losses_of(model, x, y))
+    copied = copy.deepcopy(optimizer)
+    with pytest.warns(UserWarning, match="holds the gradient of the step before") as told:
+        optimizer.step(lambda: losses_of(model, x, y))
+    assert told[0].filename == __file__  # not a line of torch's or the kit's
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer.step(lambda: losses_of(model, x, y))
+    assert copied._left is None
 
 
 def test_gradients_are_laid_out_as_their_parameters_so_that_torch_does_not_warn():

@@ -5,7 +5,8 @@ import re
 import shlex
 import sys
 import tomllib
-from collections import defaultdict
+from collections import Counter, defaultdict
+from contextlib import suppress
 from graphlib import TopologicalSorter
 from importlib.metadata import packages_distributions
 from pathlib import Path
@@ -15,6 +16,7 @@ import pytest
 import yaml
 
 from engm.bench import tables
+from engm.errors import InputError
 from engm.lab import batch as notebooks
 from engm.lab.parameters import check
 from engm.report.records import collect
@@ -203,6 +205,28 @@ def test_the_tables_of_the_results_are_what_the_logs_give(folder, monkeypatch, c
 def test_the_results_name_runs_that_are_there():
     assert LOGS
     assert sum(map(len, LOGS.values())) == len(COMMANDS)
+
+
+def test_the_rows_that_are_ahead_or_behind_are_as_many_as_the_text_counts():
+    from engm.report import run_report
+
+    found = Counter()
+    for folder in LOGS:
+        with suppress(InputError):  # one without MSGD, or without all seeds
+            built = run_report.build(collect(folder)[0], compare="msgd", choose=["lr"])
+            for line in built.text("markdown").splitlines():
+                cells = [cell.strip() for cell in line.strip("| ").split("|")]
+                if cells[-1] in ("ahead", "behind"):
+                    (which,) = {"robust (best)", "robust (last)"} & set(cells)
+                    found[which, cells[-1]] += 1
+    assert found == {
+        ("robust (last)", "ahead"): 3,
+        ("robust (last)", "behind"): 3,
+        ("robust (best)", "behind"): 4,
+    }
+    text = " ".join(RESULTS.split())
+    assert "At the last one, three of all the rows" in text and "are ahead of MSGD" in text
+    assert "three others are behind, and at the best checkpoint four rows are behind" in text
 
 
 def test_the_learning_rates_of_the_text_are_those_that_the_validation_images_choose():

@@ -105,7 +105,16 @@ def test_checks_that_saw_few_examples_say_so():
         said = {c.name for c in report.checks if f"with {n} examples" in c.meaning}
         assert said >= {"more steps", "success rises with eps", "losses agree"}
     nothing = engm.evaluate(model, (x, (y + 1) % 5), eps=EPS)
-    assert "No image is classified rightly" in str(nothing)
+    assert "No image is classified rightly" in str(nothing) and not nothing.gradient_masking
+
+
+def test_weights_that_are_nan_are_not_said_to_change():
+    _, x, y = problem()
+    broken = nn.Sequential(nn.Flatten(), nn.Linear(x[0].numel(), 5))
+    broken[1].weight.data[0] = torch.nan
+    report = engm.evaluate(broken, (x, y), eps=EPS)
+    flags = {check.name for check in report.flags}
+    assert "logits" in flags and "test-time training" not in flags
 
 
 def test_a_lack_of_memory_is_not_taken_for_a_lack_of_gradients():

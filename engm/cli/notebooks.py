@@ -37,6 +37,7 @@ def run(
     \b
     engm run 06_cifar -p dataset cifar10 -p eps 8/255
     """
+    from engm.data import load, recorded_digest
     from engm.lab import batch, parameters
 
     path = batch.find(notebook)
@@ -54,6 +55,8 @@ def run(
         elif "epochs" in parameters.parameters(path):
             say("the runs that it trains are not kept: -p out FOLDER keeps them, and goes on")
             then += ", with -p out FOLDER it keeps the runs that it trains and goes on with them"
+    if config.dataset != "digits" and recorded_digest(config.dataset) is None:
+        load(config.dataset)  # says how to prepare it
     warn_of_hours(config, "auto", f"engm train --dataset {config.dataset} ")
     with stoppable(then):
         done = batch.run(path, given, output_dir=out, timeout=timeout)

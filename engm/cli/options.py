@@ -23,7 +23,8 @@ QUICK = "--subset 500 --width 8 --epochs 1 --validation-images 100 --test-images
 
 def meant(word: str, known: Collection[str]) -> str:
     """Returns the question which of the known words was meant; empty where none is like it."""
-    close = get_close_matches(word.lower(), known, n=1)
+    close = [each for each in known if each.startswith(word.lower())]
+    close = close or get_close_matches(word.lower(), known, n=1)
     return f"; did you mean {close[0]}?" if close else ""
 
 

@@ -32,6 +32,7 @@ from engm.cli.options import (
 from engm.config import READ_BY, RECIPES, TYPES, RunConfig, choices
 from engm.errors import InputError
 
+_SMALLER = "--model preact_resnet18 --width 8"
 _PREPARED = [name for name in choices(TYPES["dataset"]) if name != "digits"]
 
 
@@ -61,7 +62,9 @@ def prepare(name: str | None, archive: Path | None, root: Path | None) -> None:
         for spec in (SPECS[name] for name in _PREPARED):
             size = " x ".join(map(str, spec.image_shape))
             counts = f"{spec.train_count:,} + {spec.test_count:,} images, {size}"
-            click.echo(f"  {spec.name:14} {counts:36} {caches.cache_size(spec):.2f} GB on the disk")
+            there = ", prepared" * (recorded_digest(spec.name, root) is not None)
+            size = f"{caches.cache_size(spec):.2f} GB on the disk{there}"
+            click.echo(f"  {spec.name:14} {counts:36} {size}")
         click.echo("A download takes room beside the cache until it has been read.")
         return
     if name == "digits":
@@ -151,6 +154,9 @@ def train(
                     done = load_tensors(last)["epoch"]
                 say(f"going on after epoch {done} of {config.epochs}")
             warn_of_hours(config, device)
+            if config.recipe and on.type == "cpu" and "model" not in given:
+                network = f"{config.model} of width {config.width}"
+                say(f"the recipe's network, {network}, wants a GPU; quicker: {_SMALLER}")
     how: dict[str, Any] = dict(device=device, dataset=dataset, save_adversarial=save_adversarial)
     with stoppable("the same command goes on after the last whole epoch"):
         run = finished or fit(config, out, **how)
@@ -209,9 +215,10 @@ def evaluate(
         f"attacking the {' and the '.join(checkpoints)} checkpoint of {quoted(run.resolve())} on "
         f"{images or len(dataset.test):,} test images of {dataset.title}{first}"
     )
-    if not (run / RESULT).exists():
+    ended = (run / RESULT).exists()
+    if not ended:
         say("this run has not ended; evaluate it again when it has: checkpoints are others then")
-    aside = False
+    aside: list[str] = []
     for which in checkpoints:
         with stoppable(
             f"the evaluation of the {which} checkpoint is not kept, but for what AutoAttack has "
@@ -221,10 +228,13 @@ def evaluate(
                 run, which, dataset, **options, autoattack=autoattack, progress=True
             )
         click.echo(f"{which} checkpoint: {report}\n")
-        aside = aside or bool(report.remark)
+        aside += [f"evaluation-{which}.json"] if report.remark else []
     click.echo(f"written to {click.format_filename(run)}")
-    if aside:
-        say("next: to have engm report read this evaluation, take the one that stays away")
+    if not ended:
+        say("next: the same engm train command as before goes on with the run")
+    elif aside:
+        files = " and ".join(aside)
+        say(f"next: to have engm report read this evaluation, move {files} out of the folder")
     else:
         above = run.parent if run.name else run.resolve().parent  # of "." there is no parent
         say(f"next: engm report {quoted(above)} shows it beside the other runs")

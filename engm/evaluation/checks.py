@@ -479,7 +479,8 @@ def repeatable(model: nn.Module, x: Tensor) -> Check:
     with eval_mode(model):
         with torch.autograd.graph.saved_tensors_hooks(lambda t: t, unpack):
             once = model(x.clone())
-        moved = [k for k, t in model.state_dict().items() if k in before and t.ne(before[k]).any()]
+        now = {k: t for k, t in model.state_dict().items() if k in before}
+        moved = [k for k, t in now.items() if not same(t, before[k])]
         again = model(x.clone())
         half = (len(x) + 1) // 2
         apart = torch.cat([model(part.clone()) for part in x.flip(0).split(half)]).flip(0)
@@ -500,6 +501,11 @@ def repeatable(model: nn.Module, x: Tensor) -> Check:
         return _judged("batch statistics", False, f"{seen} among others", wrong)
     wrong = "the model draws random numbers, and each attack meets others: take them out, or "
     return _judged("randomness", False, seen, f"{wrong}attack the mean over many draws")
+
+
+def same(tensor: Tensor, other: Tensor) -> bool:
+    """Whether two tensors of floats hold the same values, nan among them."""
+    return torch.equal(tensor.nan_to_num(), other.nan_to_num())
 
 
 def alike(logits: Tensor, others: Tensor) -> bool:
@@ -524,7 +530,8 @@ def gradients(model: nn.Module, x: Tensor, y: Tensor, *, own: bool = True) -> li
     the model, not of a stand-in.
     """
     if len(y) == 0:
-        return [Check("zero gradients", False, "No image is classified rightly; nothing was seen.")]
+        seen = "No image is classified rightly, so that gradients say nothing"
+        return [_judged("gradients not seen", False, seen, "see to the clean accuracy first")]
     with eval_mode(model), torch.enable_grad():
         here = x.detach().clone().requires_grad_()
         logits = model(here).float()

@@ -493,7 +493,7 @@ class _Guard:
         now = self._tensors()
         # whole numbers may count calls
         floats = [name for name, t in self._state.items() if t.is_floating_point()]
-        changed = [name for name in floats if not torch.equal(self._state[name], now[name])]
+        changed = [name for name in floats if not checks.same(self._state[name], now[name])]
         if changed:
             self._model.load_state_dict(self._state, strict=False)
             raise InputError(

@@ -79,11 +79,14 @@ def available() -> list[Path]:
 
 
 def find(name: str | Path) -> Path:
-    """The notebook that `name` means: a path, or a name with or without `.ipynb`."""
+    """The notebook that `name` means: a path, or a name with or without `.ipynb`, such as 06."""
     for folder in (Path(), Path("notebooks"), kit("notebooks")):
         for path in (folder / name, folder / f"{name}.ipynb"):
             if path.suffix == ".ipynb" and path.is_file():
                 return path
+    begins = [path for path in available() if path.stem.startswith(f"{name}_")]
+    if len(begins) == 1:
+        return begins[0]
     names = ", ".join(path.stem for path in available())
     raise InputError(f"there is no notebook {str(name)!r}; take one of {names}, or a path")
 

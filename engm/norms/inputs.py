@@ -8,11 +8,12 @@ much about the norm is known from importance sampling (Katharopoulos and Fleuret
 1803.00942). With both, the line becomes a plane.
 """
 
-import warnings
 from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor
+
+from engm.errors import warn
 
 # Share of the old coefficients that a new fit leaves.
 _SMOOTHING = 0.5
@@ -95,11 +96,10 @@ class InputEstimate:
         )
         if not self.useful and not self._warned:
             self._warned = True
-            warnings.warn(
+            warn(
                 f"at step {step} the line from the proxy explains "
                 f"{self.fits[-1].r_squared:.0%} of the example norms' variance; exact norms are "
-                "used until a later fit is better",
-                stacklevel=4,
+                "used until a later fit is better"
             )
 
     def estimate(self, inputs: Tensor) -> Tensor:

@@ -3,7 +3,6 @@
 `Watch` finds it exactly for all examples in one backward pass; `loop_norms` in one an example.
 """
 
-import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
-from engm.errors import InputError
+from engm.errors import InputError, warn
 from engm.norms.graph import Call, Graph
 from engm.norms.layers import Share, Stored, formula_of
 from engm.norms.operations import (
@@ -32,7 +31,10 @@ from engm.norms.saved import Kept, Reader, hooks_on_saved
 
 _NOTHING = "the losses do not depend on any of the parameters; is it the same model?"
 WAY_OUT = "use norms='loop', which takes every model at the price of one backward pass an example"
-_DETACH = "where a loss holds a number of the whole batch, such as losses.mean(), detach it"
+_DETACH = (
+    "give one loss for each image, in the order of the images, and detach what a loss holds of the "
+    "whole batch, such as losses.mean()"
+)
 # Numbers that may be held at once where the gradients of all examples go through a plain part.
 _AT_ONCE = 2**26
 
@@ -519,11 +521,10 @@ class Watch:
         slow = [name for parameter, name in self._owners.items() if parameter in leaves]
         if slow:
             names = ", ".join(slow[:3]) + (f" and {len(slow) - 3} more" if len(slow) > 3 else "")
-            warnings.warn(
+            warn(
                 f"the norms of {names} are found one example at a time, which is slow: there is "
                 "no formula for where they are used, a checkpoint makes something of them, or "
-                f"examples meet on the way to the losses ({_DETACH})",
-                stacklevel=2,
+                f"examples meet on the way to the losses ({_DETACH})"
             )
 
 

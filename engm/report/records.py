@@ -248,6 +248,8 @@ def refuse_copies(records: Iterable[Record]) -> None:
     for record in records:
         title = record.result["data"]
         other = seen.setdefault((record.config, title), record.folder)
+        if other is not record.folder and other.resolve() == record.folder.resolve():
+            raise InputError(f"{other} is given twice; give each folder once")
         if other is not record.folder:
             raise InputError(
                 f"{other} and {record.folder} hold the same run; leave one of them out, by "

@@ -26,7 +26,7 @@ from filelock import FileLock
 from tqdm.auto import tqdm
 
 from engm.config import RunConfig
-from engm.data import recorded_digest
+from engm.data import load, recorded_digest
 from engm.errors import InputError, check_count
 from engm.runs import RESULT, check_data, make_folder, read_json, write_json
 from engm.sweep import clusters
@@ -199,8 +199,13 @@ def check(tasks: Sequence[Task], out: Path, options: Options) -> dict[str, str |
     digests = {name: recorded_digest(name, options.data_root) for name in names}
     folder = folder_of(out)
     for task in tasks:
-        if task.target == TRAIN and is_done(task, folder):
-            check_data(folder / task.name, digests[task.settings["dataset"]])
+        if task.target != TRAIN:
+            continue
+        name = task.settings["dataset"]
+        if is_done(task, folder):
+            check_data(folder / task.name, digests[name])
+        elif options.scheduler is None and name != "digits" and digests[name] is None:
+            load(name, root=options.data_root)  # which says how to prepare it
     return digests
 
 

@@ -58,6 +58,7 @@ def draw(epochs: int = 15) -> Figure:
     few, labels = attack(config.eps)(robust, x[:50], y[:50]), y[:50]
     optimizer = ENGM(robust, lr=0.0)
     losses = torch.nn.functional.cross_entropy
+    optimizer.zero_grad()
     optimizer.step(lambda: losses(robust(few), labels, reduction="none"))
     assert optimizer.last is not None
     norms, order = optimizer.last.norms, optimizer.last.norms.argsort()
