@@ -254,7 +254,6 @@ def test_every_setting_of_a_run_is_an_option(runs):
         (["train", "--lr", f"{10**400}/1"], "is not a number such as 0.03 or 8/255"),
         (["train", "--wd", "1"], "--weight-decay"),
         (["train", "--opt", "engm"], "did you mean --optimizer?"),
-        (["train", "--validation-images", "1000"], "--validation-images must be a whole number"),
         (["sweep", "train", "--set", "dataset=cifar100"], "engm prepare cifar100"),
         (["train", "--lr", "0.1", "--lr=0.2"], "--lr is given twice; give it once"),
         (["train", "--compile", "--no-compile"], "--compile is given twice"),

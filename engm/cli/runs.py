@@ -62,7 +62,7 @@ def prepare(name: str | None, archive: Path | None, root: Path | None) -> None:
         for spec in (SPECS[name] for name in _PREPARED):
             size = " x ".join(map(str, spec.image_shape))
             counts = f"{spec.train_count:,} + {spec.test_count:,} images, {size}"
-            there = ", prepared" * (recorded_digest(spec.name, root) is not None)
+            there = ", prepared" if recorded_digest(spec.name, root) else ""
             size = f"{caches.cache_size(spec):.2f} GB on the disk{there}"
             click.echo(f"  {spec.name:14} {counts:36} {size}")
         click.echo("A download takes room beside the cache until it has been read.")
