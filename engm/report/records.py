@@ -14,7 +14,7 @@ from statistics import mean, median, stdev
 from typing import Any, ClassVar, NamedTuple
 
 from engm.attacks import FGSM, PGD
-from engm.config import RunConfig
+from engm.config import OF_OPTIMIZERS, READ_BY, RunConfig
 from engm.data import SPECS
 from engm.errors import InputError
 from engm.report import tables
@@ -144,7 +144,8 @@ def summarise(records: Sequence[Record]) -> list[dict[str, Any]]:
 
     Returns:
         A row for each config, sorted: the settings in which the runs differ, and the `Quantity` of
-        each accuracy. All other settings are the same in every row.
+        each accuracy; of a setting that the optimizer of a row does not read, `None`. All other
+        settings are the same in every row.
 
     Raises:
         InputError: If two records are the same run, which would count twice.
@@ -154,7 +155,9 @@ def summarise(records: Sequence[Record]) -> list[dict[str, Any]]:
     for settings, members in groups_of(records):
         found = [accuracies(member) for member in members]
         means = {name: Quantity.of([each[name] for each in found]) for name in found[0]}
-        rows.append(settings | means)
+        idle = {*OF_OPTIMIZERS}.difference(READ_BY[members[0].config.optimizer])
+        shown = {name: None if name in idle else value for name, value in settings.items()}
+        rows.append(shown | means)
     return rows
 
 
