@@ -282,6 +282,7 @@ def test_every_setting_of_a_run_is_an_option(runs):
         (["sweep", "trian", "--grid", "lr=0.1"], "or train, for training runs"),
         (["train", "--subset", "801"], "subset must be a whole number, 1 to 800; got 801"),
         (["report", "nowhere"], "there is no folder /"),
+        (["report", "FILE"], "config.json is a file; give its folder, /"),
         (["evaluate", "ROOT"], "is not a run directory, but holds some; give one of digits-pgd_at"),
         (["trian"], "prepare, report, run, student, sweep, train; did you mean train?"),
     ],

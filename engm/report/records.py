@@ -80,6 +80,8 @@ def collect(root: Path) -> tuple[list[Record], list[Path]]:
     folders = sorted(path.parent for path in Path(root).rglob(CONFIG))
     if not folders:
         place = Path(root).resolve()
+        if place.is_file():
+            raise InputError(f"{place} is a file; give its folder, {place.parent}")
         what = "run in" if place.is_dir() else "folder"
         raise InputError(
             f"there is no {what} {place}; give a folder that `engm train` or `engm sweep train` "
