@@ -356,5 +356,5 @@ def read_json(path: Path) -> Any:
     except FileNotFoundError:
         raise InputError(f"there is no file {path}") from None
     except (ValueError, RecursionError) as error:  # the latter of brackets without end
-        message = f"{path} is not a JSON file ({error}); delete it, and the command that wrote it makes it anew"
-        raise InputError(message) from None
+        anew = "delete it, and the command that wrote it makes it anew"
+        raise InputError(f"{path} is not a JSON file ({error}); {anew}") from None

@@ -255,6 +255,7 @@ def test_every_setting_of_a_run_is_an_option(runs):
         (["train", "--wd", "1"], "--weight-decay"),
         (["train", "--opt", "engm"], "did you mean --optimizer?"),
         (["sweep", "train", "--set", "dataset=cifar100"], "engm prepare cifar100"),
+        (["sweep", "06_cifar", "--set", "dataset=cifar100"], "engm prepare cifar100"),
         (["train", "--lr", "0.1", "--lr=0.2"], "--lr is given twice; give it once"),
         (["train", "--compile", "--no-compile"], "--compile is given twice"),
         (["train", "--method", "trade"], "; did you mean trades?"),

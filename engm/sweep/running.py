@@ -181,7 +181,7 @@ def check(tasks: Sequence[Task], out: Path, options: Options) -> dict[str, str |
     """Refuses what cannot be run, before anything is.
 
     Returns:
-        The digest of each data set that the tasks train on, `None` where it has none.
+        The digest of each data set of the tasks, `None` where it has none.
 
     Raises:
         InputError: If an option has no meaning for the tasks, or a finished run is on other images.
@@ -195,16 +195,15 @@ def check(tasks: Sequence[Task], out: Path, options: Options) -> dict[str, str |
             "device, data_root and save_adversarial are for training; a notebook takes a GPU "
             "where it finds one, and its data from the folder that ENGM_DATA names"
         )
-    names = sorted({task.settings["dataset"] for task in tasks if task.target == TRAIN})
+    names = sorted({task.settings.get("dataset", "digits") for task in tasks})
     digests = {name: recorded_digest(name, options.data_root) for name in names}
+    here = options.scheduler is None
     folder = folder_of(out)
     for task in tasks:
-        if task.target != TRAIN:
-            continue
-        name = task.settings["dataset"]
-        if is_done(task, folder):
+        name, done = task.settings.get("dataset", "digits"), is_done(task, folder)
+        if done and task.target == TRAIN:
             check_data(folder / task.name, digests[name])
-        elif options.scheduler is None and name != "digits" and digests[name] is None:
+        elif here and not done and name != "digits" and digests[name] is None:
             load(name, root=options.data_root)  # which says how to prepare it
     return digests
 
