@@ -322,7 +322,7 @@ def test_a_failure_names_the_cell_and_the_reason(executed):
     # the empty cell has no number in Jupyter either
     assert (error.cell, error.source) == (3, "# why")
     assert (error.name, error.value) == ("ValueError", "red <b>")
-    assert str(error) == "cell [3] # why: ValueError: red <b>"
+    assert str(error) == "cell [3] (# why): ValueError: red <b>"
 
 
 def test_a_failed_run_leaves_no_result_of_an_earlier_one(executed):
