@@ -91,7 +91,7 @@ def test_a_recipe_is_overridden_by_what_is_given_alone_even_where_that_is_the_de
     assert "no effect" not in call(*command, "--scale", "1", "--optimizer", "engm", code=130)
     idle = call(*command, "--scale", "1", "--optimizer", "msgd", code=2)
     assert "--scale has no effect with msgd; leave it out, or take an --optimizer" in idle
-    idle = call(*command, "--max-norm", "1", "--optimizer", "engm", code=2)
+    idle = call(*command, "--max-norm", "2", "--optimizer", "engm", code=2)
     assert "--max-norm has no effect with engm" in idle and "reads it: msgd-clip" in idle
 
 

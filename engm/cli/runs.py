@@ -115,7 +115,9 @@ def train(
         config = RunConfig(**given).resolved()
     except InputError as error:
         raise click.UsageError(with_options(str(error))) from None
-    for name in sorted(given.keys() & config.unread):  # else a run of its own, the same as another
+    for name in sorted(given.keys() & config.unread):
+        if getattr(config, name) == getattr(RunConfig(), name):
+            continue  # else it would be a run of its own, the same as another
         readers = [optimizer for optimizer, names in READ_BY.items() if name in names]
         raise click.UsageError(
             f"{option_of(name)} has no effect with {config.optimizer}; leave it out, or take an "
