@@ -158,6 +158,11 @@ def load(
     default = 200 if name == "digits" else min(200 if small else 1000, pool // 10)
     held_out = check_count("validation", default if validation is None else validation, 1, pool - 1)
     left = pool - held_out
+    if isinstance(subset, int) and subset > left:
+        raise InputError(
+            f"subset must be a whole number, 1 to {left}; got {subset} ({held_out} of the {pool} "
+            "training images are for validation)"
+        )
     kept = check_count("subset", left if subset is None else subset, 1, left)
     order = stratified_order(arrays["train_labels"], check_count("split_seed", split_seed, 0))
     tested: np.ndarray | slice = slice(None)
@@ -362,6 +367,8 @@ def read_arrays(spec: DatasetSpec, root: Path | str | None) -> tuple[Arrays, dic
     command = f"engm prepare {spec.name}"
     if root is not None:
         command += f" --root {shlex.quote(str(folder))}"
+    if folder.is_file():
+        raise InputError(f"{folder} is a file; give its folder, {folder.parent}")
     if not record_path.is_file():
         raise InputError(
             f"{spec.title} is not prepared in {folder}; run `{command}`, or "

@@ -726,9 +726,12 @@ def _groups(model: nn.Module, groups: Sequence[Mapping[str, Any]]) -> list[dict[
     """Returns the parameter groups, that of all the others first."""
     named = dict(model.named_parameters())
     own: list[dict[str, Any]] = []
+    form = "groups is a list of groups: groups=[{'params': [...], ...}]"
     if isinstance(groups, Mapping):
-        raise InputError("groups is a list of groups: groups=[{'params': [...], ...}]")
+        raise InputError(form)
     for group in groups:
+        if not isinstance(group, Mapping):
+            raise InputError(f"{form}; all parameters that no group lists are trained, too")
         if "params" not in group:
             raise InputError(
                 f"a group has {', '.join(group)}, but no 'params', which lists its own"

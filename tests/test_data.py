@@ -163,6 +163,7 @@ def test_stratified_order_goes_round_the_classes_until_they_are_used_up():
         (dict(subset=True), "1 to 800"),
         (dict(subset=901, validation=100), "1 to 900"),
         (dict(validation=1000), "1 to 999"),
+        (dict(subset=801), "1 to 800; got 801 .200 of the 1000 training images are for"),
         (dict(test=798), "1 to 797"),
         (dict(split_seed=-1), "0 or more"),
     ],

@@ -490,6 +490,8 @@ def test_the_mistakes_that_people_make_get_an_answer():
         MSGD(model.parameters(), 0.1, weight_decay=-1)
     with pytest.raises(InputError, match=r"write MSGD\(model.parameters\(\), lr=...\)"):
         MSGD(model, 0.1)
+    with pytest.raises(InputError, match="not tuple; return the losses alone"):
+        optimizer.step(lambda: (losses_of(model, x, y), model(x)))
     with pytest.raises(InputError, match=r"not \[4, 5\]; add up those of an example"):
         optimizer.step(lambda: torch.ones(4, 5, requires_grad=True))
 
@@ -498,6 +500,8 @@ def test_the_mistakes_that_people_make_get_an_answer():
     ("groups", "message"),
     [
         ({"params": ["0.bias"]}, "groups is a list of groups"),
+        ([torch.zeros(2)], "groups is a list of groups.*are trained, too"),
+        ([("0.bias", torch.zeros(2))], "groups is a list of groups"),
         ([{"param": ["0.bias"]}], "a group has param, but no 'params'"),
         ([{"params": "0.bias"}], r"'params' of a group is a list: \['0.bias'\]"),
         ([{"params": ["0.bias"], "scale": 2.0}], "scale is the same for all groups"),

@@ -38,6 +38,7 @@ def run(
     engm run 06_cifar -p dataset cifar10 -p eps 8/255
     """
     from engm.data import load, recorded_digest
+    from engm.device import pick_device
     from engm.lab import batch, parameters
 
     path = batch.find(notebook)
@@ -57,6 +58,9 @@ def run(
             then += ", with -p out FOLDER it keeps the runs that it trains and goes on with them"
     if config.dataset != "digits" and recorded_digest(config.dataset) is None:
         load(config.dataset)  # says how to prepare it
+    if config.model != "small_cnn" and "width" not in given and pick_device("auto").type == "cpu":
+        quicker = "; -p width 8 is quicker" if "width" in parameters.parameters(path) else ""
+        say(f"its network, {config.model}, takes long on a CPU{quicker}")
     warn_of_hours(config, "auto", f"engm train --dataset {config.dataset} ")
     with stoppable(then):
         done = batch.run(path, given, output_dir=out, timeout=timeout)

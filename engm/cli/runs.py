@@ -87,7 +87,7 @@ def prepare(name: str | None, archive: Path | None, root: Path | None) -> None:
         if before not in (None, recorded_digest(name, root)):
             say("its images are others than before; runs on those will not go on with these")
     setting = "" if cache.parent == data_root() else f"ENGM_DATA={quoted(cache.parent)} "
-    say(f"next: {setting}engm train --dataset {name} {QUICK}")
+    say(f"next, to see that it runs: {setting}engm train --dataset {name} {QUICK}")
 
 
 @main.command()

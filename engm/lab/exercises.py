@@ -29,7 +29,16 @@ def check(answer: Any, expected: Any, hint: str, *, tolerance: float = 1e-4) -> 
     except Exception as error:  # an answer of any kind may be tried
         print(f"not yet: {hint} (your answer gave {type(error).__name__}: {error})")
         return
+    if not good and not callable(expected) and _nearly(answer, expected):
+        hint = "nearly; is it rounded, or in percent?"
     print("right" if good else f"not yet: {hint}")
+
+
+def _nearly(answer: Any, expected: Any) -> bool:
+    # a count is right or wrong
+    if not isinstance(expected, float) or not isinstance(answer, float | int):
+        return False
+    return any(_close(float(answer) / part, expected, 0.01) for part in (1, 100))
 
 
 def _close(answer: Any, expected: Any, tolerance: float) -> bool:

@@ -203,7 +203,8 @@ def run_closure(closure: Closure | None) -> Tensor:
         )
     if not isinstance(losses, Tensor) or losses.dim() != 1 or not len(losses):
         shape = list(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
-        remedy = "write reduction='none'"
+        alone = isinstance(losses, tuple | list | dict)
+        remedy = "return the losses alone" if alone else "write reduction='none'"
         if isinstance(losses, Tensor) and losses.dim():
             remedy = (
                 "add up those of an example where they are over classes, losses.sum(1), and "

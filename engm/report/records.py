@@ -108,8 +108,8 @@ def check_protocol(records: Iterable[Record]) -> None:
     differences = _differences([_protocol(record) for record in records])
     if differences:
         raise InputError(
-            f"these runs were not evaluated alike: {'; '.join(differences)}. Report them apart, or "
-            "give --mixed to have these settings as columns"
+            f"these runs were not evaluated alike: {'; '.join(differences)}. Report them apart; "
+            "engm report --mixed has these settings as columns"
         )
 
 
@@ -157,9 +157,7 @@ def summarise(records: Sequence[Record]) -> list[dict[str, Any]]:
     for settings, members in groups_of(records):
         found = [accuracies(member) for member in members]
         means = {name: Quantity.of([each[name] for each in found]) for name in found[0]}
-        idle = {*OF_OPTIMIZERS}.difference(READ_BY[members[0].config.optimizer])
-        shown = {name: None if name in idle else value for name, value in settings.items()}
-        rows.append(shown | means)
+        rows.append(settings | means)
     return rows
 
 
@@ -320,6 +318,7 @@ def groups_of(
     """Puts together runs that agree in all but their seed and `without`.
 
     Each group has the settings in which the groups differ, by which they are sorted, and its runs.
+    A setting that its optimizer does not read is `None`.
     """
     groups: dict[str, list[Record]] = defaultdict(list)
     for record in records:
@@ -332,17 +331,19 @@ def groups_of(
     ]
     if "attack" in names and set(names) & set(PROTOCOL):
         names.remove("attack")
-    found = [
-        ({name: setting[name] for name in names}, members)
-        for setting, members in zip(settings, groups.values(), strict=True)
-    ]
+    found = []
+    for setting, members in zip(settings, groups.values(), strict=True):
+        idle = {*OF_OPTIMIZERS}.difference(READ_BY[members[0].config.optimizer])
+        shown = {name: None if name in idle else setting[name] for name in names}
+        found.append((shown, members))
     # by kind first: a scale is a number or a word
     return sorted(found, key=lambda pair: [(str(type(v)), v) for v in pair[0].values()])
 
 
 def in_words(settings: dict[str, Any], names: Collection[str] | None = None) -> str:
     """Returns settings as a phrase, such as "engm, lr 0.1"; of `names` only, where given."""
-    shown = {n: settings[n] for n in (settings if names is None else names) if n in settings}
+    wanted = settings if names is None else names
+    shown = {n: settings[n] for n in wanted if settings.get(n) is not None}
     return ", ".join(short(v) if n in ALWAYS else f"{n} {short(v)}" for n, v in shown.items())
 
 
