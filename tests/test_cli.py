@@ -224,6 +224,7 @@ def test_report_mixes_what_was_not_evaluated_alike_only_when_told(runs, tmp_path
         (folder / name).write_text(text)
     output = call("report", runs[0], folder, code=1)
     assert "not evaluated alike: eval_steps 2 (2 runs), 9 (1 run)" in output
+    assert f"differs from most is {folder}" in output
     assert "| eval_steps |" in call("report", runs[0], folder, "--mixed")
 
 
@@ -259,6 +260,7 @@ def test_every_setting_of_a_run_is_an_option(runs):
         (["train", "--lr", "0.1", "--lr=0.2"], "--lr is given twice; give it once"),
         (["train", "--compile", "--no-compile"], "--compile is given twice"),
         (["train", "--method", "trade"], "; did you mean trades?"),
+        (["prepare", "--archive", "x"], "of which data set? engm prepare NAME --archive x"),
         (["prepare", "cifar"], "'cifar' is not one of fashion-mnist, cifar10, cifar100, tiny"),
         (["prepare", "digits"], "the digits come with scikit-learn and need no preparation"),
         (["evaluate", "x", "--images", "0"], "'0' is not a whole number from 1 on"),

@@ -57,6 +57,8 @@ def prepare(name: str | None, archive: Path | None, root: Path | None) -> None:
     from engm.data import SPECS, data_root, load, recorded_digest
     from engm.preparation import caches
 
+    if name is None and archive is not None:
+        raise click.UsageError(f"of which data set? engm prepare NAME --archive {quoted(archive)}")
     if name is None:
         click.echo("Data sets to prepare (engm prepare NAME, or --help):")
         for spec in (SPECS[name] for name in _PREPARED):
@@ -169,7 +171,7 @@ def train(
         click.echo(intervals(record))
         if chance := near_chance([record]):
             warmup = ", or an --awp-warmup" if config.awp else ""
-            say(f"{chance}; a smaller --lr, more --epochs{warmup} may help\n")
+            say(f"{chance}; a smaller --lr, more --epochs or images{warmup} may help\n")
         say(
             f"next: engm evaluate {quoted(run.folder)} attacks it in more ways, "
             f"engm report {quoted(out)} puts it beside others"
@@ -413,7 +415,9 @@ def sweep(
         say(f"{len(failed)} of {count} failed; the same command tries them again")
         sys.exit(1)
     notebooks = "each folder has the executed notebook and its result"
-    say(f"next: engm report {quoted(out)}" if trained else notebooks)
+    optimizers = {each.task.settings["optimizer"] for each in trained}
+    pairs = " --compare msgd" if len(optimizers) > 1 and "msgd" in optimizers else ""
+    say(f"next: engm report {quoted(out)}{pairs}" if trained else notebooks)
 
 
 def _count(number: int) -> str:

@@ -99,7 +99,8 @@ def choose(
     fixed = {*ALWAYS, *PROTOCOL, "seed", compared}
     known = [name for name in TYPES if name not in fixed]
     if wrong := [name for name in names if name not in known]:
-        raise InputError(f"cannot choose {', '.join(wrong)}; choose of {', '.join(known)}")
+        why = f" ({compared} is what is compared)" if compared in wrong else ""
+        raise InputError(f"cannot choose {', '.join(wrong)}{why}; choose of {', '.join(known)}")
     kept, remarks = [], []
     budgets: dict[str, int] = {}
     searches = groups_of(records, without=names)

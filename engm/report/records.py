@@ -105,11 +105,15 @@ def check_protocol(records: Iterable[Record]) -> None:
     Raises:
         InputError: If they differ; the message says in what, and how many runs have which value.
     """
-    differences = _differences([_protocol(record) for record in records])
-    if differences:
+    records = list(records)
+    protocols = [_protocol(record) for record in records]
+    if differences := _differences(protocols):
+        counts = Counter(map(str, protocols))
+        rare = min(range(len(records)), key=lambda i: counts[str(protocols[i])])
         raise InputError(
-            f"these runs were not evaluated alike: {'; '.join(differences)}. Report them apart; "
-            "engm report --mixed has these settings as columns"
+            f"these runs were not evaluated alike: {'; '.join(differences)}. The first that "
+            f"differs from most is {records[rare].folder}. Report them apart; engm report --mixed "
+            "has these settings as columns"
         )
 
 
