@@ -222,7 +222,10 @@ def test_each_value_of_the_compared_setting_has_its_own_choice(tmp_path):
         "unequal search: settings were chosen for msgd, precision bfloat16 from 2, msgd, "
         "precision float32 from 3"
     ) in done.remarks
-    with pytest.raises(InputError, match="cannot choose precision .precision is what is compared.; choose of .*subset"):
+    with pytest.raises(
+        InputError,
+        match="cannot choose precision .precision is what is compared.; choose of .*subset",
+    ):
         choose(collect(tmp_path)[0], ["precision"], compared="precision")
 
 
