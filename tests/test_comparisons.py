@@ -10,7 +10,7 @@ from engm.config import OF_OPTIMIZERS, READ_BY, TYPES, choices
 from engm.errors import InputError
 from engm.report import run_report
 from engm.report.comparisons import choose, compare
-from engm.report.records import collect
+from engm.report.records import collect, groups_of
 from engm.report.statistics import paired_differences
 
 DIGITS = Path(__file__).parents[1] / "results" / "digits"
@@ -42,6 +42,17 @@ def sweep(tmp_path):
 def test_every_optimizer_of_the_kit_has_its_settings_told(tmp_path):
     assert set(READ_BY) == set(choices(TYPES["optimizer"]))
     assert {name for names in READ_BY.values() for name in names} == set(OF_OPTIMIZERS)
+
+
+def test_a_setting_that_is_not_read_is_shown_only_where_nothing_else_tells_rows_apart(tmp_path):
+    for seed in (0, 1):
+        add_run(tmp_path, 0.5, 0.4, optimizer="msgd", seed=seed)
+        add_run(tmp_path, 0.6, 0.4, optimizer="engm", floor=0.5, seed=seed)
+    rows = [settings for settings, _ in groups_of(collect(tmp_path)[0])]
+    assert {(row["optimizer"], row["floor"]) for row in rows} == {("msgd", None), ("engm", 0.5)}
+    add_run(tmp_path, 0.7, 0.4, optimizer="msgd", floor=0.9, seed=0)
+    rows = [settings for settings, _ in groups_of(collect(tmp_path)[0])]
+    assert {row["floor"] for row in rows if row["optimizer"] == "msgd"} == {0.05, 0.9}
 
 
 def test_the_validation_images_choose_and_the_test_images_do_not(sweep):

@@ -44,6 +44,8 @@ def run(
     path = batch.find(notebook)
     given = parameters.parse(path, once(values, "leave one of them out"))
     config = parameters.check_ranges(given)
+    if config.dataset != "digits" and recorded_digest(config.dataset) is None:
+        load(config.dataset)  # says how to prepare it
     shown = ", ".join(f"{name} = {value!r}" for name, value in given.items())
     folder = out.resolve()
     say(f"running {path.stem} with {shown or 'its defaults'}, in {quoted(folder)}")
@@ -56,8 +58,6 @@ def run(
         elif "epochs" in parameters.parameters(path):
             say("the runs that it trains are not kept: -p out FOLDER keeps them, and goes on")
             then += ", with -p out FOLDER it keeps the runs that it trains and goes on with them"
-    if config.dataset != "digits" and recorded_digest(config.dataset) is None:
-        load(config.dataset)  # says how to prepare it
     if config.model != "small_cnn" and "width" not in given and pick_device("auto").type == "cpu":
         quicker = "; -p width 8 is quicker" if "width" in parameters.parameters(path) else ""
         say(f"its network, {config.model}, takes long on a CPU{quicker}")

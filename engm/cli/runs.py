@@ -32,7 +32,6 @@ from engm.cli.options import (
 from engm.config import READ_BY, RECIPES, TYPES, RunConfig, choices
 from engm.errors import InputError
 
-_SMALLER = "--model preact_resnet18 --width 8"
 _PREPARED = [name for name in choices(TYPES["dataset"]) if name != "digits"]
 
 
@@ -159,8 +158,10 @@ def train(
                 say(f"going on after epoch {done} of {config.epochs}")
             warn_of_hours(config, device)
             if config.recipe and on.type == "cpu" and "model" not in given:
-                network = f"{config.model} of width {config.width}"
-                say(f"the recipe's network, {network}, wants a GPU; quicker: {_SMALLER}")
+                say(
+                    f"the recipe's network, {config.model} of width {config.width}, wants a GPU; "
+                    "quicker: --model preact_resnet18 --width 8"
+                )
     how: dict[str, Any] = dict(device=device, dataset=dataset, save_adversarial=save_adversarial)
     with stoppable("the same command goes on after the last whole epoch"):
         run = finished or fit(config, out, **how)

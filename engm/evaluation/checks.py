@@ -499,10 +499,8 @@ def repeatable(model: nn.Module, x: Tensor) -> Check:
         wrong = "as BatchNorm in train mode has it, or noise from a fixed seed, no image has an "
         wrong += "answer of its own: take that out (of a model within a function: call its eval())"
         return _judged("batch statistics", False, f"{seen} among others", wrong)
-    wrong = (
-        "the model draws random numbers, and each attack meets others: take them out (of a model "
-    )
-    wrong += "within a function: call its eval()), or attack the mean over many draws"
+    wrong = "the model draws random numbers, and each attack meets others: take them out (of a "
+    wrong += "model within a function: call its eval()), or attack the mean over many draws"
     return _judged("randomness", False, seen, wrong)
 
 

@@ -322,7 +322,7 @@ def groups_of(
     """Puts together runs that agree in all but their seed and `without`.
 
     Each group has the settings in which the groups differ, by which they are sorted, and its runs.
-    A setting that its optimizer does not read is `None`.
+    A setting that its optimizer does not read is `None`, unless groups would then look alike.
     """
     groups: dict[str, list[Record]] = defaultdict(list)
     for record in records:
@@ -335,11 +335,13 @@ def groups_of(
     ]
     if "attack" in names and set(names) & set(PROTOCOL):
         names.remove("attack")
-    found = []
+    shown = []
     for setting, members in zip(settings, groups.values(), strict=True):
         idle = {*OF_OPTIMIZERS}.difference(READ_BY[members[0].config.optimizer])
-        shown = {name: None if name in idle else setting[name] for name in names}
-        found.append((shown, members))
+        shown.append({name: None if name in idle else setting[name] for name in names})
+    if len({repr(row) for row in shown}) < len(shown):  # rows that nothing else tells apart
+        shown = [{name: setting[name] for name in names} for setting in settings]
+    found = list(zip(shown, groups.values(), strict=True))
     # by kind first: a scale is a number or a word
     return sorted(found, key=lambda pair: [(str(type(v)), v) for v in pair[0].values()])
 
