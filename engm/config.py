@@ -3,12 +3,11 @@
 import hashlib
 import json
 from dataclasses import asdict, dataclass, field, fields
-from difflib import get_close_matches
 from operator import ge, gt, le, lt
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from engm.errors import InputError
+from engm.errors import InputError, meant
 from engm.values import fit, read
 
 DatasetName = Literal["digits", "fashion-mnist", "cifar10", "cifar100", "tiny-imagenet"]
@@ -155,8 +154,9 @@ class RunConfig:
         None, "trades, mart: weight of the divergence; default: 6 and 5", at_least=0
     )
     awp: float = _option(
-        0.0, "AWP: weight perturbation relative to the weights, such as 0.01; 0: none", at_least=0
-    )
+        0.0, "AWP: weight perturbation relative to the weights, such as 0.01; 0: none",
+        at_least=0, at_most=1,
+    )  # fmt: skip
     awp_warmup: int = _option(0, "AWP: epochs before it starts", at_least=0)
     label_smoothing: float = _option(
         0.0, "fraction of the label spread over all classes; not with mart", at_least=0, below=1
@@ -250,11 +250,8 @@ class RunConfig:
         """
         unknown = [str(name) for name in values if name not in TYPES]
         if unknown:
-            close = get_close_matches(unknown[0], TYPES, n=1)
-            hint = f" (did you mean {close[0]}?)" if close else ""
-            raise InputError(
-                f"unknown setting {', '.join(unknown)}{hint}; the settings are {', '.join(TYPES)}"
-            )
+            names = f"unknown setting {', '.join(unknown)}; the settings are {', '.join(TYPES)}"
+            raise InputError(names + meant(unknown[0], TYPES))
         return cls(**values)
 
     @property

@@ -156,7 +156,8 @@ def load(
     pool = len(arrays["train_labels"])
     small = name != "digits" and subset is not None and subset < SMALL
     default = 200 if name == "digits" else min(200 if small else 1000, pool // 10)
-    held_out = check_count("validation", default if validation is None else validation, 1, pool - 1)
+    held_out = default if validation is None else validation
+    held_out = check_count("validation_images", held_out, 1, pool - 1)
     left = pool - held_out
     if isinstance(subset, int) and subset > left:
         raise InputError(
@@ -169,7 +170,7 @@ def load(
     if small and test is None:
         test = min(SMALL, len(arrays["test_labels"]))
     if test is not None:
-        count = check_count("test", test, 1, len(arrays["test_labels"]))
+        count = check_count("test_images", test, 1, len(arrays["test_labels"]))
         tested = stratified_order(arrays["test_labels"], split_seed)[:count]
 
     def split(part: str, index: np.ndarray | slice) -> Split:

@@ -1,9 +1,10 @@
-"""What a user of the kit is told: two errors, a warning, and three checks that all rooms share."""
+"""What a user of the kit is told: two errors, a warning, and what all rooms say and check."""
 
 import math
 import sys
 import warnings
-from collections.abc import Iterable
+from collections.abc import Collection
+from difflib import get_close_matches
 from numbers import Integral, Real
 
 
@@ -46,11 +47,41 @@ def check_count(name: str, value: int, low: int = 1, high: int | None = None) ->
 
 def check_number(name: str, value: float, example: str) -> None:
     """Refuses what is not a finite number, 0 or more."""
-    if not isinstance(value, Real) or isinstance(value, bool) or not 0 <= value < math.inf:
+    if not is_number(value) or value < 0:
         raise InputError(f"{name} must be a number, 0 or more, as in {example}; got {value!r}")
 
 
-def check_choice(name: str, value: str, choices: Iterable[str]) -> None:
+def is_number(value: object) -> bool:
+    """Returns whether a value is a finite number, of Python or of another library."""
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def check_choice(name: str, value: str, choices: Collection[str]) -> None:
     """Refuses a value that is not one of `choices`."""
     if value not in choices:
-        raise InputError(f"unknown {name} {value!r}; choose one of {', '.join(choices)}")
+        known = ", ".join(choices)
+        raise InputError(f"unknown {name} {value!r}; choose one of {known}{meant(value, choices)}")
+
+
+# what others call settings of the kit
+_ELSEWHERE = {
+    "learning_rate": "lr",
+    "wd": "weight_decay",
+    "epsilon": "eps",
+    "alpha": "step_size",
+    "steps": "num_steps",
+    "arch": "model",
+}
+
+
+def meant(word: object, known: Collection[str]) -> str:
+    """Returns the question which of the known words was meant; empty where none is like it."""
+    words = {_plain(each): each for each in known}
+    plain = _ELSEWHERE.get(_plain(word), _plain(word))
+    close = [each for each in words if plain and each.startswith(plain)]
+    close = close or get_close_matches(plain, words, n=1)
+    return f"; did you mean {words[close[0]]}?" if close else ""
+
+
+def _plain(word: object) -> str:
+    return str(word).lower().lstrip("-").replace("-", "_")

@@ -208,14 +208,16 @@ class AWP:
             paper's experiments.
 
     Raises:
-        InputError: If gamma is below 0.
+        InputError: If gamma is below 0 or above 1.
     """
 
     gamma: float
 
     def __post_init__(self) -> None:
-        """Refuses a gamma below 0."""
+        """Refuses a gamma below 0, or one that moves weights by more than their length."""
         check_number("gamma", self.gamma, "0.005")
+        if self.gamma > 1:
+            raise InputError(f"gamma is a fraction of the weights, as in 0.005; got {self.gamma}")
 
     @contextmanager
     def __call__(self, model: nn.Module, closure: Closure) -> Iterator[None]:

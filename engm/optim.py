@@ -5,7 +5,6 @@ All take their step with the same call, whose closure returns one loss per examp
     optimizer.step(lambda: method.losses(model, x, x_adv, y))
 """
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -19,7 +18,7 @@ from torch.utils.checkpoint import CheckpointError
 
 from engm import distributed
 from engm.config import RunConfig
-from engm.errors import InputError, NonFiniteLossError, check_choice, check_number, warn
+from engm.errors import InputError, NonFiniteLossError, check_choice, check_number, is_number, warn
 from engm.norms.graph import nodes_under
 from engm.norms.measures import (
     NO_STEP,
@@ -483,11 +482,10 @@ class ENGM(_ExampleSGD):
         **sgd: Any,
     ) -> None:
         _check_model(model)
-        if scale != "mean" and not (isinstance(scale, (int, float)) and 0 < scale < math.inf):
+        if scale != "mean" and not (is_number(scale) and scale > 0):
             raise InputError(f"scale must be a number above 0, or 'mean'; got {scale!r}")
-        check_number("floor", floor, "0.05")
-        if not 0 < floor <= 1:
-            raise InputError(f"floor must be in (0, 1], got {floor!r}")
+        if not (is_number(floor) and 0 < floor <= 1):
+            raise InputError(f"floor must be a number above 0, at most 1, as 0.05; got {floor!r}")
         check_choice("norms", norms, get_args(Norms))
         message = f"all losses or their gradients are inf or nan; {NO_STEP}"
         how = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}

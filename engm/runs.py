@@ -276,7 +276,7 @@ def _cpu() -> str:
 _REMEDIES = dict.fromkeys(
     (errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "make room, and make the same call again"
 ) | dict.fromkeys(
-    (errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR),
+    (errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR, errno.ENOENT),
     "choose a folder that can be written to",
 )
 

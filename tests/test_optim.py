@@ -442,8 +442,9 @@ def test_all_examples_bad_is_refused_and_changes_nothing(norms):
     [
         ({"scale": 0}, "scale must be a number above 0, or 'mean'; got 0"),
         ({"scale": "max"}, "scale must be a number above 0"),
-        ({"floor": 0}, r"floor must be in \(0, 1\], got 0"),
-        ({"floor": "0.1"}, "floor must be a number, 0 or more, as in 0.05; got '0.1'"),
+        ({"floor": 0}, "floor must be a number above 0, at most 1, as 0.05; got 0"),
+        ({"floor": -1}, "floor must be a number above 0, at most 1, as 0.05; got -1"),
+        ({"floor": "0.1"}, "floor must be a number above 0, at most 1, as 0.05; got '0.1'"),
         ({"lr": "0.1"}, "lr must be a number, 0 or more, as in 0.1; got '0.1'"),
         ({"lr": float("nan")}, "lr must be a number, 0 or more, as in 0.1; got nan"),
         ({"momentum": None}, "momentum must be a number"),

@@ -411,7 +411,7 @@ def test_a_checkpoint_is_evaluated_with_the_settings_of_its_run(tmp_path, monkey
     assert (tmp_path / "robustness-best.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(InputError, match="eps must be above 0, got 0"):
         evaluate_checkpoint(tmp_path, "best", dataset, eps=0)
-    with pytest.raises(InputError, match="there are 797 test images, not 798"):
+    with pytest.raises(InputError, match="images must be a whole number, 1 to 797; got 798"):
         evaluate_checkpoint(tmp_path, "best", dataset, images=798)
     with pytest.raises(InputError, match="there is no file"):
         evaluate_checkpoint(tmp_path, "last", dataset)

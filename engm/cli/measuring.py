@@ -18,6 +18,7 @@ from engm.cli.options import (
     settings_options,
 )
 from engm.config import RunConfig
+from engm.errors import check_choice
 
 _BENCH = (
     *("model", "width", "model_norm", "batch_size", "num_steps", "precision", "channels_last"),
@@ -94,6 +95,11 @@ def bench(
 
     known = outer_step.METHODS if what == "step" else training.METHODS
     names = methods.split(",") if methods is not None else known
+    for name in names:
+        if what == "step":
+            check_choice("method", name, known)
+        elif name != training.REFERENCE:
+            training.row_name(name)
     times = "once" if repeats == 1 else f"in {repeats} rounds, each method once a round"
     say(f"measuring {times}, after a warm-up; bars say how long it takes")
     libraries = {word for name in names for word in name.split("-")} & {"opacus", "backpack"}

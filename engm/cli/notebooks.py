@@ -80,7 +80,8 @@ def demo(out: Path) -> None:
     """
     from engm.lab import page as html
 
-    say(f"running the notebooks with their defaults, in {quoted(out.resolve())}")
+    each = "about a minute each on two CPU cores"
+    say(f"running the notebooks with their defaults, {each}, in {quoted(out.resolve())}")
     kept = f"the notebooks that it ran are kept in {quoted(out.resolve())}"
     with stoppable(f"{kept}; the same command runs all of them again, engm run NAME one of them"):
         runs = html.demo(out)

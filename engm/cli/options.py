@@ -7,25 +7,17 @@ import sys
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 import click
 
 from engm.config import TYPES, RunConfig, alternatives, choices
-from engm.errors import InputError, NonFiniteLossError
+from engm.errors import InputError, NonFiniteLossError, meant
 from engm.values import read
 
 STOPPED = 130  # what shells report of Ctrl-C
 QUICK = "--subset 500 --width 8 --epochs 1 --validation-images 100 --test-images 200"
-
-
-def meant(word: str, known: Collection[str]) -> str:
-    """Returns the question which of the known words was meant; empty where none is like it."""
-    close = [each for each in known if each.startswith(word.lower())]
-    close = close or get_close_matches(word.lower(), known, n=1)
-    return f"; did you mean {close[0]}?" if close else ""
 
 
 class Command(click.Command):

@@ -18,7 +18,6 @@ from engm.cli.options import (
     data_root_option,
     device_option,
     main,
-    meant,
     once,
     option_of,
     quoted,
@@ -30,7 +29,7 @@ from engm.cli.options import (
     with_options,
 )
 from engm.config import READ_BY, RECIPES, TYPES, RunConfig, choices
-from engm.errors import InputError
+from engm.errors import InputError, check_count, meant
 
 _PREPARED = [name for name in choices(TYPES["dataset"]) if name != "digits"]
 
@@ -140,10 +139,13 @@ def train(
     if first:
         for name, value in config.to_dict().items():
             click.echo(f"{name:17} {'default' if value is None else value}")
-        assert config.eps is not None
+        assert config.eps is not None and config.step_size is not None
         unit = unit_of(config.eps, config.norm)
         if not unit.passed:
             say(f"\n{unit.meaning}")
+        if config.step_size > 2 * config.eps:
+            step = f"--step-size {config.step_size:g} is more than twice --eps {config.eps:g}"
+            say(f"\n{step}: every step of the training attack ends on the border of the budget")
         if config.recipe:
             say(f"\nrecipe {config.recipe}: {RECIPES[config.recipe].source}; options override it")
         if finished:
@@ -215,6 +217,8 @@ def evaluate(
     dataset = load_data(config, data_root).to(pick_device(device))
     options: dict[str, Any] = dict(num_steps=num_steps, eps=eps, images=images)
     checkpoints = [checkpoint] if checkpoint else ["best", "last"]
+    if images is not None:
+        check_count("--images", images, 1, len(dataset.test))
     first = ", first with AutoAttack, which takes longest" if autoattack else ""
     say(
         f"attacking the {' and the '.join(checkpoints)} checkpoint of {quoted(run.resolve())} on "

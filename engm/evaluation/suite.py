@@ -607,8 +607,7 @@ def evaluate_checkpoint(
     config, test = read_config(folder).resolved(), dataset.test
     model = load_model(folder, which, dataset)
     if images is not None:
-        if images > len(test):
-            raise InputError(f"there are {len(test)} test images, not {images}")
+        check_count("images", images, 1, len(test))
         test = test.take(stratified_order(test.labels.cpu().numpy(), 0)[:images])
     eps = config.eps if eps is None else eps
     num_steps = config.eval_steps if num_steps is None else num_steps

@@ -72,8 +72,6 @@ def read_files(path: Path, wanted: Collection[str]) -> Iterator[tuple[str, bytes
 
 
 def _entries(path: Path) -> Iterator[_Entry]:
-    if not path.exists():
-        raise InputError(f"there is no file or folder {path}")
     if path.is_dir():
         yield from _folder_entries(path)
         return

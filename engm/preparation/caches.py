@@ -26,6 +26,8 @@ def prepare(spec: DatasetSpec, archive: Path | None, root: Path) -> Path:
     """
     make_folder(root, "give another folder with --root")
     if archive is not None:
+        if not archive.exists():
+            raise InputError(f"there is no file or folder {archive}")
         return _convert(spec, archive, archive.name, root)
     with tempfile.TemporaryDirectory(prefix=".download-", dir=root) as folder:
         files = downloads(spec)

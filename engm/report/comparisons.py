@@ -11,7 +11,7 @@ from statistics import mean
 from typing import Any
 
 from engm.config import OF_OPTIMIZERS, READ_BY, TYPES
-from engm.errors import InputError
+from engm.errors import InputError, meant
 from engm.report.records import (
     ALWAYS,
     PROTOCOL,
@@ -100,7 +100,10 @@ def choose(
     known = [name for name in TYPES if name not in fixed]
     if wrong := [name for name in names if name not in known]:
         why = f" ({compared} is what is compared)" if compared in wrong else ""
-        raise InputError(f"cannot choose {', '.join(wrong)}{why}; choose of {', '.join(known)}")
+        hint = meant(wrong[0], known)
+        raise InputError(
+            f"cannot choose {', '.join(wrong)}{why}; choose of {', '.join(known)}{hint}"
+        )
     kept, remarks = [], []
     budgets: dict[str, int] = {}
     searches = groups_of(records, without=names)
