@@ -552,6 +552,8 @@ class ENGM(_ExampleSGD):
 
         def count(module: nn.Module, arguments: Any, named: Any) -> None:
             tensors = [t for t in (*arguments, *named.values()) if isinstance(t, Tensor)]
+            if any(tensor.is_nested for tensor in tensors):
+                raise InputError("ENGM takes no nested tensors; pad them: x.to_padded_tensor(0)")
             given.extend(len(tensor) for tensor in tensors if tensor.dim())
 
         hook = self._model.register_forward_pre_hook(count, with_kwargs=True)

@@ -286,6 +286,42 @@ def test_a_gradient_that_is_there_already_is_added_to_as_with_sgd():
         torch.testing.assert_close(p.grad, gradient + 0.25, rtol=1e-12, atol=1e-15)
 
 
+@pytest.mark.parametrize(
+    ("model", "x"),
+    [
+        (nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.LayerNorm(5), nn.Linear(5, 3)), (4,)),
+        (nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(0), nn.Linear(72, 3, bias=False)), (1, 8, 8)),
+    ],
+)
+def test_a_single_loss_may_be_of_an_example_without_a_batch_dimension(model, x):
+    model, x, y = model.double(), torch.randn(x, dtype=torch.float64), torch.tensor([1])
+
+    def closure():
+        return F.cross_entropy(model(x)[None], y, reduction="none")
+
+    gradients = torch.autograd.grad(closure().sum(), list(model.parameters()))
+    norm = sum(gradient.square().sum() for gradient in gradients).sqrt()
+    expected = [p - 0.1 * 2 / norm * g for p, g in zip(model.parameters(), gradients, strict=True)]
+    optimizer = ENGM(model, lr=0.1, scale=2.0)
+    optimizer.step(closure)
+    torch.testing.assert_close(optimizer.last.norms, norm[None], rtol=1e-12, atol=0)
+    torch.testing.assert_close([*model.parameters()], [*map(nn.Parameter, expected)])
+
+
+def test_sparse_gradients_and_nested_tensors_are_refused_by_name():
+    y = torch.arange(3)
+    for kind in (nn.Embedding, nn.EmbeddingBag):
+        model = nn.Sequential(kind(9, 4, sparse=True), nn.Flatten(), nn.LazyLinear(3))
+        x = torch.randint(9, (3, 2))
+        model(x)
+        for norms in ("exact", "output"):
+            with pytest.raises(InputError, match="sparse=False, or use norms='loop'"):
+                ENGM(model, 0.1, norms=norms).step(lambda m=model, x=x: losses_of(m, x, y))
+    nested = torch.nested.nested_tensor([torch.randn(2, 4)] * 3, layout=torch.jagged)
+    with pytest.raises(InputError, match="pad them"):
+        ENGM(model, 0.1).step(lambda: losses_of(model, nested, y))
+
+
 @pytest.mark.parametrize("loop", [False, True])
 def test_sparse_gradients_of_an_embedding_are_stepped_along_as_dense_ones_are(loop):
     x, y, found = torch.tensor([[1, 2], [3, 1], [4, 4]]), torch.tensor([0, 1, 2]), []

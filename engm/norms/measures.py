@@ -19,7 +19,7 @@ from engm.norms.graph import nodes_under
 from engm.norms.inputs import InputEstimate
 from engm.norms.operations import size_of
 from engm.norms.rows import Rows
-from engm.norms.watch import Checked, Watch, gradients_of, loop_norms, rows_of
+from engm.norms.watch import Checked, Watch, gradients_of, loop_norms, norm_of, rows_of
 
 Closure = Callable[[], Tensor]
 Weighted = Callable[[Tensor, Tensor | None], dict[Tensor, Tensor]]
@@ -57,6 +57,8 @@ class ExactMeasure(Measure):
         """Runs the closure and its backward pass."""
         with Watch(self._model, checked=self._checked) as watch:
             losses = run_closure(closure)
+        if len(losses) == 1:
+            return _of_one(losses, _trained(self._model))
         watch.backward(losses)
         return losses.detach(), watch.norms(), watch.weighted
 
@@ -177,6 +179,20 @@ def weighted_losses(losses: Tensor, model: nn.Module) -> Weighted:
     An example that is inf or nan and left out may still reach the gradient of the others.
     """
     return partial(gradients_of, losses, _trained(model))
+
+
+def _of_one(loss: Tensor, parameters: Sequence[Tensor]) -> Measured:
+    """Measures a single loss, `[1]`, whose gradient autograd has, whatever the model is."""
+    found = gradients_of(loss, parameters, torch.ones_like(loss), None)
+    gradients = {p: g.to_dense() for p, g in found.items()}
+    norm = norm_of(list(gradients.values()))
+
+    def weighted(weights: Tensor, keep: Tensor | None) -> dict[Tensor, Tensor]:
+        # one that is left out may be nan
+        w = weights[0]
+        return {p: torch.where(w > 0, w.to(g.dtype) * g, 0) for p, g in gradients.items()}
+
+    return loss.detach(), norm[None], weighted
 
 
 def _trained(model: nn.Module) -> list[Tensor]:

@@ -60,15 +60,20 @@ def loop_norms(losses: Tensor, parameters: Sequence[Tensor]) -> Tensor:
     Raises:
         InputError: If the losses depend on none of the parameters.
     """
-    dtype = torch.promote_types(parameters[0].dtype, torch.float32)
     norms = []
     for loss in losses:
         gradients = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
-        if all(g is None for g in gradients):
-            raise InputError(_NOTHING)
-        squares = [g.to(dtype).square().sum() for g in gradients if g is not None]
-        norms.append(torch.stack(squares).sum().sqrt())
+        norms.append(norm_of([g for g in gradients if g is not None]))
     return torch.stack(norms)
+
+
+def norm_of(gradients: Sequence[Tensor]) -> Tensor:
+    """Returns the length of an example's gradient, see `loop_norms`."""
+    if not gradients:
+        raise InputError(_NOTHING)
+    dtype = torch.promote_types(gradients[0].dtype, torch.float32)
+    squares = [g.to(dtype).square().sum() for g in gradients]
+    return torch.stack(squares).sum().sqrt()
 
 
 def gradients_of(
@@ -372,9 +377,15 @@ class Watch:
     def _refuse(self, graph: Graph) -> None:
         if not graph.calls and not graph.leaves:
             raise InputError(_NOTHING)
-        if any(name_of(node) == "CompiledFunction" for node in [*graph.takers(), *graph.plain]):
+        outside = [*graph.takers(), *graph.plain]
+        if any(name_of(node) == "CompiledFunction" for node in outside):
             raise InputError(
                 f"the model is compiled; give the uncompiled one in the closure, or {WAY_OUT}"
+            )
+        if any(getattr(node, "_saved_sparse", False) for node in outside):
+            raise InputError(
+                "an embedding has sparse gradients, in which the examples cannot be told apart; "
+                f"make it with sparse=False, or {WAY_OUT}"
             )
         for call in graph.calls.values():
             name = self._layers[call.layer]
