@@ -128,6 +128,20 @@ def test_a_lack_of_memory_is_not_taken_for_a_lack_of_gradients():
     with pytest.raises(torch.OutOfMemoryError):
         engm.evaluate(Around(model, full), (x, y), eps=EPS)
 
+    def too_large(z):
+        return z + torch.empty(10**16) if torch.is_grad_enabled() else z
+
+    with pytest.raises(RuntimeError, match="allocate memory"):
+        engm.evaluate(Around(model, too_large), (x, y), eps=EPS)
+
+    def pinned(z):
+        if torch.is_grad_enabled():
+            raise RuntimeError("cannot pin memory of this tensor")
+        return z
+
+    report = engm.evaluate(Around(model, pinned), (x, y), eps=EPS)
+    assert "no gradient" in {check.name for check in report.flags}
+
 
 # ---- in place
 
