@@ -84,7 +84,8 @@ def train_one_epoch(
             raise InputError("there is no batch to train on")
         optimizer.settle()
     except NonFiniteLossError as error:
-        raise NonFiniteLossError(f"step {done + 1 - error.steps_ago}: {error}") from None
+        step = done + 1 - error.steps_ago
+        raise NonFiniteLossError(f"step {step}: {error} A smaller lr may help.") from None
     every = torch.cat(losses)
     finite = every.isfinite()
     metrics = {"train_loss": float(distributed.mean(every, finite))}
@@ -416,7 +417,7 @@ def _train(trainer: Trainer, folder: Path, progress: bool) -> None:
         if distributed.first():
             runs.save_tensors(failed, trainer.state_dict())
         raise NonFiniteLossError(
-            f"{error} A smaller lr may help. The state before that step is in {failed}, that of "
+            f"{error} The state before that step is in {failed}, that of "
             f"the last whole epoch (if any) in {runs.CHECKPOINTS['last']}."
         ) from None
 
