@@ -13,7 +13,7 @@ from types import GenericAlias, ModuleType
 from typing import Any, Literal
 
 from engm.config import TYPES, RunConfig
-from engm.errors import InputError
+from engm.errors import InputError, meant
 from engm.values import UNREADABLE, fit, literal, read
 
 _KNOWN_TYPES = "int, float, bool, str, list, tuple, list[int], tuple[int, int], Literal, T | None"
@@ -164,7 +164,8 @@ def _accept(
     accepted = {}
     for name, value in given.items():
         if name not in known:
-            raise InputError(f"there is no parameter {name!r}; {listing}")
+            hint = meant(name, known) or ";"
+            raise InputError(f"there is no parameter {name!r}{hint} {listing}")
         try:
             accepted[name] = taken(value, known[name].kind)
             ast.literal_eval(repr(accepted[name]))  # what an untyped list holds can be read back
