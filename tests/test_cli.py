@@ -288,7 +288,7 @@ def test_every_setting_of_a_run_is_an_option(runs):
         (["run", "06_cifar", "-p", "seeds", "[1, 2, 1]"], "seeds = [1, 2, 1] counts a seed twice"),
         (["sweep", "train", "--set", "lr"], "requires 2 arguments. Write --set NAME VALUE."),
         (["sweep", "train", "--set", "ls=0.2"], "unknown setting ls; the settings are"),
-        (["run", "06_cifar", "-p", "learning_rate=1"], "; did you mean lr? 06_cifar takes: dataset"),
+        (["run", "06_cifar", "-p", "learning_rate=1"], "; did you mean lr? 06_cifar takes"),
         (["run", "06_cifar", "-p", "lr=x"], "lr = 'x' is not of type float"),
         (["train", "--optimizer", "ENGM"], "did you mean engm?"),
         (["train", "--awp-warmup", "3"], "--awp-warmup is 3, but there is no awp; try --awp 0.01"),
