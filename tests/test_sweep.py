@@ -30,7 +30,7 @@ from engm import sweep
 from engm.cli import main
 from engm.config import RunConfig
 from engm.errors import InputError
-from engm.report.records import collect, summarise, to_markdown
+from engm.report.records import collect, near_chance, summarise, to_markdown
 from engm.runs import load_tensors, read_config, write_json
 from engm.sweep import clusters, running
 from engm.sweep.plan import TRAIN, code_version, plan
@@ -169,6 +169,7 @@ def test_a_run_that_fails_is_recorded_and_the_rest_goes_on(start, tmp_path):
     assert record.config.lr == 0.1
     assert not (record.folder / "adversarial-best.pt").exists()
     assert to_markdown(summarise([record])) in out
+    assert near_chance([record]) and "1 of 1 rows near chance: engm report says which" in err
     [path] = tmp_path.glob("*/*/error.json")
     error = json.loads(path.read_text())
     assert error["settings"]["lr"] == read_config(path.parent).lr == 1e30

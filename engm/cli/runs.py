@@ -377,7 +377,7 @@ def sweep(
     if workers is not None and scheduler is not None:
         raise click.UsageError("give either --workers or --scheduler")
     from engm import sweep as sweeps
-    from engm.report.records import read_record, summarise, to_markdown
+    from engm.report.records import groups_of, near_chance, read_record, summarise, to_markdown
     from engm.sweep.plan import TRAIN, parse_grid, plan, read_plan
 
     if target.endswith((".yaml", ".yml")):
@@ -413,6 +413,9 @@ def sweep(
     click.echo(f"\n{click.format_filename(folder)}\n")
     if records := [read_record(each.folder) for each in trained if each.error is None]:
         click.echo(to_markdown(summarise(records)))
+        rows = groups_of(records)
+        if near := sum(bool(near_chance(members)) for _, members in rows):
+            say(f"{near} of {len(rows)} rows near chance: engm report says which")
     for outcome in failed:
         say(f"failed: {outcome.task.name}: {outcome.error}")
     if failed:
