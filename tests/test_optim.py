@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from engm.config import RunConfig
 from engm.errors import InputError, NonFiniteLossError
@@ -306,6 +307,47 @@ def test_a_single_loss_may_be_of_an_example_without_a_batch_dimension(model, x):
     optimizer.step(closure)
     torch.testing.assert_close(optimizer.last.norms, norm[None], rtol=1e-12, atol=0)
     torch.testing.assert_close([*model.parameters()], [*map(nn.Parameter, expected)])
+
+
+def test_a_single_loss_may_lie_above_a_checkpoint_or_share_its_graph_with_another():
+    model, found = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double(), {}
+    x, y = torch.randn(1, 4, dtype=torch.float64), torch.tensor([1])
+    for norms in ("exact", "loop"):
+        net = copy.deepcopy(model)
+        optimizer = ENGM(net, lr=0.1, norms=norms)
+
+        def under(net=net):
+            return F.cross_entropy(checkpoint(net, x, use_reentrant=False), y, reduction="none")
+
+        optimizer.step(under)
+        optimizer.zero_grad()
+        hidden = net[1](net[0](x))
+        for _ in range(2 if norms == "exact" else 1):
+            optimizer.accumulate(lambda net=net, h=hidden: losses_of(net[2], h, y))
+        optimizer.step()
+        found[norms] = [p.detach() for p in net.parameters()]
+    torch.testing.assert_close(found["exact"], found["loop"], rtol=1e-12, atol=0)
+
+
+def test_complex_parameters_count_by_their_size_or_are_refused():
+    class Spectral(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.bias = nn.Parameter(torch.randn(3, dtype=torch.float64))
+            self.weight = nn.Parameter(torch.randn(4, 3, dtype=torch.complex128))
+
+        def forward(self, x):
+            return (x.to(torch.complex128) @ self.weight).abs() + self.bias
+
+    model, x, y = Spectral(), torch.randn(3, 4, dtype=torch.float64), torch.arange(3)
+    gradients = torch.autograd.grad(losses_of(model, x[:1], y[:1]).sum(), [*model.parameters()])
+    norm = sum(torch.view_as_real(g + 0j).square().sum() for g in gradients).sqrt()
+    for norms in ("exact", "loop"):
+        optimizer = ENGM(copy.deepcopy(model), 0.1, norms=norms)
+        optimizer.step(lambda o=optimizer: losses_of(o._model, x[:1], y[:1]))
+        torch.testing.assert_close(optimizer.last.norms, norm[None], rtol=1e-12, atol=0)
+    with pytest.raises(InputError, match="complex.*norms='loop'"):
+        ENGM(model, 0.1).step(lambda: losses_of(model, x, y))
 
 
 def test_sparse_gradients_and_nested_tensors_are_refused_by_name():

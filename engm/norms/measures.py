@@ -58,7 +58,7 @@ class ExactMeasure(Measure):
         with Watch(self._model, checked=self._checked) as watch:
             losses = run_closure(closure)
         if len(losses) == 1:
-            return _of_one(losses, _trained(self._model))
+            return _of_one(losses, watch.alone(losses, _trained(self._model)))
         watch.backward(losses)
         return losses.detach(), watch.norms(), watch.weighted
 
@@ -181,9 +181,8 @@ def weighted_losses(losses: Tensor, model: nn.Module) -> Weighted:
     return partial(gradients_of, losses, _trained(model))
 
 
-def _of_one(loss: Tensor, parameters: Sequence[Tensor]) -> Measured:
-    """Measures a single loss, `[1]`, whose gradient autograd has, whatever the model is."""
-    found = gradients_of(loss, parameters, torch.ones_like(loss), None)
+def _of_one(loss: Tensor, found: dict[Tensor, Tensor]) -> Measured:
+    """Measures a single loss, `[1]`, by its gradient."""
     gradients = {p: g.to_dense() for p, g in found.items()}
     norm = norm_of(list(gradients.values()))
 

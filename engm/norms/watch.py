@@ -71,9 +71,9 @@ def norm_of(gradients: Sequence[Tensor]) -> Tensor:
     """Returns the length of an example's gradient, see `loop_norms`."""
     if not gradients:
         raise InputError(_NOTHING)
-    dtype = torch.promote_types(gradients[0].dtype, torch.float32)
-    squares = [g.to(dtype).square().sum() for g in gradients]
-    return torch.stack(squares).sum().sqrt()
+    sizes = [g.abs() for g in gradients]  # of complex ones, too
+    dtype = torch.promote_types(sizes[0].dtype, torch.float32)
+    return torch.stack([size.to(dtype).square().sum() for size in sizes]).sum().sqrt()
 
 
 def gradients_of(
@@ -250,6 +250,12 @@ class Watch:
             raise InputError(_NOTHING)
         return gradient
 
+    def alone(self, loss: Tensor, parameters: Sequence[Tensor]) -> dict[Tensor, Tensor]:
+        """Returns the gradient of a single loss, `[1]`, whatever the model is."""
+        self._anew = self._graph(loss).anew
+        with self._during_a_pass():
+            return gradients_of(loss, parameters, torch.ones_like(loss), None, retain=True)
+
     def _backward(
         self, graph: Graph, plan: _Plan, losses: Tensor, inputs: Tensor | None
     ) -> Tensor | None:
@@ -382,6 +388,8 @@ class Watch:
             raise InputError(
                 f"the model is compiled; give the uncompiled one in the closure, or {WAY_OUT}"
             )
+        if any(parameter.is_complex() for parameter in graph.parameters()):
+            raise InputError(f"a parameter is complex, which these norms are not for; {WAY_OUT}")
         if any(getattr(node, "_saved_sparse", False) for node in outside):
             raise InputError(
                 "an embedding has sparse gradients, in which the examples cannot be told apart; "
