@@ -1,11 +1,11 @@
 """What a user of the kit is told: two errors, a warning, and what all rooms say and check."""
 
-import math
 import sys
 import warnings
 from collections.abc import Collection
 from difflib import get_close_matches
 from numbers import Integral, Real
+from typing import Any
 
 
 class InputError(ValueError):
@@ -53,7 +53,10 @@ def check_number(name: str, value: float, example: str) -> None:
 
 def is_number(value: object) -> bool:
     """Returns whether a value is a finite number, of Python or of another library."""
-    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    if not isinstance(value, Real) or isinstance(value, bool):
+        return False
+    number: Any = value  # a whole one may be too large for a float
+    return bool(abs(number) <= sys.float_info.max)
 
 
 def check_choice(name: str, value: str, choices: Collection[str]) -> None:
@@ -77,7 +80,8 @@ _ELSEWHERE = {
 def meant(word: object, known: Collection[str]) -> str:
     """Returns the question which of the known words was meant; empty where none is like it."""
     words = {_plain(each): each for each in known}
-    plain = _ELSEWHERE.get(_plain(word), _plain(word))
+    plain = _ELSEWHERE.get(_plain(word), "")
+    plain = plain if plain in words else _plain(word)
     close = [each for each in words if plain and each.startswith(plain)]
     close = close or get_close_matches(plain, words, n=1)
     return f"; did you mean {words[close[0]]}?" if close else ""

@@ -491,7 +491,8 @@ class ENGM(_ExampleSGD):
         how = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
         self._model, self._trained = model, model.training  # the groups are held against it
         super().__init__(_groups(model, groups), message, **how, **sgd)
-        self.scale, self.floor = scale, floor
+        self.scale: float | Literal["mean"] = "mean" if scale == "mean" else float(scale)
+        self.floor = float(floor)
         self.last: ExampleWeights | None = None
         self.measure: ExactMeasure | ProxyMeasure | LoopMeasure
         if norms == "exact":
@@ -552,9 +553,9 @@ class ENGM(_ExampleSGD):
 
         def count(module: nn.Module, arguments: Any, named: Any) -> None:
             tensors = [t for t in (*arguments, *named.values()) if isinstance(t, Tensor)]
-            if any(tensor.is_nested for tensor in tensors):
+            if any(tensor.is_nested and tensor.layout == torch.strided for tensor in tensors):
                 raise InputError("ENGM takes no nested tensors; pad them: x.to_padded_tensor(0)")
-            given.extend(len(tensor) for tensor in tensors if tensor.dim())
+            given.extend(len(t) for t in tensors if t.dim() and not t.is_nested)
 
         hook = self._model.register_forward_pre_hook(count, with_kwargs=True)
         try:

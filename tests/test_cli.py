@@ -100,7 +100,7 @@ def test_training_that_ends_near_chance_is_said_at_once(tmp_path):
     command = *command, "--step-size", "0.5", "--out", tmp_path
     said = call("train", *command)
     assert "near chance: best in 1, last in 1 of 1" in said
-    assert "--step-size 0.5 is more than twice --eps 0.15: every step" in said
+    assert "--step-size 0.5 is more than twice --eps 0.15: a single step" in said
 
 
 def test_evaluate_attacks_both_checkpoints_and_leaves_what_training_recorded(runs, tmp_path):
@@ -266,6 +266,7 @@ def test_every_setting_of_a_run_is_an_option(runs):
             "validation_images must be a whole number",
         ),
         (["evaluate", "RUN", "--images", "100000"], "--images must be a whole number, 1 to 797"),
+        (["prepare", "cifar10", "--arch", "x"], "did you mean --archive?"),
         (["prepare", "cifar10", "--archive", "nope"], "there is no file or folder nope"),
         (["bench", "--methods", "exakt"], "unknown method 'exakt'; choose one of msgd, exact"),
         (["bench", "--what", "training", "--methods", "exakt"], "unknown method 'exakt'; name"),

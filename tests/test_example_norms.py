@@ -1462,3 +1462,19 @@ def test_parameter_groups_have_learning_rates_of_their_own():
         model.zero_grad()
         ends.append(run(model, optimizer, 2, start=2))
     torch.testing.assert_close(*ends, rtol=1e-9, atol=1e-12)
+
+
+def test_an_operation_of_which_one_output_alone_counts_is_measured():
+    class Last(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lstm = nn.LSTM(4, 5, num_layers=2, bidirectional=True, batch_first=True)
+            self.head = nn.Linear(10, 3)
+
+        def forward(self, x):
+            return self.head(self.lstm(x)[0][:, -1])  # of the way back a single step
+
+    model = Last().double()
+    for n in (2, 5):
+        x = random(n, 4, 4)
+        assert_exact(model, lambda x=x: classify(model, x))

@@ -329,6 +329,21 @@ def test_a_single_loss_may_lie_above_a_checkpoint_or_share_its_graph_with_anothe
     torch.testing.assert_close(found["exact"], found["loop"], rtol=1e-12, atol=0)
 
 
+def test_a_parametrised_weight_is_made_once_a_pass():
+    norms = {}
+    for how in ("exact", "loop"):
+        torch.manual_seed(0)
+        first = nn.utils.parametrizations.spectral_norm(nn.Linear(4, 5))
+        net = nn.Sequential(first, nn.Linear(5, 3)).double()
+        optimizer = ENGM(net, 0.1, norms=how)
+        x = torch.randn(3, 4, dtype=torch.float64)
+        for _ in range(3):
+            optimizer.zero_grad()
+            optimizer.step(lambda net=net, x=x: losses_of(net, x, torch.arange(3)))
+        norms[how] = optimizer.last.norms
+    torch.testing.assert_close(norms["exact"], norms["loop"], rtol=1e-9, atol=0)
+
+
 def test_complex_parameters_count_by_their_size_or_are_refused():
     class Spectral(nn.Module):
         def __init__(self):
@@ -359,7 +374,7 @@ def test_sparse_gradients_and_nested_tensors_are_refused_by_name():
         for norms in ("exact", "output"):
             with pytest.raises(InputError, match="sparse=False, or use norms='loop'"):
                 ENGM(model, 0.1, norms=norms).step(lambda m=model, x=x: losses_of(m, x, y))
-    nested = torch.nested.nested_tensor([torch.randn(2, 4)] * 3, layout=torch.jagged)
+    nested = torch.nested.nested_tensor([torch.randn(2, 4)] * 3, layout=torch.strided)
     with pytest.raises(InputError, match="pad them"):
         ENGM(model, 0.1).step(lambda: losses_of(model, nested, y))
 
@@ -521,6 +536,9 @@ def test_all_examples_bad_is_refused_and_changes_nothing(norms):
         ({"scale": 0}, "scale must be a number above 0, or 'mean'; got 0"),
         ({"scale": "max"}, "scale must be a number above 0"),
         ({"floor": 0}, "floor must be a number above 0, at most 1, as 0.05; got 0"),
+        ({"floor": 10**400}, "floor must be a number above 0"),
+        ({"scale": 10**400}, "scale must be a number above 0"),
+        ({"lr": 10**400}, "lr must be a number, 0 or more"),
         ({"floor": -1}, "floor must be a number above 0, at most 1, as 0.05; got -1"),
         ({"floor": "0.1"}, "floor must be a number above 0, at most 1, as 0.05; got '0.1'"),
         ({"lr": "0.1"}, "lr must be a number, 0 or more, as in 0.1; got '0.1'"),

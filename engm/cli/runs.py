@@ -143,9 +143,10 @@ def train(
         unit = unit_of(config.eps, config.norm)
         if not unit.passed:
             say(f"\n{unit.meaning}")
-        if config.step_size > 2 * config.eps:
+        attacked = config.method != "natural"
+        if attacked and "step_size" in given and config.step_size > 2 * config.eps:
             step = f"--step-size {config.step_size:g} is more than twice --eps {config.eps:g}"
-            say(f"\n{step}: every step of the training attack ends on the border of the budget")
+            say(f"\n{step}: a single step of the training attack leaves the budget, and is cut off")
         if config.recipe:
             say(f"\nrecipe {config.recipe}: {RECIPES[config.recipe].source}; options override it")
         if finished:

@@ -310,7 +310,7 @@ def missing_gradient(model: nn.Module, x: Tensor) -> str | None:
             if logits.requires_grad:
                 (gradient,) = torch.autograd.grad(logits.sum(), here, allow_unused=True)
         except RuntimeError as error:  # such as "call numpy() on a tensor that requires grad"
-            if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error):
+            if any(lack in str(error) for lack in ("out of memory", "allocate memory")):
                 raise
             reason = f" ({str(error).splitlines()[0]})"
     if gradient is not None:

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.grad import conv2d_weight
+from torch.nn.utils.parametrize import is_parametrized
 
 from engm.errors import InputError
 from engm.norms.rows import Rows
@@ -116,6 +117,9 @@ def formula_of(module: nn.Module) -> "_Formula | None":
 
 def _its_own(module: Any) -> bool:
     for name in ("weight", "bias"):
+        # not asked for: to read a parametrised weight makes it anew, which may change buffers
+        if is_parametrized(module, name):
+            return False
         if getattr(module, name, None) is not None and name not in module._parameters:
             return False
     # counts over the batch, sparse gradients, and a table that is changed as it is read

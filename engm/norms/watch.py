@@ -441,7 +441,9 @@ class Watch:
             seen: dict[Node, Summary] = {}
 
             def note(node: Node, found: Sequence[Tensor | None]) -> None:
-                b = next((b for b in found if b is not None), None)
+                there = [b for b in found if b is not None]
+                # of several outputs, one that the losses depend on
+                b = next((b for b in there if bool(b.any())), there[0] if there else None)
                 call = graph.calls.get(node)
                 if call is not None and call.anew:
                     call.input()  # or it is held until the graph is let go

@@ -24,10 +24,10 @@ def prepare(spec: DatasetSpec, archive: Path | None, root: Path) -> Path:
     `archive` is a zip, a tar or a folder; without one the official files are downloaded. Where
     anything is wrong with them nothing is written. Returns the path of the cache.
     """
+    if archive is not None and not archive.exists():
+        raise InputError(f"there is no file or folder {archive}")
     make_folder(root, "give another folder with --root")
     if archive is not None:
-        if not archive.exists():
-            raise InputError(f"there is no file or folder {archive}")
         return _convert(spec, archive, archive.name, root)
     with tempfile.TemporaryDirectory(prefix=".download-", dir=root) as folder:
         files = downloads(spec)
