@@ -332,7 +332,9 @@ def report(
     if not records:
         say("next: the same engm train or sweep command goes on with what is not finished")
     elif not files and kind is None:
-        pairs = "" if compare else ", --compare msgd pairs it seed by seed"
+        optimizers = {record.config.optimizer for record in records}
+        paired = not compare and len(optimizers) > 1 and "msgd" in optimizers
+        pairs = ", --compare msgd pairs it seed by seed" if paired else ""
         say(f"next: --out report.html makes a page of it{pairs}")
 
 

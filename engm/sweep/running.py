@@ -12,6 +12,7 @@ scheduler or of the sweep itself, the same command again is all it takes.
 
 import secrets
 import sys
+import threading
 import time
 import warnings
 from collections import defaultdict
@@ -295,7 +296,8 @@ class _Failed(Exception):
 
 
 def _work(task: Task, folder: Path, options: Options) -> None:
-    # runs on a worker
+    # runs on a worker; a lock of processes would be called leaked where a Ctrl-C ends it
+    tqdm.set_lock(threading.RLock())
     where = folder / task.name
     where.mkdir(parents=True, exist_ok=True)
     # a task may be at work still for a sweep that was killed: wait for it, and take what it made
