@@ -7,7 +7,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
+from functools import partial, reduce
 from itertools import islice
 from typing import Any
 
@@ -72,7 +72,7 @@ def norm_of(gradients: Sequence[Tensor]) -> Tensor:
     if not gradients:
         raise InputError(_NOTHING)
     sizes = [g.abs() for g in gradients]  # of complex ones, too
-    dtype = torch.promote_types(sizes[0].dtype, torch.float32)
+    dtype = reduce(torch.promote_types, (size.dtype for size in sizes), torch.float32)
     return torch.stack([size.to(dtype).square().sum() for size in sizes]).sum().sqrt()
 
 
