@@ -288,6 +288,10 @@ def test_every_setting_of_a_run_is_an_option(runs):
         (["run", "06_cifar", "-p", "eps", "8"], "eps must be"),
         (["run", "06_cifar", "-p", "seeds", "[1, 2, 1]"], "seeds = [1, 2, 1] counts a seed twice"),
         (["sweep", "train", "--set", "lr"], "requires 2 arguments. Write --set NAME VALUE."),
+        (
+            ["sweep", "train", "--set", "epochs", "--out", "q"],
+            "--set epochs has no value; write --set NAME VALUE",
+        ),
         (["sweep", "train", "--set", "ls=0.2"], "unknown setting ls; the settings are"),
         (["run", "06_cifar", "-p", "learning_rate=1"], "; did you mean lr? 06_cifar takes"),
         (["run", "06_cifar", "-p", "lr=x"], "lr = 'x' is not of type float"),
@@ -409,8 +413,8 @@ def test_run_and_demo_say_what_takes_hours_and_how_to_go_on_after_ctrl_c(monkeyp
     assert "hours or days at the usual width; a quick try: engm train --dataset cifar10" in large
     assert ", with -p out FOLDER it keeps the runs that it trains and goes on with" in large
     kept = call("run", "06_cifar", "-p", "out", "runs/a", "--out", tmp_path, code=130)
-    goes_on = f"kept in {tmp_path / 'runs/a'}, and the same command goes on with it\n"
-    assert kept.endswith(f"stopped; what it made is {goes_on}")
+    goes_on = f"kept in {tmp_path / 'runs/a'}, and the same command takes them up\n"
+    assert kept.endswith(f"stopped; runs that it has trained are {goes_on}")
     demo = call("demo", "--out", tmp_path, code=130)
     assert f"stopped; the notebooks that it ran are kept in {tmp_path}; the same command" in demo
 

@@ -266,6 +266,7 @@ def executed(tmp_path_factory) -> dict:
     out.mkdir()
     for name in ("00_good", "01_fail"):
         (out / f"{name}.result.json").write_text('{"summary": "of an earlier run"}')
+    write_notebook(out, "01_fail", "n = 1", "answer = 'of a learner'")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("JUPYTER_PATH", str(folder / "jupyter"))
         patch.setenv("ENGM_DATA", "some/data")
@@ -275,6 +276,7 @@ def executed(tmp_path_factory) -> dict:
         runs = {"good": notebooks.run(good, values, output_dir=out, progress=False)}
         for name, path in paths.items():
             runs[name] = notebooks.run(path, output_dir=out, progress=False)
+        runs["again"] = notebooks.run(paths["last"], output_dir=out, progress=False)
         # each cell alone would be in time
         path = write_notebook(source, "06_late", SLEEPS, "time.sleep(7)", "x = 2")
         runs["late"] = notebooks.run(path, output_dir=out, timeout=8, progress=False)
@@ -330,6 +332,16 @@ def test_a_failed_run_leaves_no_result_of_an_earlier_one(executed):
 
     assert run.result is None
     assert not (run.path.parent / "01_fail.result.json").exists()
+
+
+def test_a_notebook_with_other_cells_is_kept_under_a_number(executed):
+    kept = executed["fail"].earlier
+
+    assert kept == executed["fail"].path.with_name("01_fail-1.ipynb")
+    assert "of a learner" in kept.read_text()
+    assert "of an earlier run" in kept.with_name("01_fail-1.result.json").read_text()
+    assert executed["again"].earlier is None
+    assert not kept.with_name("03_last-1.ipynb").exists()
 
 
 @pytest.mark.parametrize(

@@ -208,6 +208,7 @@ def test_rows_of_several_data_sets_are_not_named_by_what_goes_along_with_each():
     rows = [{"dataset": d, "method": "pgd_at", "optimizer": o, "eps": e} for d, e, o in kinds]
     assert labels(rows) == ["Digits, msgd", "Digits, engm", "CIFAR-10, engm"]
     assert labels([*rows, rows[0] | {"eps": 0.1}])[-1] == "Digits, eps 0.1, msgd"
+    assert labels(rows[:1]) == ["Digits, pgd_at, msgd"]  # nothing differs
 
 
 def test_pages_have_no_column_of_what_goes_along_with_the_data(tmp_path):

@@ -366,6 +366,14 @@ def test_the_likeliest_class_is_not_always_the_nearest():
         assert fooled(model(x_adv), y).tolist() == [expected] * 2
 
 
+def test_probabilities_are_not_said_to_have_a_wrong_gradient():
+    model, x, y = problem()
+    sharp = Around(model, lambda x: x, lambda z: (100 * z).softmax(1))
+    found = names(engm.evaluate(sharp, (x, y), eps=EPS))
+    assert "logits" in found
+    assert "gradient direction" not in found
+
+
 def test_transfer_from_a_second_model_is_a_black_box():
     model, x, y = problem(n=120)
     pgd = PGD(eps=EPS, step_size=EPS / 2, num_steps=5)

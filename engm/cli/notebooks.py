@@ -52,9 +52,9 @@ def run(
     then = f"{quoted(folder / path.name)} has what ran; the same command runs it from the start"
     if "out" in parameters.parameters(path):
         if given.get("out"):  # the notebook works in the folder `out` of the command
-            kept = f"kept in {quoted(folder / given['out'])}, and the same command goes on with it"
-            say(f"what it makes is {kept}")
-            then = f"what it made is {kept}"
+            kept = f"kept in {quoted(folder / given['out'])}, and the same command takes them up"
+            say(f"runs that it trains are {kept}")
+            then = f"runs that it has trained are {kept}"
         elif "epochs" in parameters.parameters(path):
             say("the runs that it trains are not kept: -p out FOLDER keeps them, and goes on")
             then += ", with -p out FOLDER it keeps the runs that it trains and goes on with them"
@@ -64,6 +64,8 @@ def run(
     warn_of_hours(config, "auto", f"engm train --dataset {config.dataset} ")
     with stoppable(then):
         done = batch.run(path, given, output_dir=out, timeout=timeout)
+    if done.earlier is not None:
+        say(f"another {path.name} was there; it is {quoted(done.earlier)} now")
     click.echo(click.format_filename(done.path))
     if done.error is not None:
         raise click.ClickException(f"{notebook} failed in {done.error}")

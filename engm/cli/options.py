@@ -45,10 +45,15 @@ class Command(click.Command):
 
     def _pairs(self, ctx: click.Context, args: list[str]) -> list[str]:
         # NAME=VALUE is taken for NAME VALUE, too
-        pairs = {opt for o in self.get_params(ctx) if o.nargs == 2 for opt in o.opts}
+        options = [o for o in self.get_params(ctx) if isinstance(o, click.Option)]
+        pairs = {opt: o.make_metavar(ctx) for o in options if o.nargs == 2 for opt in o.opts}
+        names = {opt for option in options for opt in option.opts}
         found: list[str] = []
-        for before, word in zip(["", *args], args, strict=False):
+        for before, word, after in zip(["", *args], args, [*args[1:], ""], strict=False):
             both = str(word).split("=", 1)
+            if before in pairs and len(both) == 1 and after in names:
+                lost = f"{before} {word} has no value"
+                raise click.UsageError(f"{lost}; write {before} {pairs[before]}", ctx)
             found += both if before in pairs and len(both) == 2 else [word]
         return found
 

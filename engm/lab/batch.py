@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,7 @@ class NotebookRun:
     Attributes:
         error: Why it stopped, or None where every cell ran.
         result: What it handed to `publish`, or None.
+        earlier: Where another notebook that was at `path` is kept: other parameters, or answers.
     """
 
     name: str
@@ -56,6 +58,7 @@ class NotebookRun:
     seconds: float
     error: NotebookError | None = None
     result: dict[str, Any] | None = None
+    earlier: Path | None = None
 
     @property
     def ok(self) -> bool:
@@ -103,6 +106,8 @@ def run(
 
     The executed notebook is `output_dir/NAME.ipynb`, written as it goes; what it published is
     `output_dir/NAME.result.json`, with all parameters, versions and hardware under "run".
+    A notebook that is there already, with other parameters or with answers of a learner, gets a
+    number to its name, and so does its result; the same one is replaced.
     The kernel works in `output_dir`, so a notebook's own files land there. Done means that every
     code cell was executed: a cell with `sys.exit(0)` is a failure.
 
@@ -132,8 +137,10 @@ def run(
     if path == source.resolve():
         raise InputError(f"output_dir = {folder} holds the notebook itself; take another folder")
 
+    fresh = _fresh(read_notebook(source), values)
+    earlier = _set_aside(path, result_path, fresh)
     result_path.unlink(missing_ok=True)
-    write_text(path, nbformat.writes(_fresh(read_notebook(source), values)))
+    write_text(path, nbformat.writes(fresh))
     template = str(path).replace("{", "{{").replace("}", "}}")  # papermill formats its paths
     started: list[int] = []
     began = time.monotonic()
@@ -181,7 +188,7 @@ def run(
             "environment": environment(pick_device("auto")),
         }
         write_json(result_path, {**result, "run": origin})
-    return NotebookRun(source.stem, path, seconds, error, result)
+    return NotebookRun(source.stem, path, seconds, error, result, earlier)
 
 
 def publish(result: dict[str, Any]) -> None:
@@ -241,6 +248,21 @@ def _fresh(notebook: Any, values: Mapping[str, Any]) -> Any:
         tagged = [i for i, c in enumerate(notebook.cells) if "parameters" in c.metadata.tags]
         notebook.cells.insert(tagged[0] + 1, cell)
     return notebook
+
+
+def _set_aside(path: Path, result_path: Path, fresh: Any) -> Path | None:
+    try:
+        cells = read_notebook(path).cells if path.exists() else fresh.cells
+    except InputError:  # a kill may have cut it
+        cells = []
+    if [cell.source for cell in cells] == [cell.source for cell in fresh.cells]:
+        return None
+    numbered = (path.with_stem(f"{path.stem}-{number}") for number in count(1))
+    earlier = next(other for other in numbered if not other.exists())
+    path.rename(earlier)
+    if result_path.exists():
+        result_path.rename(earlier.with_suffix(".result.json"))
+    return earlier
 
 
 def _kernel_manager() -> type:

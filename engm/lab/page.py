@@ -85,6 +85,8 @@ def demo(output_dir: Path, paths: Sequence[Path] | None = None) -> list[Notebook
         verdict = "ok" if runs[-1].ok else f"FAILED at {runs[-1].error}"
         took = f"{path.stem:<34}{runs[-1].seconds:7.1f} s"
         print(f"{took}  {number} of {len(paths)}  {verdict}", flush=True)
+        if runs[-1].earlier is not None:
+            print(f"another {path.name} was there; it is {runs[-1].earlier} now", flush=True)
     print(f"report: {build(runs, Path(output_dir) / 'index.html')}", flush=True)
     return runs
 

@@ -269,7 +269,12 @@ def format_of(path: Path, kind: str | None) -> str:
 
 
 def labels(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """Names rows of `summarise`, by the settings that differ and that their optimizer reads."""
+    """Names rows of `summarise`, by the settings that differ and that their optimizer reads.
+
+    One row alone has its data, method and optimizer for a name.
+    """
+    if len(rows) == 1:
+        return [results.in_words(rows[0], ("dataset", "method", "optimizer"))]
     along = _along(rows)[1]
     differing = [n for n in _SETTINGS if _values(rows, [n]) > 1 and n not in along]
     brief, full = [], []
