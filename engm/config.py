@@ -250,8 +250,11 @@ class RunConfig:
         """
         unknown = [str(name) for name in values if name not in TYPES]
         if unknown:
-            names = f"unknown setting {', '.join(unknown)}; the settings are {', '.join(TYPES)}"
-            raise InputError(names + meant(unknown[0], TYPES))
+            hint = meant(unknown[0], TYPES) or ";"
+            names = (
+                f"unknown setting {', '.join(unknown)}{hint} the settings are {', '.join(TYPES)}"
+            )
+            raise InputError(names)
         return cls(**values)
 
     @property

@@ -1,5 +1,6 @@
 """What a user of the kit is told: two errors, a warning, and what all rooms say and check."""
 
+import re
 import sys
 import warnings
 from collections.abc import Collection
@@ -68,12 +69,13 @@ def check_choice(name: str, value: str, choices: Collection[str]) -> None:
 
 # what others call settings of the kit
 _ELSEWHERE = {
-    "learning_rate": "lr",
-    "wd": "weight_decay",
+    "learningrate": "lr",
+    "wd": "weightdecay",
     "epsilon": "eps",
-    "alpha": "step_size",
-    "steps": "num_steps",
+    "alpha": "stepsize",
+    "steps": "numsteps",
     "arch": "model",
+    "clip": "maxnorm",
 }
 
 
@@ -83,9 +85,11 @@ def meant(word: object, known: Collection[str]) -> str:
     plain = _ELSEWHERE.get(_plain(word), "")
     plain = plain if plain in words else _plain(word)
     close = [each for each in words if plain and each.startswith(plain)]
-    close = close or get_close_matches(plain, words, n=1)
+    close = close or get_close_matches(plain, words, n=1, cutoff=0.65)
+    # such as seed in random_seed
+    close = close or [part for part in re.split("[-_ ]", str(word).lower()) if part in words]
     return f"; did you mean {words[close[0]]}?" if close else ""
 
 
 def _plain(word: object) -> str:
-    return str(word).lower().lstrip("-").replace("-", "_")
+    return re.sub("[-_ ]", "", str(word).lower())

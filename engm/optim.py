@@ -194,7 +194,8 @@ class _ExampleSGD(torch.optim.SGD):
 
         A batch that does not fit into memory is given in parts; the step is the same as with the
         whole. For ENGM that is so since c is fixed by the steps before (under "mean", in the very
-        first step, by the first part). BatchNorm in train mode sees the parts, not the whole.
+        first step, by the first part). BatchNorm in train mode sees the parts, not the whole, and a
+        part of which every example is inf or nan ends in an error.
 
         Args:
             closure: As for `step`, for the part.
@@ -482,7 +483,9 @@ class ENGM(_ExampleSGD):
         **sgd: Any,
     ) -> None:
         _check_model(model)
-        if scale != "mean" and not (is_number(scale) and scale > 0):
+        if not (isinstance(scale, str) and scale == "mean") and not (
+            is_number(scale) and scale > 0
+        ):
             raise InputError(f"scale must be a number above 0, or 'mean'; got {scale!r}")
         if not (is_number(floor) and 0 < floor <= 1):
             raise InputError(f"floor must be a number above 0, at most 1, as 0.05; got {floor!r}")
@@ -777,6 +780,16 @@ class ExampleWeights:
     weights: Tensor
     good: Tensor
     _scale: Tensor
+
+    def __str__(self) -> str:
+        """Returns a line on the examples: how many, how long their gradients, what they weigh."""
+        parts = torch.tensor([0.0, 0.5, 1.0], device=self.norms.device)
+        low, middle, high = self.norms.float().nanquantile(parts)
+        least, most = self.weights.aminmax()
+        return (
+            f"{len(self.norms)} examples, {self.excluded} excluded; norms {low:.3g} to {high:.3g}, "
+            f"median {middle:.3g}; weights {least:.3g} to {most:.3g}; scale {self.scale:.3g}"
+        )
 
     def joined(self, other: "ExampleWeights") -> "ExampleWeights":
         """Returns this and another part of a batch as one."""

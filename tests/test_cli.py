@@ -247,7 +247,10 @@ def test_every_setting_of_a_run_is_an_option(runs):
         (["train", "--epochs", "1.5"], "'1.5' is not a whole number"),
         (["train", "--lr", "-1"], "lr must be above 0, got -1.0"),
         (["train", "--optimiser", "engm"], "did you mean --optimizer?"),
-        (["train", "--wide", "1"], "no such option '--wide'; the options are --recipe, --dataset"),
+        (
+            ["train", "--wide", "1"],
+            "did you mean --width? the options are --recipe, --dataset",
+        ),
         (["report", "x", "--wide"], "no such option '--wide'; the options are --compare, --choose"),
         (["train", "--out", ""], "'--out': the path is empty; '.' is the present folder"),
         (["train", "--data-root", ""], "the path is empty"),
@@ -307,7 +310,7 @@ def test_every_setting_of_a_run_is_an_option(runs):
         (["report", "nowhere"], "there is no folder /"),
         (["report", "FILE"], "config.json is a file; give its folder, /"),
         (["evaluate", "ROOT"], "is not a run directory, but holds some; give one of digits-pgd_at"),
-        (["trian"], "prepare, report, run, student, sweep, train; did you mean train?"),
+        (["trian"], "'trian'; did you mean train? the commands are bench, colab, "),
     ],
 )
 def test_mistakes_get_one_line_that_names_what_is_valid(

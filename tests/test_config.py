@@ -13,7 +13,7 @@ import pytest
 from engm import config as settings
 from engm.config import TYPES, RunConfig, parse_number
 from engm.data import SPECS
-from engm.errors import InputError
+from engm.errors import InputError, meant
 from engm.sweep.plan import plan
 from engm.values import read
 
@@ -44,10 +44,27 @@ def test_a_wrong_value_is_refused_with_the_name_and_what_is_wanted(name, wrong, 
 
 
 def test_an_unknown_setting_names_the_nearest_and_all():
-    with pytest.raises(InputError, match=r"unknown setting epoch;.*lr.*did you mean epochs\?"):
+    with pytest.raises(InputError, match=r"unknown setting epoch; did you mean epochs\? .*lr"):
         RunConfig.from_dict({"epoch": 3})
     with pytest.raises(InputError, match="unknown setting 3"):
         RunConfig.from_dict({3: 3})
+
+
+@pytest.mark.parametrize(
+    ("word", "suggested"),
+    [
+        ("--learningrate", "lr"),
+        ("random-seed", "seed"),
+        ("num_epochs", "epochs"),
+        ("clip", "max_norm"),
+        ("batch", "batch_size"),
+        ("optimiser", "optimizer"),
+        ("cool", None),
+        ("", None),
+    ],
+)
+def test_a_word_is_asked_after_if_a_setting_is_like_it(word, suggested):
+    assert meant(word, TYPES) == (f"; did you mean {suggested}?" if suggested else "")
 
 
 def test_the_ends_of_the_ranges_are_in_them():

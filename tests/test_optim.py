@@ -101,6 +101,7 @@ def test_engm_takes_the_steps_of_the_equations(scale, floor, nesterov):
                 p -= lr * (g + momentum * velocity[k] if nesterov else velocity[k])
         assert optimizer.last.weights.tolist() == pytest.approx(weights, rel=1e-9)
         assert optimizer.last.scale == pytest.approx(c, rel=1e-9)
+        assert str(optimizer.last).startswith(f"{len(weights)} examples, 0 excluded; norms ")
     for p, q in zip(model.parameters(), reference.parameters(), strict=True):
         torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-12)
 
@@ -287,6 +288,7 @@ def test_a_gradient_that_is_there_already_is_added_to_as_with_sgd():
         torch.testing.assert_close(p.grad, gradient + 0.25, rtol=1e-12, atol=1e-15)
 
 
+@pytest.mark.parametrize("norms", ["exact", "output"])
 @pytest.mark.parametrize(
     ("model", "x"),
     [
@@ -294,8 +296,12 @@ def test_a_gradient_that_is_there_already_is_added_to_as_with_sgd():
         (nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(0), nn.Linear(72, 3, bias=False)), (1, 8, 8)),
     ],
 )
-def test_a_single_loss_may_be_of_an_example_without_a_batch_dimension(model, x):
-    model, x, y = model.double(), torch.randn(x, dtype=torch.float64), torch.tensor([1])
+def test_a_single_loss_may_be_of_an_example_without_a_batch_dimension(model, x, norms):
+    model, x, y = (
+        copy.deepcopy(model).double(),
+        torch.randn(x, dtype=torch.float64),
+        torch.tensor([1]),
+    )
 
     def closure():
         return F.cross_entropy(model(x)[None], y, reduction="none")
@@ -303,7 +309,7 @@ def test_a_single_loss_may_be_of_an_example_without_a_batch_dimension(model, x):
     gradients = torch.autograd.grad(closure().sum(), list(model.parameters()))
     norm = sum(gradient.square().sum() for gradient in gradients).sqrt()
     expected = [p - 0.1 * 2 / norm * g for p, g in zip(model.parameters(), gradients, strict=True)]
-    optimizer = ENGM(model, lr=0.1, scale=2.0)
+    optimizer = ENGM(model, lr=0.1, scale=2.0, norms=norms)
     optimizer.step(closure)
     torch.testing.assert_close(optimizer.last.norms, norm[None], rtol=1e-12, atol=0)
     torch.testing.assert_close([*model.parameters()], [*map(nn.Parameter, expected)])

@@ -34,8 +34,9 @@ class Command(click.Command):
         except click.NoSuchOption as error:
             options = [o for o in self.get_params(ctx) if isinstance(o, click.Option)]
             known = [option.opts[0] for option in options]
-            message = f"no such option {error.option_name!r}; the options are {', '.join(known)}"
-            raise click.UsageError(message + meant(error.option_name, known), ctx) from None
+            hint = meant(error.option_name, known) or ";"
+            message = f"no such option {error.option_name!r}{hint} the options are "
+            raise click.UsageError(message + ", ".join(known), ctx) from None
         except click.BadOptionUsage as error:
             for option in self.get_params(ctx):
                 if error.option_name in option.opts and option.nargs > 1:
@@ -68,8 +69,8 @@ class Group(click.Group):
     ) -> tuple[str | None, click.Command | None, list[str]]:
         if args and not args[0].startswith("-") and args[0] not in self.commands:
             known = self.list_commands(ctx)
-            message = f"no such command {args[0]!r}; the commands are {', '.join(known)}"
-            raise click.UsageError(message + meant(args[0], known), ctx)
+            message = f"no such command {args[0]!r}{meant(args[0], known) or ';'} the commands are "
+            raise click.UsageError(message + ", ".join(known), ctx)
         return super().resolve_command(ctx, args)
 
     def invoke(self, ctx: click.Context) -> Any:
