@@ -525,7 +525,8 @@ def _tensors(data: Any, model: Any) -> tuple[Tensor, Tensor]:
         data = data.images, data.labels
     if not isinstance(data, tuple | list) or len(data) != 2:
         raise InputError(
-            f"data must be a Split or a pair (x, y), not {type(data).__name__}; from a DataLoader: "
+            f"data must be a Split or a pair (x, y), not {type(data).__name__}; a TensorDataset "
+            "has them as data.tensors, a DataLoader gives them by "
             "x, y = (torch.cat(part) for part in zip(*loader))"
         )
     tensors = (*model.parameters(), *model.buffers()) if isinstance(model, nn.Module) else ()
