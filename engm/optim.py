@@ -41,6 +41,12 @@ _BACKWARD_IN_CLOSURE = (
     "closure returns the losses and leaves the backward pass to step(); an attack that calls "
     "backward() runs before zero_grad(); checkpoints need use_reentrant=False"
 )
+_OF_GRAPHS = ("backward through the graph a second time", "modified by an inplace operation")
+_GRAPH_KEPT = (
+    "the losses depend on the graph of an earlier pass, or the model changes a tensor in place "
+    "that its backward pass needs. What is kept from one call to the next, such as a hidden state, "
+    "has to be detached, h = h.detach(); what comes of parameters, to be made anew in each closure"
+)
 
 # How the norms of the examples are found.
 Norms = Literal["exact", "input", "output", "both", "loop"]
@@ -229,20 +235,17 @@ class _ExampleSGD(torch.optim.SGD):
                     "the closure calls backward(), which step() does itself; return the losses, "
                     "one per example, without it"
                 ) from error
-            if "backward through the graph a second time" not in str(error):
+            if not any(phrase in str(error) for phrase in _OF_GRAPHS):
                 raise
             self._forget()
-            raise InputError(_BACKWARD_IN_CLOSURE) from error
+            message = _BACKWARD_IN_CLOSURE if _filled_since(before) else _GRAPH_KEPT
+            raise InputError(message) from error
         finally:
             self._in_closure = False
         self._started = True
-        for parameter, gradient, version in before:
-            after = parameter.grad
-            if after is None or (after is gradient and _version(after) == version):
-                continue
-            if bool(after.any()):  # else zero_grad(set_to_none=False) was called
-                self._forget()
-                raise InputError(_BACKWARD_IN_CLOSURE)
+        if _filled_since(before):
+            self._forget()
+            raise InputError(_BACKWARD_IN_CLOSURE)
         return losses
 
     def _warn_of_gradients(self) -> None:
@@ -351,6 +354,16 @@ class _ExampleSGD(torch.optim.SGD):
 
 def _version(gradient: Tensor | None) -> int:
     return -1 if gradient is None else gradient._version
+
+
+def _filled_since(before: Sequence[tuple[Tensor, Tensor | None, int]]) -> bool:
+    # whether a backward pass filled p.grad; zero_grad(set_to_none=False) leaves zeros
+    return any(
+        p.grad is not None
+        and not (p.grad is gradient and p.grad._version == version)
+        and bool(p.grad.any())
+        for p, gradient, version in before
+    )
 
 
 def _laid_out(values: Tensor, parameter: Tensor) -> Tensor:
@@ -520,7 +533,6 @@ class ENGM(_ExampleSGD):
     def _add(self, closure: Closure | None, inputs: Tensor | None) -> Tensor:
         self._check_model_again()
         losses, norms, weighted = self.measure(closure, inputs)
-        norms = norms.detach()  # of losses from outside of the closure they may have a graph
         good = norms.isfinite() & losses.isfinite()
         failed = ~good.any()
         if not defers(good.device):

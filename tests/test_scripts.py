@@ -136,6 +136,21 @@ def test_a_backward_pass_within_the_closure_is_refused(name, retain):
     step(model, optimizer)  # and it goes on
 
 
+@quiet
+@pytest.mark.parametrize("makes", [torch.tanh, torch.abs])  # saves its output, or the parameter
+@pytest.mark.parametrize("name", NAMES)
+def test_what_is_kept_of_an_earlier_step_is_to_be_detached(name, makes):
+    model = network()
+    optimizer = make(name, model)
+    kept = makes(next(model.parameters())).sum()
+    closure = lambda: losses_of(model) * kept  # noqa: E731
+    optimizer.step(closure, inputs=BATCH)
+    optimizer.zero_grad()
+    with pytest.raises(InputError, match=r"depend on the graph of an earlier pass.* h\.detach"):
+        optimizer.step(closure, inputs=BATCH)
+    step(model, optimizer)  # and it goes on
+
+
 @pytest.mark.parametrize(
     ("closure", "way_out"),
     [

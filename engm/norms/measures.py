@@ -60,7 +60,8 @@ class ExactMeasure(Measure):
         if len(losses) == 1:
             return _of_one(losses, watch.alone(losses, _trained(self._model)))
         watch.backward(losses)
-        return losses.detach(), watch.norms(), watch.weighted
+        # as backward() does, so that what is kept of a graph cannot be used again in silence
+        return losses.detach(), watch.norms(), partial(watch.weighted, retain=False)
 
 
 class ProxyMeasure(Measure):
@@ -142,7 +143,9 @@ class ProxyMeasure(Measure):
             norms = lengths
         else:
             norms = torch.stack([_relative(proxy) for proxy in proxies]).mean(0)
-        weighted = watch.weighted if watched else weighted_losses(losses, self._model)
+        weighted = weighted_losses(losses, self._model)
+        if watched:
+            weighted = partial(watch.weighted, retain=False)
         return losses.detach(), norms, weighted
 
     def _rows_of(self, losses: Tensor, ends: Sequence[Tensor | GradientEdge]) -> list[Rows]:

@@ -269,23 +269,26 @@ class Watch:
 
     def norms(self) -> Tensor:
         """Returns |g_i|, `[n]`, in float32, or float64 where the model's passes are."""
-        return self._found.norms()
+        return self._found.norms().detach()  # what a layer saw may have a graph
 
     def squares(self) -> dict[Tensor, Tensor]:
         """Returns |g_i|^2 of each parameter that had a part in the losses, `[n]`."""
         return dict(self._found.squares)
 
-    def weighted(self, weights: Tensor, keep: Tensor | None = None) -> dict[Tensor, Tensor]:
+    def weighted(
+        self, weights: Tensor, keep: Tensor | None = None, *, retain: bool = True
+    ) -> dict[Tensor, Tensor]:
         """Returns sum_i w_i g_i for each parameter that had a part in the losses.
 
         Args:
             weights: w_i, `[n]`; 0 where `keep` is false.
             keep: Which examples count, `[n]` booleans; all where left out. The others may be nan.
+            retain: Whether the graph is kept for another call.
         """
         if self._second is None:
-            return self._found.weighted(weights, keep)
+            return self._found.weighted(weights, keep, retain)
         with self._during_a_pass():
-            return gradients_of(self._second, self._parameters, weights, keep, retain=True)
+            return gradients_of(self._second, self._parameters, weights, keep, retain=retain)
 
     # --- one backward pass
 
@@ -622,10 +625,10 @@ class _Shares:
     def norms(self) -> Tensor:
         return torch.stack(list(self.squares.values())).sum(0).sqrt()
 
-    def weighted(self, weights: Tensor, keep: Tensor | None) -> dict[Tensor, Tensor]:
+    def weighted(self, weights: Tensor, keep: Tensor | None, retain: bool) -> dict[Tensor, Tensor]:
         total = {p: share.weighted(weights, keep) for p, share in self.shares.items()}
         for part in self.parts:
-            total |= part.weighted(weights, keep)
+            total |= part.weighted(weights, keep, retain)
         return total | {p: torch.zeros_like(p) for p in self.zeros}
 
 
@@ -645,8 +648,11 @@ class _Part:
     push: bool
     shares: dict[tuple[Node, int], Share] = field(default_factory=dict)
 
-    def weighted(self, weights: Tensor, keep: Tensor | None) -> dict[Tensor, Tensor]:
-        return self._passed_on([share.weighted(weights, keep) for share in self.shares.values()])
+    def weighted(
+        self, weights: Tensor, keep: Tensor | None, retain: bool = True
+    ) -> dict[Tensor, Tensor]:
+        totals = [share.weighted(weights, keep) for share in self.shares.values()]
+        return self._passed_on(totals, retain=retain)
 
     def squares(self, graph: Graph) -> dict[Tensor, Tensor]:
         shares = list(self.shares.values())
@@ -672,14 +678,16 @@ class _Part:
         # what a checkpoint computes anew in a pass may not run for all at once
         return not graph.anew and n * size <= _AT_ONCE
 
-    def _passed_on(self, totals: Sequence[Tensor], batched: bool = False) -> dict[Tensor, Tensor]:
+    def _passed_on(
+        self, totals: Sequence[Tensor], batched: bool = False, retain: bool = True
+    ) -> dict[Tensor, Tensor]:
         # the gradients of the parameters, from those of what was computed from them
         parameters = list(self.leaves.values())
         gradients = torch.autograd.grad(
             [taken(node, slot) for node, slot in self.shares],
             parameters,
             totals,
-            retain_graph=True,
+            retain_graph=retain,
             is_grads_batched=batched,
             allow_unused=True,
         )
