@@ -321,7 +321,7 @@ def test_half_precision_stays_in_the_ball(dtype):
         (dict(surrogate=lambda x: x.mul_(0).flatten(1)), "surrogate does not fit: .*in place"),
         (dict(attacks=[FGSM(eps=EPS)]), "attacks must be a mapping of names"),
         (dict(attacks={"f": lambda *a: a[1]}), "f must have eps and norm, and be called as"),
-        (dict(data=[1, 2, 3]), "from a DataLoader: x, y = "),
+        (dict(data=[1, 2, 3]), "a DataLoader gives them by x, y = "),
         (dict(data=("a", 1)), r"a Split or a pair \(x, y\) of numbers"),
         (dict(data=(-3e-8 + torch.zeros(2, 1, 8, 8), torch.zeros(2).long())), r"x.clamp\(0, 1\)"),
     ],
