@@ -198,10 +198,11 @@ class _ExampleSGD(torch.optim.SGD):
     def accumulate(self, closure: Closure | None, inputs: Tensor | None = None) -> Tensor:
         """Takes the gradient of a part of a batch, for a `step()` that follows.
 
-        A batch that does not fit into memory is given in parts; the step is the same as with the
-        whole. For ENGM that is so since c is fixed by the steps before (under "mean", in the very
-        first step, by the first part). BatchNorm in train mode sees the parts, not the whole, and a
-        part of which every example is inf or nan ends in an error.
+        A batch that does not fit into memory is given in parts, each with its losses as they are,
+        not divided by the number of parts; the step, `step()` without a closure, is the same as
+        with the whole. For ENGM that is so since c is fixed by the steps before (under "mean", in
+        the very first step, by the first part). BatchNorm in train mode sees the parts, not the
+        whole, and a part of which every example is inf or nan ends in an error.
 
         Args:
             closure: As for `step`, for the part.

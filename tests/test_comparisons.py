@@ -250,7 +250,10 @@ def test_each_value_of_the_compared_setting_has_its_own_choice(tmp_path):
         ("lr=low", "no run has lr 'low' to compare with"),
         ("lr=", "no run has lr '' to compare with"),
         ("channels_last=1", "no run has channels_last '1' to compare with; there is False"),
-        ("precision=float32", "all runs have precision float32; there is none to compare with"),
+        (
+            "precision=float32",
+            "all finished runs have precision float32; there is none",
+        ),
         ("adam", "no run has optimizer 'adam' to compare with; there is engm, msgd$"),
         ("lr", r"no run has optimizer 'lr' .* \(another setting: lr=VALUE\)$"),
     ],

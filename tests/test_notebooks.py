@@ -119,6 +119,13 @@ def test_other_texts_are_refused_with_what_there_is(declared, name, text):
     assert "mode: Literal['fast', 'slow'] = 'fast'" in str(refusal.value)
 
 
+def test_a_wrong_choice_is_refused_with_the_choices(declared):
+    with pytest.raises(
+        InputError, match="mode = 'fas' is not one of fast, slow; did you"
+    ):
+        parameters.parse(declared, {"mode": "fas"})
+
+
 def test_python_values_keep_the_same_rules(declared):
     values = {"lr": 1, "eps": np.float32(0.5), "seeds": (1, np.int64(2)), "steps": None}
 

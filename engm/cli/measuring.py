@@ -16,6 +16,7 @@ from engm.cli.options import (
     main,
     say,
     settings_options,
+    stoppable,
 )
 from engm.config import RunConfig
 from engm.errors import check_choice
@@ -106,10 +107,11 @@ def bench(
     if missing := [name for name in sorted(libraries) if find_spec(name) is None]:
         say(f"without {' and '.join(missing)}: pip install 'engm[peers]' adds them")
     how: dict[str, Any] = dict(repeats=repeats, names=names, device=device)
-    if what == "step":
-        result = outer_step.run(config, image_size=image_size, **how)
-    else:
-        result = training.run(config, **own, save=partial(tables.write, out=out), **how)
+    with stoppable("a measurement is kept when all rounds are done; the same command begins anew"):
+        if what == "step":
+            result = outer_step.run(config, image_size=image_size, **how)
+        else:
+            result = training.run(config, **own, save=partial(tables.write, out=out), **how)
     tables.write(result, out)
     click.echo(tables.table(result))
     click.echo(f"written to {click.format_filename(out)}")

@@ -43,6 +43,8 @@ def run(
 
     path = batch.find(notebook)
     given = parameters.parse(path, once(values, "leave one of them out"))
+    for name in {"runs", "outputs"} & given.keys():  # the notebook works in another folder
+        given[name] = given[name] and str(Path(given[name]).resolve())
     config = parameters.check_ranges(given)
     if config.dataset != "digits" and recorded_digest(config.dataset) is None:
         load(config.dataset)  # says how to prepare it
@@ -61,7 +63,9 @@ def run(
     if config.model != "small_cnn" and "width" not in given and pick_device("auto").type == "cpu":
         quicker = "; -p width 8 is quicker" if "width" in parameters.parameters(path) else ""
         say(f"its network, {config.model}, takes long on a CPU{quicker}")
-    warn_of_hours(config, "auto", f"engm train --dataset {config.dataset} ")
+    small = {"subset": 500, "width": 8, "epochs": 1, "eval_steps": 5}
+    small = {name: n for name, n in small.items() if name in parameters.parameters(path)}
+    warn_of_hours(config, "auto", " ".join(f"-p {name} {n}" for name, n in small.items()))
     with stoppable(then):
         done = batch.run(path, given, output_dir=out, timeout=timeout)
     if done.earlier is not None:

@@ -167,10 +167,10 @@ def stoppable(then: str) -> Iterator[None]:
         sys.exit(STOPPED)
 
 
-def warn_of_hours(config: RunConfig, device: str, command: str = "") -> None:
+def warn_of_hours(config: RunConfig, device: str, quick: str = QUICK) -> None:
     """Says so where a large network is to see all training or test images on a CPU.
 
-    `command` is what the options of a quick try belong to, where it is not this one.
+    `quick` are the options of a quick try.
     """
     from engm.data import SMALL
     from engm.device import pick_device
@@ -179,7 +179,7 @@ def warn_of_hours(config: RunConfig, device: str, command: str = "") -> None:
     whole = config.model != "small_cnn" and large
     if whole and pick_device(device).type == "cpu":
         long = "all images on a CPU take long, hours or days at the usual width"
-        say(f"{long}; a quick try: {command}{QUICK}")
+        say(f"{long}; a quick try: {quick}")
 
 
 def option_of(setting: str) -> str:

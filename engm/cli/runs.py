@@ -125,7 +125,7 @@ def train(
         )
     from engm.device import pick_device
     from engm.evaluation.checks import unit_of
-    from engm.report.records import Record, intervals, near_chance, summarise, to_markdown
+    from engm.report.records import NEAR, Record, intervals, near_chance, summarise, to_markdown
     from engm.runs import CHECKPOINTS, fits_config, load_tensors
     from engm.training import fit, load_data, read_finished
 
@@ -166,7 +166,7 @@ def train(
                     "quicker: --model preact_resnet18 --width 8"
                 )
     how: dict[str, Any] = dict(device=device, dataset=dataset, save_adversarial=save_adversarial)
-    with stoppable("the same command goes on after the last whole epoch"):
+    with stoppable("the same command goes on after the last whole epoch, if there is one"):
         run = finished or fit(config, out, **how)
     if first:
         click.echo(f"\n{click.format_filename(run.folder)}\n")
@@ -175,7 +175,7 @@ def train(
         click.echo(intervals(record))
         if chance := near_chance([record]):
             warmup = ", or an --awp-warmup" if config.awp else ""
-            say(f"{chance}; a smaller --lr, more --epochs or images{warmup} may help\n")
+            say(f"{chance} ({NEAR}); a smaller --lr, more --epochs or images{warmup} may help\n")
         say(
             f"next: engm evaluate {quoted(run.folder)} attacks it in more ways, "
             f"engm report {quoted(out)} puts it beside others"

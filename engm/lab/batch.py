@@ -21,6 +21,8 @@ from engm.lab.parameters import parameters as declared
 from engm.report import tables
 from engm.runs import environment, write_json, write_text
 
+# without an estimate of the rest: cells take from nothing to hours
+_BAR = {"bar_format": "{l_bar}{bar}| {n_fmt}/{total_fmt} cells [{elapsed}]"}
 RESULT_TYPE = "application/vnd.engm.result+json"
 PACKAGE = Path(__file__).resolve().parents[1]
 
@@ -153,7 +155,7 @@ def run(
             engine_name="nbclient",
             kernel_name="python3",
             language="python",
-            progress_bar={"desc": source.stem} if progress else False,
+            progress_bar=_BAR | {"desc": source.stem} if progress else False,
             start_timeout=120,
             iopub_timeout=60,
             kernel_manager_class=_kernel_manager(),

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import GenericAlias, ModuleType
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin
 
 from engm.config import TYPES, RunConfig
 from engm.errors import InputError, meant
@@ -170,9 +170,13 @@ def _accept(
             accepted[name] = taken(value, known[name].kind)
             ast.literal_eval(repr(accepted[name]))  # what an untyped list holds can be read back
         except UNREADABLE:
-            raise InputError(
-                f"{name} = {value!r} is not of type {known[name].type}; {listing}"
-            ) from None
+            what = f"{name} = {value!r} is not "
+            if get_origin(known[name].kind) is Literal:
+                options = get_args(known[name].kind)
+                hint = meant(value, [o for o in options if isinstance(o, str)]) or ";"
+                one = f"one of {', '.join(map(str, options))}{hint} {listing}"
+                raise InputError(what + one) from None
+            raise InputError(f"{what}of type {known[name].type}; {listing}") from None
         if accepted[name] in ([], ()) and known[name].default not in ("[]", "()"):
             raise InputError(f"{name} = {value!r} is empty; give at least one value; {listing}")
         values = accepted[name] if isinstance(accepted[name], list) else []

@@ -183,7 +183,9 @@ def compare(
         )
     baseline = in_words({setting: value})
     if len(there) == 1:
-        raise InputError(f"all runs have {setting} {wanted}; there is none to compare with them")
+        raise InputError(
+            f"all finished runs have {setting} {wanted}; there is none to compare with them"
+        )
     belonging = _BELONGING.get(setting, ())
     apart = {setting, *belonging, *chosen}
     own = [name for name in chosen if name not in belonging]

@@ -28,7 +28,7 @@ ALWAYS = ("dataset", "method", "optimizer")
 PROTOCOL = ("classes", "test_images", "eps", "norm", "eval_steps")
 CHECKPOINTS = ("best", "last")
 EVALUATIONS = {which: f"evaluation-{which}.json" for which in CHECKPOINTS}
-CHANCE = "near chance"
+CHANCE, NEAR = "near chance", "a robust accuracy of at most 1.5 times that of guessing"
 _NEAR_CHANCE = 1.5  # times the accuracy of guessing
 _AUTOATTACK = "AutoAttack"
 
@@ -85,7 +85,7 @@ def collect(root: Path) -> tuple[list[Record], list[Path]]:
         what = "run in" if place.is_dir() else "folder"
         raise InputError(
             f"there is no {what} {place}; give a folder that `engm train` or `engm sweep train` "
-            "wrote to"
+            "wrote to (where one was stopped at its start, run it again)"
         )
     done = [folder for folder in folders if (folder / RESULT).exists()]
     return list(map(read_record, done)), [folder for folder in folders if folder not in done]

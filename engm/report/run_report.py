@@ -246,7 +246,7 @@ _READING = (
     "covers less than 95% below six of them. p: sign-flip test, and the least it could be. "
     "Not settled does not mean alike: every difference that Student's interval holds is open"
 )
-_CHANCE = "near chance: a robust accuracy of at most 1.5 times that of guessing"
+_CHANCE = f"{results.CHANCE}: {results.NEAR}"
 _TIMES = (
     "seconds an epoch: the median over epochs and seeds, validation included; times of runs that "
     "shared a machine with others are no measure of it"
