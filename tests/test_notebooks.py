@@ -120,9 +120,7 @@ def test_other_texts_are_refused_with_what_there_is(declared, name, text):
 
 
 def test_a_wrong_choice_is_refused_with_the_choices(declared):
-    with pytest.raises(
-        InputError, match="mode = 'fas' is not one of fast, slow; did you"
-    ):
+    with pytest.raises(InputError, match="mode = 'fas' is not one of fast, slow; did you"):
         parameters.parse(declared, {"mode": "fas"})
 
 
