@@ -543,6 +543,8 @@ def test_unfinished_runs_are_named_and_a_run_that_is_given_twice_is_refused(runs
     (folder / "result.json").unlink()
     said = call("report", runs[0], folder)
     assert f"left out, not finished: {folder}" in said and "--compare msgd" not in said
+    alone = call("report", sorted(runs[0].iterdir())[1], folder, "--compare", "adam", code=1)
+    assert f"left out, not finished: {folder}" in alone  # before it is refused
     assert "is given twice; give each folder once" in call("report", runs[0], runs[0], code=1)
     shutil.copytree(sorted(runs[0].iterdir())[0], tmp_path / "copy")
     assert "hold the same run" in call("report", runs[0], tmp_path / "copy", code=1)

@@ -315,14 +315,14 @@ def report(
     every = [record for records, _ in found for record in records]
     old = superseded([record.folder for record in every])
     records = [record for record in every if record.folder not in old]
+    if unfinished := [folder for _, folders in found for folder in folders]:
+        say(f"left out, not finished: {', '.join(map(str, unfinished))}")
     done = run_report.build(records, compare=compare, choose=names, mixed=mixed, costs=costs)
     click.echo(done.text("markdown" if out is not None or kind is None else kind))
-    unfinished = [folder for _, folders in found for folder in folders]
-    remarks = [f"left out, not finished: {', '.join(map(str, unfinished))}"] * bool(unfinished)
     if old:
-        remarks.append(f"left out, made again by another version: {', '.join(map(str, old))}")
-    for remark in [*remarks, *done.all_remarks(kind or "markdown")]:
-        click.echo(remark, err=True)
+        say(f"left out, made again by another version: {', '.join(map(str, old))}")
+    for remark in done.all_remarks(kind or "markdown"):
+        say(remark)
     files = [] if out is None else done.write(out, kind)
     files += [] if figures is None else done.write_figures(figures)
     # all of them: which ones --choose takes is a part of what the logs show
