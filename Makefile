@@ -25,7 +25,7 @@ demo: .venv/ready  ## run every notebook on the digits, and build one HTML repor
 	@$(BIN)/engm demo --out $(OUT)
 
 test: .venv/ready lint  ## ruff, mypy, pytest, nbval
-	$(BIN)/pytest -n 2 --durations 25 --durations-min 1
+	$(BIN)/pytest -n 2 --dist worksteal --durations 25 --durations-min 1
 	$(MAKE) --no-print-directory notebooks
 
 lint: .venv/ready

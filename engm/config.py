@@ -7,7 +7,7 @@ from operator import ge, gt, le, lt
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from engm.errors import InputError, meant
+from engm.errors import InputError, listed
 from engm.values import fit, read
 
 DatasetName = Literal["digits", "fashion-mnist", "cifar10", "cifar100", "tiny-imagenet"]
@@ -250,11 +250,8 @@ class RunConfig:
         """
         unknown = [str(name) for name in values if name not in TYPES]
         if unknown:
-            hint = meant(unknown[0], TYPES) or ";"
-            names = (
-                f"unknown setting {', '.join(unknown)}{hint} the settings are {', '.join(TYPES)}"
-            )
-            raise InputError(names)
+            known = listed(unknown[0], TYPES, "the settings are")
+            raise InputError(f"unknown setting {', '.join(unknown)}{known}")
         return cls(**values)
 
     @property

@@ -796,12 +796,14 @@ class ExampleWeights:
 
     def __str__(self) -> str:
         """Returns a line on the examples: how many, how long their gradients, what they weigh."""
-        parts = torch.tensor([0.0, 0.5, 1.0], device=self.norms.device)
-        low, middle, high = self.norms.float().nanquantile(parts)
+        norms = self.norms[self.good]
+        if not len(norms):
+            return f"{len(self.norms)} examples, all excluded"
         least, most = self.weights.aminmax()
         return (
-            f"{len(self.norms)} examples, {self.excluded} excluded; norms {low:.3g} to {high:.3g}, "
-            f"median {middle:.3g}; weights {least:.3g} to {most:.3g}; scale {self.scale:.3g}"
+            f"{len(self.norms)} examples, {self.excluded} excluded; norms {norms.min():.3g} to "
+            f"{norms.max():.3g}, median {norms.median():.3g}; weights {least:.3g} to {most:.3g}; "
+            f"scale {self.scale:.3g}"
         )
 
     def joined(self, other: "ExampleWeights") -> "ExampleWeights":

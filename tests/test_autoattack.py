@@ -103,11 +103,7 @@ def same(one, other):
         ("mlp", "linf", 0.15, 2, ("fab-t",)),
     ],
 )
-def test_as_the_package_called_by_hand(
-    network, digits, caplog, request, name, norm, eps, seed, names
-):
-    if (name, norm) == ("mlp", "l2"):  # images that stand take a minute with all steps
-        request.getfixturevalue("quick")
+def test_as_the_package_called_by_hand(network, digits, caplog, name, norm, eps, seed, names):
     model, x, y = network[name], digits[0][:18], digits[1][:18]
     version = {"version": "custom", "attacks": list(names)} if names else {"version": "standard"}
     oracle = pyautoattack.AutoAttack(model, norm=NORMS[norm], eps=eps, seed=seed, **version)

@@ -388,6 +388,10 @@ def test_run_hands_on_its_values_and_fails_with_the_notebook(monkeypatch, tmp_pa
     assert f"{name} failed in cell [3] (source): ValueError: no" in call("run", name, code=1)
     call("run", "09_results", "-p", "runs", "sweep", "--out", tmp_path, code=1)
     assert seen[-1][1] == {"runs": str(Path("sweep").resolve())}  # not in the folder of --out
+    cell = nbformat.v4.new_code_cell("runs = 3", metadata={"tags": ["parameters"]})
+    nbformat.write(nbformat.v4.new_notebook(cells=[cell]), tmp_path / "own.ipynb")
+    call("run", tmp_path / "own.ipynb", "-p", "runs", 5, "--out", tmp_path / "o", code=1)
+    assert seen[-1][1] == {"runs": 5}  # no folder
     assert "there is no parameter 'nonsense'" in call("run", name, "-p", "nonsense", 1, code=1)
     told = call("run", "06_cifar", "-p", "out", "runs/a", "--out", tmp_path, code=1)
     assert f"kept in {tmp_path / 'runs' / 'a'}, and" in told  # not in ./runs/a

@@ -297,11 +297,8 @@ def test_a_gradient_that_is_there_already_is_added_to_as_with_sgd():
     ],
 )
 def test_a_single_loss_may_be_of_an_example_without_a_batch_dimension(model, x, norms):
-    model, x, y = (
-        copy.deepcopy(model).double(),
-        torch.randn(x, dtype=torch.float64),
-        torch.tensor([1]),
-    )
+    model = copy.deepcopy(model).double()
+    x, y = torch.randn(x, dtype=torch.float64), torch.tensor([1])
 
     def closure():
         return F.cross_entropy(model(x)[None], y, reduction="none")
@@ -517,6 +514,8 @@ def test_a_bad_example_gets_weight_zero_and_does_not_poison_the_others(bad, wher
     optimizer.step(lambda: factor * losses_of(model, seen, y))
     assert optimizer.last.excluded == 1
     assert optimizer.last.weights[1] == 0
+    assert " examples, 1 excluded; norms " in str(optimizer.last)
+    assert "nan" not in str(optimizer.last) and "inf" not in str(optimizer.last)
     # the step is the mean over all six, the bad one counting as nothing
     for p, q, start in zip(
         model.parameters(), others.parameters(), network().parameters(), strict=True

@@ -143,7 +143,10 @@ def test_what_is_kept_of_an_earlier_step_is_to_be_detached(name, makes):
     model = network()
     optimizer = make(name, model)
     kept = makes(next(model.parameters())).sum()
-    closure = lambda: losses_of(model) * kept  # noqa: E731
+
+    def closure():
+        return losses_of(model) * kept
+
     optimizer.step(closure, inputs=BATCH)
     optimizer.zero_grad()
     with pytest.raises(InputError, match=r"depend on the graph of an earlier pass.* h\.detach"):

@@ -44,7 +44,8 @@ def run(
     path = batch.find(notebook)
     given = parameters.parse(path, once(values, "leave one of them out"))
     for name in {"runs", "outputs"} & given.keys():  # the notebook works in another folder
-        given[name] = given[name] and str(Path(given[name]).resolve())
+        if given[name] and isinstance(given[name], str):  # a count in a notebook of one's own
+            given[name] = str(Path(given[name]).resolve())
     config = parameters.check_ranges(given)
     if config.dataset != "digits" and recorded_digest(config.dataset) is None:
         load(config.dataset)  # says how to prepare it

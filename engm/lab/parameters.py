@@ -172,10 +172,9 @@ def _accept(
         except UNREADABLE:
             what = f"{name} = {value!r} is not "
             if get_origin(known[name].kind) is Literal:
-                options = get_args(known[name].kind)
-                hint = meant(value, [o for o in options if isinstance(o, str)]) or ";"
-                one = f"one of {', '.join(map(str, options))}{hint} {listing}"
-                raise InputError(what + one) from None
+                options = [str(option) for option in get_args(known[name].kind)]
+                one = f"one of {', '.join(options)}{meant(value, options) or ';'}"
+                raise InputError(f"{what}{one} {listing}") from None
             raise InputError(f"{what}of type {known[name].type}; {listing}") from None
         if accepted[name] in ([], ()) and known[name].default not in ("[]", "()"):
             raise InputError(f"{name} = {value!r} is empty; give at least one value; {listing}")

@@ -28,8 +28,9 @@ ALWAYS = ("dataset", "method", "optimizer")
 PROTOCOL = ("classes", "test_images", "eps", "norm", "eval_steps")
 CHECKPOINTS = ("best", "last")
 EVALUATIONS = {which: f"evaluation-{which}.json" for which in CHECKPOINTS}
-CHANCE, NEAR = "near chance", "a robust accuracy of at most 1.5 times that of guessing"
 _NEAR_CHANCE = 1.5  # times the accuracy of guessing
+CHANCE = "near chance"
+NEAR = f"a robust accuracy of at most {_NEAR_CHANCE} times that of guessing"
 _AUTOATTACK = "AutoAttack"
 
 
