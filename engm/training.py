@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 from torch.optim import lr_scheduler
 from tqdm.auto import tqdm
 
@@ -258,6 +259,31 @@ def load_data(config: RunConfig, root: Path | None = None) -> data.Dataset:
         validation=config.validation_images,
         test=config.test_images,
     )
+
+
+def expected_seconds(config: RunConfig, dataset: data.Dataset, epochs: int) -> float:
+    """Returns about how long so many epochs and the final attacks take on a CPU.
+
+    The time of one forward and backward pass of the untrained model, on a few images, times the
+    passes that training, validation and the attacks on the test images take for each image. An
+    attack that ends early, as on images that the model gets wrong, takes less.
+    """
+    config = config.resolved()
+    assert config.num_steps
+    with torch.random.fork_rng(devices=[]):
+        model = build_model(config, dataset)
+    for count in (2, 8, 64):  # the first allocates memory; few are enough of a large network
+        x, y = dataset.train.images[:count].float() / 255, dataset.train.labels[:count]
+        started = perf_counter()
+        cross_entropy(model(x), y).backward()
+        seconds = (perf_counter() - started) / len(x)
+        if count * seconds > 1:
+            break
+    training = 1 if config.method == "natural" else config.num_steps + 1
+    watching = validation_attack(config).num_steps
+    passes = epochs * (len(dataset.train) * training + len(dataset.validation) * watching)
+    passes += 2 * len(dataset.test) * config.eval_steps  # of the best and the last checkpoint
+    return seconds * passes
 
 
 def _check_data(config: RunConfig, dataset: data.Dataset) -> None:

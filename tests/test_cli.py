@@ -72,12 +72,14 @@ def test_a_recipe_is_overridden_by_what_is_given_alone_even_where_that_is_the_de
         raise KeyboardInterrupt
 
     monkeypatch.setattr(training, "fit", fit)
-    monkeypatch.setattr(training, "load_data", lambda *_: None)
+    monkeypatch.setattr(training, "load_data", lambda *_: SimpleNamespace())
+    monkeypatch.setattr(training, "expected_seconds", lambda *left: 86_400 * left[-1])
     command = ["train", "--recipe", "mart", "--lr", "0.1", "--device", "cpu", "--out", tmp_path]
     output = call(*command, code=130)
     published = dict(recipe="mart", dataset="cifar10", weight_decay=3.5e-3, eps=0.031, epochs=120)
     assert seen[0].items() >= (published | {"lr": 0.1}).items()
     assert "recipe mart: YisenWang/MART, train_resnet.py; options override it" in output
+    assert "this takes up to about 120 days, by the time of one pass" in output
     assert "a quick try: --subset 500 --width 8" in output
     assert ", wants a GPU; quicker: --model preact_resnet18" in output
     few = "--subset", "500", "--test-images", "100"
@@ -417,9 +419,9 @@ def test_run_and_demo_say_what_takes_hours_and_how_to_go_on_after_ctrl_c(monkeyp
     again = "has what ran; the same command runs it from the start"
     plain = call("run", "03_engm_step_by_step", "--out", tmp_path, code=130)
     assert plain.endswith(f"stopped; {tmp_path / '03_engm_step_by_step.ipynb'} {again}\n")
-    assert "take long" not in plain
+    assert "take hours" not in plain and "takes long" not in plain
     large = call("run", "06_cifar", "-p", "dataset", "cifar10", "--out", tmp_path, code=130)
-    assert "hours or days at the usual width; a quick try: -p subset 500 -p epochs 1" in large
+    assert "take hours or more; a quick try: -p subset 500 -p epochs 1" in large
     assert ", with -p out FOLDER it keeps the runs that it trains and goes on with" in large
     kept = call("run", "06_cifar", "-p", "out", "runs/a", "--out", tmp_path, code=130)
     goes_on = f"kept in {tmp_path / 'runs/a'}, and the same command takes them up\n"

@@ -435,6 +435,15 @@ def test_engm_and_both_baselines_learn_the_digits(tmp_path):
         assert ("example_norm" in run.metrics[0]) is (optimizer == "engm")
 
 
+@pytest.mark.parametrize(("method", "each"), [("natural", 1), ("pgd_at", 3), ("trades", 3)])
+def test_the_time_that_is_said_at_the_start_is_that_of_all_passes(method, each, monkeypatch):
+    clock = iter(range(0, 100, 4))  # a pass over 2 images takes 4 s
+    monkeypatch.setattr(training, "perf_counter", lambda: next(clock))
+    config = replace(TINY, method=method, validation_images=20, test_images=30, eval_steps=5)
+    seconds = training.expected_seconds(config, training.load_data(config), epochs=7)
+    assert seconds == 2 * (7 * (40 * each + 20 * 2) + 2 * 30 * 5)
+
+
 def test_a_device_that_is_not_there_is_refused():
     assert pick_device("cpu").type == "cpu"
     for wrong in ("gpu", "meta", "cuda:99", None):

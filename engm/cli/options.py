@@ -149,6 +149,14 @@ def say(text: str) -> None:
     click.echo(text, err=True)
 
 
+def duration(seconds: float) -> str:
+    """Returns a time in words, in the largest unit of which there are two or more."""
+    for unit, length in (("days", 86_400), ("hours", 3_600), ("minutes", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.0f} {unit}"
+    return f"{seconds:.0f} seconds"
+
+
 def quoted(path: Path) -> str:
     """Returns a path as a shell takes it."""
     return shlex.quote(click.format_filename(path))
@@ -176,8 +184,7 @@ def warn_of_hours(config: RunConfig, device: str, quick: str = QUICK) -> None:
     large = config.subset is None or (config.test_images is None and config.subset >= SMALL)
     whole = config.model != "small_cnn" and large
     if whole and pick_device(device).type == "cpu":
-        long = "all images on a CPU take long, hours or days at the usual width"
-        say(f"{long}; a quick try: {quick}")
+        say(f"all images on a CPU take hours or more; a quick try: {quick}")
 
 
 def option_of(setting: str) -> str:

@@ -17,6 +17,7 @@ from engm.cli.options import (
     Setting,
     data_root_option,
     device_option,
+    duration,
     main,
     once,
     option_of,
@@ -127,7 +128,7 @@ def train(
     from engm.evaluation.checks import unit_of
     from engm.report.records import NEAR, Record, intervals, near_chance, summarise, to_markdown
     from engm.runs import CHECKPOINTS, fits_config, load_tensors
-    from engm.training import fit, load_data, read_finished
+    from engm.training import expected_seconds, fit, load_data, read_finished
 
     on = pick_device(device)  # this and the data before all that is said
     folder = (out / config.name).resolve()
@@ -149,16 +150,20 @@ def train(
             say(f"\n{step}: a single step of the training attack leaves the budget, and is cut off")
         if config.recipe:
             say(f"\nrecipe {config.recipe}: {RECIPES[config.recipe].source}; options override it")
-        if finished:
+        if dataset is None:
             say(f"\nshowing the finished run in {quoted(folder)}")
         else:
-            does = f"training, then attacking the test images, in {quoted(folder)}"
-            say(f"\n{does}; bars say how long it takes")
-            last = folder / CHECKPOINTS["last"]
+            say(f"\ntraining, then attacking the test images, in {quoted(folder)}")
+            last, done = folder / CHECKPOINTS["last"], 0
             if last.exists():  # the metrics may count an epoch that was cut off before it was kept
                 with fits_config(last):
                     done = load_tensors(last)["epoch"]
                 say(f"going on after epoch {done} of {config.epochs}")
+            if config.model != "small_cnn" and on.type == "cpu":
+                takes = duration(expected_seconds(config, dataset, config.epochs - done))
+                say(f"this takes up to about {takes}, by the time of one pass; bars know better")
+            else:
+                say("bars say how long it takes")
             warn_of_hours(config, device)
             if config.recipe and on.type == "cpu" and "model" not in given:
                 say(
