@@ -205,6 +205,11 @@ class RunConfig:
             raise InputError("label_smoothing has no meaning in mart's loss; leave it at 0")
         if self.awp_warmup and not self.awp:
             raise InputError(f"awp_warmup is {self.awp_warmup}, but there is no awp; try awp=0.01")
+        if self.awp_warmup >= self.epochs:
+            raise InputError(
+                f"awp_warmup is {self.awp_warmup}, and epochs {self.epochs}: AWP would not start; "
+                "give a smaller awp_warmup"
+            )
         if self.method == "natural" and (self.attack_mode, self.start_noise) != ("eval", None):
             raise InputError("natural has no attack: leave attack_mode and start_noise out")
         if self.attack_mode == "train" and self.capture:

@@ -289,13 +289,13 @@ def fits(runs: Mapping[str, Sequence[Fit]], steps_per_epoch: int) -> Figure:
 
 
 def robustness_curve(report: "RobustnessReport") -> Figure:
-    """Draws what `engm.evaluate` found: PGD over eps with its 95% band, each attack at its eps."""
+    """Draws what `engm.evaluate` found: a curve over eps with its 95% band, each attack at eps."""
     figure, [axes] = panels(size=(6, 3.8))
     radii, along = list(report.curve), list(report.curve.values())
     low, high = ([100 * getattr(found.interval, end) for found in along] for end in ("low", "high"))
     axes.fill_between(radii, low, high, color=BLUE, alpha=0.2, linewidth=0)
     percents = [100 * found.fraction for found in along]
-    axes.plot(radii, percents, "o-", color=BLUE, markersize=4, label="PGD on the margin")
+    axes.plot(radii, percents, "o-", color=BLUE, markersize=4, label=report.along)
     # each accuracy has a sign of its own: they are close, and the sign alone tells them apart
     looks = zip(cycle("svD^PXdv<>"), cycle([*COLOURS[1:], BLUE]), report.attacks, strict=False)
     point: dict[str, Any] = dict(linestyle="none")

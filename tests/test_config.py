@@ -145,6 +145,7 @@ def test_the_defaults_of_a_method(method, beta, num_steps, step_size):
         dict(beta=-1, method="trades"),
         dict(label_smoothing=0.1, method="mart"),
         dict(awp_warmup=3),
+        dict(awp=0.01, awp_warmup=3, epochs=3),
         dict(num_steps=5, method="fast_at"),
         dict(attack_mode="train", method="natural"),
         dict(start_noise=0.001, method="natural"),

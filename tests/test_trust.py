@@ -254,6 +254,8 @@ def test_a_defence_without_gradients_is_attacked_by_its_answers_or_through_a_sur
     how = dict(eps=0.03, autoattack=True)
     blind = engm.evaluate(steps, (x, y), **how)
     assert [r.name for r in blind.attacks] == ["random search", "AutoAttack"]
+    assert "Accuracy over eps (random search): " in str(blind)
+    assert "The accuracy under AutoAttack is recomputed from" in str(blind)
     assert list(blind.autoattack["counts"]) == ["clean", "square"]
     assert "no gradient" in names(blind) and "no gradient" in blind.gradient_masking
     assert "numpy" in next(c.meaning for c in blind.flags if c.name == "no gradient")

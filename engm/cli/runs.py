@@ -179,7 +179,7 @@ def train(
         click.echo(to_markdown(summarise([record])))
         click.echo(intervals(record))
         if chance := near_chance([record]):
-            warmup = ", or an --awp-warmup" if config.awp else ""
+            warmup = ", or an --awp-warmup" if config.awp and not config.awp_warmup else ""
             say(f"{chance} ({NEAR}); a smaller --lr, more --epochs or images{warmup} may help\n")
         say(
             f"next: engm evaluate {quoted(run.folder)} attacks it in more ways, "

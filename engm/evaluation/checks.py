@@ -75,7 +75,8 @@ def kept_results(found: Mapping[str, Attacked], eps: float) -> Check:
         wrong = "the model is random, or the file was changed"
         return _judged("recomputed", False, seen, wrong)
     largest = max(attacked.largest_perturbation for attacked in found.values())
-    seen = "Accuracies are recomputed from the adversarial examples; perturbations are at most "
+    of = "Accuracies are" if len(found) > 1 else f"The accuracy under {worst} is"
+    seen = f"{of} recomputed from the adversarial examples; perturbations are at most "
     seen += f"{largest:.6g} long (eps {eps:.6g}), pixels in [0, 1], none nan"
     return _judged("recomputed", True, seen)
 

@@ -117,14 +117,15 @@ class RobustnessReport:
         worst: Accuracy when each example meets the attack that is worst for it: the mean over
             examples of the minimum over all attacks, those of the curve up to eps among them, and
             the clean image. The number to quote.
-        curve: Accuracy under PGD on the margin at several eps, from 0 to where any image may become
-            any other.
+        curve: Accuracy under the attack `along` at several eps, from 0 to where any image may
+            become any other.
         checks: What was looked at; `flags` has those that did not pass.
         skipped: Attacks that could not run, with the reason.
         autoattack: What AutoAttack says of itself, where it ran: counts, warnings, versions.
         seed: Seed of all attacks.
         environment: Versions, commit, hardware.
         remark: What else a reader should know, such as where the report was written.
+        along: The attack of the curve: PGD on the margin, or without gradients the random search.
     """
 
     eps: float
@@ -139,6 +140,7 @@ class RobustnessReport:
     seed: int
     environment: dict[str, Any]
     remark: str = ""
+    along: str = "PGD on the margin"
 
     @property
     def flags(self) -> tuple[Check, ...]:
@@ -162,6 +164,7 @@ class RobustnessReport:
                 for result in self.attacks
             },
             "worst": self.worst.to_dict(),
+            "curve_attack": self.along,
             "curve": [{"eps": eps, **found.to_dict()} for eps, found in self.curve.items()],
             "checks": [dict(vars(check)) for check in self.checks],
             "gradient_masking": list(self.gradient_masking),
@@ -195,7 +198,7 @@ class RobustnessReport:
                 f"{self.clean.n} examples, {self.norm} eps {self.eps:.6g}, seed {self.seed}",
                 "",
                 markdown(head, rows),
-                f"Accuracy over eps (PGD on the margin): {curve}",
+                f"Accuracy over eps ({self.along}): {curve}",
                 "",
                 f"{verdict}:" if self.flags else f"All {len(self.checks)} checks pass:",
                 "",
@@ -460,6 +463,7 @@ def evaluate(
         autoattack=None if strongest is None else strongest.to_dict(),
         seed=seed,
         environment=environment(x.device),
+        along=_BLACK_BOX if blind else "PGD on the margin",
     )
 
 
