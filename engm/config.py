@@ -7,7 +7,7 @@ from operator import ge, gt, le, lt
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from engm.errors import InputError, listed
+from engm.errors import InputError, offered
 from engm.values import fit, read
 
 DatasetName = Literal["digits", "fashion-mnist", "cifar10", "cifar100", "tiny-imagenet"]
@@ -255,7 +255,7 @@ class RunConfig:
         """
         unknown = [str(name) for name in values if name not in TYPES]
         if unknown:
-            known = listed(unknown[0], TYPES, "the settings are")
+            known = offered(unknown[0], TYPES, "the settings are")
             raise InputError(f"unknown setting {', '.join(unknown)}{known}")
         return cls(**values)
 

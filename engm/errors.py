@@ -91,7 +91,7 @@ def meant(word: object, known: Collection[str]) -> str:
     return f"; did you mean {words[close[0]]}?" if close else ""
 
 
-def listed(word: object, known: Collection[str], what: str) -> str:
+def offered(word: object, known: Collection[str], what: str) -> str:
     """Returns what follows a word that is not known: which was meant, and what there is."""
     return f"{meant(word, known) or ';'} {what} {', '.join(known)}"
 

@@ -800,9 +800,10 @@ class ExampleWeights:
         if not len(norms):
             return f"{len(self.norms)} examples, all excluded"
         least, most = self.weights.aminmax()
+        median = norms.float().quantile(0.5)
         return (
             f"{len(self.norms)} examples, {self.excluded} excluded; norms {norms.min():.3g} to "
-            f"{norms.max():.3g}, median {norms.median():.3g}; weights {least:.3g} to {most:.3g}; "
+            f"{norms.max():.3g}, median {median:.3g}; weights {least:.3g} to {most:.3g}; "
             f"scale {self.scale:.3g}"
         )
 

@@ -279,7 +279,10 @@ def expected_seconds(config: RunConfig, dataset: data.Dataset, epochs: int) -> f
         seconds = (perf_counter() - started) / len(x)
         if count * seconds > 1:
             break
-    training = 1 if config.method == "natural" else config.num_steps + 1
+    attack = 0 if config.method == "natural" else config.num_steps
+    attack += config.method == "trades"  # whose steps go away from the answers on clean images
+    losses = 2 if config.method in ("trades", "mart") else 1  # these see the clean images, too
+    training = attack + losses * (2 if config.awp else 1)
     watching = validation_attack(config).num_steps
     passes = epochs * (len(dataset.train) * training + len(dataset.validation) * watching)
     passes += 2 * len(dataset.test) * config.eval_steps  # of the best and the last checkpoint

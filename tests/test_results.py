@@ -325,6 +325,7 @@ def evaluated(folder, margin, worst=None, which="best", autoattack=None, **other
         attacks=tuple(AttackResult(a, Accuracy(k, n), how, 0.1, None) for a, k, how in attacks),
         worst=Accuracy(min(margin, autoattack or n) if worst is None else worst, n),
         curve={},
+        along="PGD on the margin",
         checks=tuple(
             Check(c, c not in what["flags"], "")
             for c in ("large eps", "loss", "warnings of AutoAttack")

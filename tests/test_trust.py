@@ -18,6 +18,7 @@ from engm.evaluation import suite
 from engm.evaluation.accuracy import accuracy_under, correct, run_attack
 from engm.evaluation.attacks import TargetedPGD, Transfer
 from engm.evaluation.checks import unit_of
+from engm.plots import robustness_curve
 
 EPS = 0.1
 ONE = {"FGSM": FGSM(eps=EPS)}
@@ -255,6 +256,7 @@ def test_a_defence_without_gradients_is_attacked_by_its_answers_or_through_a_sur
     blind = engm.evaluate(steps, (x, y), **how)
     assert [r.name for r in blind.attacks] == ["random search", "AutoAttack"]
     assert "Accuracy over eps (random search): " in str(blind)
+    assert robustness_curve(blind).axes[0].lines[0].get_label() == "random search"
     assert "The accuracy under AutoAttack is recomputed from" in str(blind)
     assert list(blind.autoattack["counts"]) == ["clean", "square"]
     assert "no gradient" in names(blind) and "no gradient" in blind.gradient_masking

@@ -13,7 +13,7 @@ from typing import Any
 import click
 
 from engm.config import TYPES, RunConfig, alternatives, choices
-from engm.errors import InputError, NonFiniteLossError, listed, meant
+from engm.errors import InputError, NonFiniteLossError, meant, offered
 from engm.values import read
 
 STOPPED = 130  # what shells report of Ctrl-C
@@ -34,7 +34,7 @@ class Command(click.Command):
         except click.NoSuchOption as error:
             options = [o for o in self.get_params(ctx) if isinstance(o, click.Option)]
             known = [option.opts[0] for option in options]
-            there = listed(error.option_name, known, "the options are")
+            there = offered(error.option_name, known, "the options are")
             raise click.UsageError(f"no such option {error.option_name!r}{there}", ctx) from None
         except click.BadOptionUsage as error:
             for option in self.get_params(ctx):
@@ -67,7 +67,7 @@ class Group(click.Group):
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
         if args and not args[0].startswith("-") and args[0] not in self.commands:
-            there = listed(args[0], self.list_commands(ctx), "the commands are")
+            there = offered(args[0], self.list_commands(ctx), "the commands are")
             raise click.UsageError(f"no such command {args[0]!r}{there}", ctx)
         return super().resolve_command(ctx, args)
 

@@ -119,13 +119,13 @@ class RobustnessReport:
             the clean image. The number to quote.
         curve: Accuracy under the attack `along` at several eps, from 0 to where any image may
             become any other.
+        along: The attack of the curve: PGD on the margin, or without gradients the random search.
         checks: What was looked at; `flags` has those that did not pass.
         skipped: Attacks that could not run, with the reason.
         autoattack: What AutoAttack says of itself, where it ran: counts, warnings, versions.
         seed: Seed of all attacks.
         environment: Versions, commit, hardware.
         remark: What else a reader should know, such as where the report was written.
-        along: The attack of the curve: PGD on the margin, or without gradients the random search.
     """
 
     eps: float
@@ -134,13 +134,13 @@ class RobustnessReport:
     attacks: tuple[AttackResult, ...]
     worst: Accuracy
     curve: dict[float, Accuracy]
+    along: str
     checks: tuple[Check, ...]
     skipped: dict[str, str]
     autoattack: dict[str, Any] | None
     seed: int
     environment: dict[str, Any]
     remark: str = ""
-    along: str = "PGD on the margin"
 
     @property
     def flags(self) -> tuple[Check, ...]:
@@ -458,12 +458,12 @@ def evaluate(
         ),
         worst=Accuracy.of(worst),
         curve={radius: Accuracy.of(standing) for radius, standing in curve.items()},
+        along=_BLACK_BOX if blind else "PGD on the margin",
         checks=tuple(judged),
         skipped=skipped,
         autoattack=None if strongest is None else strongest.to_dict(),
         seed=seed,
         environment=environment(x.device),
-        along=_BLACK_BOX if blind else "PGD on the margin",
     )
 
 
