@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
@@ -157,6 +158,7 @@ class Trainer:
             model = model or build_model(config, dataset)
             self.model = model.to(self.device, memory_format=layout).train()  # type: ignore[call-overload]
             self.attacked = attacked_model(config, self.model)
+            _check_last_batch(config, self.model, self.examples)
         self.method = methods.build(config)
         self.optimizer = optim.build(config, self.model)
         assert config.batch_size is not None
@@ -271,7 +273,7 @@ def expected_seconds(config: RunConfig, dataset: data.Dataset, epochs: int) -> f
     config = config.resolved()
     assert config.num_steps
     with torch.random.fork_rng(devices=[]):
-        model = build_model(config, dataset)
+        model = build_model(config, dataset).eval()  # BatchNorm takes a single image, too
     for count in (2, 8, 64):  # the first allocates memory; few are enough of a large network
         x, y = dataset.train.images[:count].float() / 255, dataset.train.labels[:count]
         started = perf_counter()
@@ -301,6 +303,22 @@ def _check_data(config: RunConfig, dataset: data.Dataset) -> None:
     for name, (wanted, count) in counts.items():
         if wanted not in (None, count):
             raise InputError(f"{name} is {wanted}, but the data have {count}; load as many")
+
+
+def _check_last_batch(config: RunConfig, model: nn.Module, examples: data.Split) -> None:
+    """Refuses a last batch of one image where BatchNorm has one value a channel of it."""
+    assert config.batch_size is not None
+    if (len(examples) - 1) % config.batch_size:
+        return
+    try:
+        with torch.no_grad():
+            deepcopy(model)(examples.images[:1].float() / 255)
+    except ValueError:
+        raise InputError(
+            f"of {len(examples)} training images, batch_size={config.batch_size} leaves one for "
+            "the last step, and BatchNorm has no variance of a single value; take another "
+            "batch_size or subset, or model_norm=group"
+        ) from None
 
 
 @contextmanager

@@ -461,6 +461,17 @@ def test_the_time_that_is_said_at_the_start_is_that_of_the_passes_that_are_taken
     assert training.expected_seconds(config, dataset, epochs=7) == expected
 
 
+@pytest.mark.parametrize("sizes", [{"subset": 1}, {"subset": 17}, {"subset": 4, "batch_size": 1}])
+def test_a_last_batch_of_which_batchnorm_has_one_value_is_refused_before_training(sizes, tmp_path):
+    config = replace(TINY, model="preact_resnet18", epochs=1, **sizes)
+    with pytest.raises(InputError, match=f"{config.subset} training images.*model_norm=group"):
+        fit_quietly(config, tmp_path)
+    dataset = training.load_data(config)
+    assert training.expected_seconds(config, dataset, epochs=1) > 0  # is said before that
+    training.Trainer(replace(config, model_norm="group"), dataset).train_epoch()
+    training.Trainer(replace(config, subset=2, batch_size=16)).train_epoch()
+
+
 def test_a_device_that_is_not_there_is_refused():
     assert pick_device("cpu").type == "cpu"
     for wrong in ("gpu", "meta", "cuda:99", None):
