@@ -173,7 +173,7 @@ def test_runs_are_compared_by_any_setting_where_all_else_is_the_same(tmp_path):
         assert comparison.paired.seeds == (0, 1, 2)
     assert alone == [
         "Digits, pgd_at, msgd, precision bfloat16, channels_last True: no run of precision float32 "
-        "to pair with"
+        "to pair with, of which a seed and all other settings are the same"
     ]
     backwards, _ = compare(records, "precision=bfloat16")
     assert backwards[0].paired.differences == pytest.approx([0.02] * 3)

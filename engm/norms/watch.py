@@ -170,7 +170,8 @@ class Watch:
     against its own gradient. With BatchNorm in train mode that is done with the statistics held,
     so that what the statistics themselves carry is not checked. What a layer's formula gets wrong
     is found in the graph instead; where examples meet (a batch norm that is written by hand, losses
-    in another order than the images), one example at a time, with a warning.
+    in another order than the images), one example at a time, with a warning where that is slow, or
+    an `InputError` where they cannot be told apart.
 
     Source: this kit; for the formulas see `engm.norms.layers`.
 

@@ -207,7 +207,10 @@ def compare(
             continue
         base = bases.get(key_of(members[0], apart), [])
         if not {r.config.seed for r in base} & {r.config.seed for r in members}:
-            alone.append(f"{in_words(settings)}: no run of {baseline} to pair with")
+            alone.append(
+                f"{in_words(settings)}: no run of {baseline} to pair with, of which a seed and all "
+                "other settings are the same"
+            )
             continue
         words = ", ".join([baseline, *(f"{n} {text(getattr(base[0].config, n))}" for n in shown)])
         for which in ("best", "last"):
