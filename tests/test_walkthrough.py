@@ -84,6 +84,12 @@ def results_of(cells):
     ]
 
 
+def warnings_of(cells):
+    """What the cells printed of warnings."""
+    shown = [output.get("text", "") for cell in cells for output in cell.get("outputs", [])]
+    return [text for text in shown if "Warning: " in text]
+
+
 def ragged_rows(cells):
     """The rows of the tables shown that do not have as many cells as their head."""
     shown = [output.get("data", {}) for cell in cells for output in cell.get("outputs", [])]
@@ -181,6 +187,7 @@ def test_run_all_then_the_solutions_then_run_all_again(name, kernel, tmp_path):
     assert told[1::2] == ["right\n"] * 3
     assert all(answer.startswith("not yet: ") for answer in told[::2]), told
     assert ragged_rows(cells) == []
+    assert warnings_of(cells) == []
     first, last = results_of(cells)
     assert first["summary"] and first.get("verdict") == last.get("verdict")
     if len(PARAMETERS[name].get("seeds", [1, 2, 3])) < 3:  # one or two seeds settle nothing
