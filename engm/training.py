@@ -313,7 +313,9 @@ def _check_last_batch(config: RunConfig, model: nn.Module, examples: data.Split)
     try:
         with torch.no_grad():
             deepcopy(model)(examples.images[:1].float() / 255)
-    except ValueError:
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
         raise InputError(
             f"of {len(examples)} training images, batch_size={config.batch_size} leaves one for "
             "the last step, and BatchNorm has no variance of a single value; take another "
