@@ -3,9 +3,11 @@ import logging
 import math
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
+import time
 from functools import partial
 
 import pyautoattack
@@ -509,11 +511,14 @@ def test_of_repeated_warnings_the_largest_stays():
 
 
 def test_versions_and_progress(network, digits, quick, capsys):
-    result = AutoAttack(eps=0.1, seed=3).run(network["mlp"], *digits, progress=True, batch_size=20)
+    slow = nn.Sequential(network["mlp"])
+    slow.register_forward_hook(lambda *_: time.sleep(0.01))  # or no bar would be drawn in between
+    result = AutoAttack(eps=0.1, seed=3).run(slow, *digits, progress=True, batch_size=20)
     assert set(result.versions) == {"engm", "torch", "pyautoattack"}
     assert result.versions["pyautoattack"] == "0.2.0" and result.seed == 3
     shown = capsys.readouterr().err
     assert f"robust={result.counts['square']}" in shown and "2/2" in shown
+    assert re.search(r"of the model: [1-9]\d*pass", shown)
 
 
 # ---- dtypes

@@ -138,7 +138,7 @@ class AutoAttack:
             save_to: Folder that gets a file for each finished chunk, named after a digest of all
                 that decides it: weights, logits, a gradient, images, classes, settings, versions.
                 The same call, made again after a kill, reads what is there and attacks the rest.
-            progress: Show a progress bar over the chunks.
+            progress: Show a progress bar over the chunks, and count passes of the model within one.
 
         Raises:
             InputError: If pyautoattack is not installed; x, y or the logits are not as above; an
@@ -171,10 +171,16 @@ class AutoAttack:
             x_adv, robust, differ = x.clone(), torch.empty_like(y, dtype=torch.bool), 0
             counts = dict.fromkeys(("clean", *self.attacks), 0)
             starts = range(0, len(x), batch_size)
-            how = dict(
-                desc="AutoAttack", unit="chunk", disable=not progress, leave=False, mininterval=0
-            )
-            with tqdm(starts, **how) as bar:
+            how = dict(disable=not progress, leave=False)
+            with (
+                tqdm(starts, "AutoAttack", unit="chunk", mininterval=0, **how) as bar,
+                tqdm(desc="of the model", unit="pass", **how) as passes,
+            ):
+
+                def counted(images: Tensor) -> Tensor:
+                    passes.update()
+                    return forward(images)
+
                 for start in bar:
                     rows = slice(start, start + batch_size)
                     path = None
@@ -182,7 +188,7 @@ class AutoAttack:
                         torch.manual_seed(self.seed)  # for models that draw
                         decides = {"x": x[rows], "y": y[rows]} | behaviour(forward, x[rows])
                         path = Path(save_to) / f"{digest(call, model, decides)}.pt"
-                    attack = partial(self._chunk, package, forward, classes, x[rows], y[rows])
+                    attack = partial(self._chunk, package, counted, classes, x[rows], y[rows])
                     chunk = kept(path, x.device, attack)
                     x_adv[rows][chunk["broken"]] = chunk["x_adv"]
                     robust[rows] = self._right(forward, x_adv[rows], y[rows])
