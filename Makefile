@@ -12,13 +12,15 @@ export OMP_NUM_THREADS ?= 1
 help:  ## show this list
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 26
 
-# Installs anew when the dependencies change.
+# Installs anew when the dependencies change. With the clone on Python's path, a script beside the
+# clone finds the package, not the clone's folder, which is named engm as well.
 .venv/ready: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "engm needs Python 3.11 or newer; say which: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
 	@echo "setting up .venv: torch, jupyterlab and others (once, a few minutes, and pip is silent meanwhile)"
 	@$(PYTHON) -m venv .venv
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
+	@echo '$(CURDIR)' > "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/clone.pth"
 	@touch $@
 
 demo: .venv/ready  ## run every notebook on the digits, and build one HTML report

@@ -369,6 +369,16 @@ def test_help_and_version():
     assert call("--version").startswith("main, version") or "version" in call("--version")
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="reads what GNU's OpenMP says")
+def test_threads_of_a_command_do_not_spin_while_they_wait(tmp_path):
+    environment = os.environ | {"OMP_DISPLAY_ENV": "verbose"}
+    environment.pop("OMP_WAIT_POLICY", None)
+    command = [sys.executable, "-m", "engm", "evaluate", str(tmp_path / "nowhere")]
+    shown = subprocess.run(command, env=environment, capture_output=True, text=True)
+    # OpenMP itself says, when torch loads it, what it was told.
+    assert "GOMP_SPINCOUNT = '0'" in shown.stderr
+
+
 def test_run_hands_on_its_values_and_fails_with_the_notebook(monkeypatch, tmp_path):
     from engm.lab import batch as notebooks
 

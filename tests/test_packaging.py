@@ -82,3 +82,9 @@ def test_notebooks_run_from_an_installed_kit(away):
     values = ("-p", "epochs", 5, "-p", "eps", 0.2, "-k", "python3", "--no-progress-bar")
     call("-m", "papermill", notebook, out, *values, **away)
     assert "eps 0.200" in out.read_text()
+
+
+@pytest.mark.skipif(Path(sys.prefix) != ROOT / ".venv", reason="about the environment of make")
+def test_a_script_beside_the_clone_finds_the_package_and_not_its_folder(tmp_path):
+    (tmp_path / "engm").mkdir()
+    call("-c", "import engm; engm.ENGM", cwd=tmp_path)

@@ -1,6 +1,7 @@
 """The command `engm`, and what its subcommands share: options, paths, messages."""
 
 import logging
+import os
 import re
 import shlex
 import sys
@@ -92,6 +93,9 @@ def main() -> None:
     run directory, `engm evaluate` attacks what it holds, `engm report` puts many of them into one
     table. `engm run` runs a notebook with parameters.
     """
+    # Threads that spin while they wait starve each other where another program wants the cores.
+    # Read when torch is loaded, which no command has done yet; kernels and workers inherit it.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 
 class PathType(click.Path):
