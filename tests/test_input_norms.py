@@ -151,7 +151,7 @@ def test_one_warning_however_often_it_is_useless():
             estimate.fit(step + 7, random(50, seed=step).abs(), random(50, seed=10 + step).abs())
     assert len(caught) == 1
     quality = f"{estimate.fits[0].r_squared:.0%}"
-    assert f"at step 7 the line from the proxy explains {quality} of the" in str(caught[0].message)
+    assert f"at step 7 the line of the estimate explains {quality} of the" in str(caught[0].message)
 
 
 def test_its_state_is_its_last_fit():

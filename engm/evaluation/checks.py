@@ -96,7 +96,7 @@ def more_steps(attacks: Mapping[str, Attack], standing: Mapping[str, Tensor]) ->
             seen = f"{many} leaves {_share(standing[many])} standing, {few} only "
             wrong = "more steps must not be weaker: look at the step size and at the gradients"
             return _judged("more steps", False, seen + _share(standing[few]), wrong)
-    seen = f"In {len(pairs)} pairs, the attack with more steps is no weaker"
+    seen = f"In {len(pairs)} pairs, the attack with more steps is not clearly weaker"
     return _judged("more steps", True, seen, n=len(standing[pairs[0][0]]) if pairs else 100)
 
 
@@ -109,7 +109,9 @@ def success_rises(curve: Mapping[float, Tensor]) -> Check:
             wrong = "the larger ball holds the smaller one, so the attack fails"
             return _judged(name, False, seen, wrong)
     n = len(next(iter(curve.values())))
-    return _judged(name, True, f"Accuracy does not rise over {len(curve)} values of eps", n=n)
+    return _judged(
+        name, True, f"Accuracy does not clearly rise over {len(curve)} values of eps", n=n
+    )
 
 
 def full_range(eps: float, standing: Tensor) -> Check:

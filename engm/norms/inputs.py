@@ -97,7 +97,7 @@ class InputEstimate:
         if not self.useful and not self._warned:
             self._warned = True
             warn(
-                f"at step {step} the line from the proxy explains "
+                f"at step {step} the line of the estimate explains "
                 f"{self.fits[-1].r_squared:.0%} of the example norms' variance; exact norms are "
                 "used until a later fit is better"
             )
