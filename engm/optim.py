@@ -171,8 +171,8 @@ class _ExampleSGD(torch.optim.SGD):
         Args:
             closure: Runs the model and returns one loss per example, `[n]`. May be left out after
                 `accumulate`.
-            inputs: The images that the closure gives to the model; `ENGM(norms="input")` alone
-                needs them, the others take the same call.
+            inputs: The images that the closure gives to the model; `ENGM` with norms "input" or
+                "both" needs them, the others take the same call.
 
         Returns:
             The losses, `[n]`, detached; `None` without a closure.
@@ -455,7 +455,7 @@ class ENGM(_ExampleSGD):
 
     Args:
         model: The model whose trainable parameters are optimised.
-        lr: Learning rate. With `scale="mean"` one that was tuned for MSGD carries over.
+        lr: Learning rate. With `scale="mean"` start from one for MSGD, and try both sides of it.
         momentum: Momentum.
         weight_decay: Weight decay.
         scale: c, a number above 0, or "mean": the running mean of |g_i| over the steps before (in
@@ -467,8 +467,8 @@ class ENGM(_ExampleSGD):
             or both, see `ProxyMeasure`; the bound c then holds for the estimates. "loop": one
             backward pass an example, obviously correct, but slow.
         refresh_every: With an estimate, after how many closures its line is fitted anew; `None`:
-            no line, |g_i| is taken as proportional to the proxy, and the model may be any. With
-            "output" that costs nothing.
+            no line, |g_i| is taken as proportional to the proxy. With "output" that costs
+            nothing, and the model may be any.
         groups: Parameters with options of their own, as for `torch.optim.SGD`, such as
             `[{"params": ["0.bias", model.norm], "weight_decay": 0.0}]`; "params" lists names,
             parameters or modules. All others have the options above.

@@ -14,6 +14,7 @@ from statistics import mean
 
 import pytest
 import yaml
+from scipy import stats
 
 from engm.bench import tables
 from engm.errors import InputError
@@ -225,6 +226,17 @@ def test_the_rows_that_are_ahead_or_behind_are_as_many_as_the_text_counts():
         ("robust (best)", "behind"): 4,
     }
     text = " ".join(RESULTS.split())
+    pairs = defaultdict(dict)
+    for record in collect(ROOT / "results" / "cifar10-cpu")[0]:
+        row = record.config.optimizer, record.config.lr
+        if row in {("engm-input-only", 0.03), ("msgd", 0.3)} and record.config.seed:
+            for at in ("last", "best"):
+                pairs[at, record.config.seed][row[0]] = record.result[at]["robust_accuracy"]
+    for at in ("last", "best"):
+        found = [p["engm-input-only"] - p["msgd"] for (of, _), p in pairs.items() if of == at]
+        low, high = stats.t.interval(0.95, 4, mean(found), stats.sem(found))
+        assert len(found) == 5
+        assert f"{100 * low:+.1f} to {100 * high:+.1f}" in text
     assert "At the last one, three of all the rows" in text and "are ahead of MSGD" in text
     assert "three others are behind, and at the best checkpoint four rows are behind" in text
 

@@ -158,7 +158,8 @@ def test_killed_workers_and_a_killed_sweep_change_no_bit(start, tmp_path):
         expected = weights(theirs.folder)
         for which, tensors in weights(ours.folder).items():
             assert all(torch.equal(tensors[name], expected[which][name]) for name in tensors)
-    assert not list(cut.rglob(".*"))  # neither locks nor halves of files
+    # neither locks nor halves of files, but the free lock of a run killed right after its result
+    assert not [p for p in cut.rglob(".*") if p.parent / "result.json" not in before]
 
 
 def test_a_run_that_fails_is_recorded_and_the_rest_goes_on(start, tmp_path):

@@ -70,7 +70,8 @@ class ProxyMeasure(Measure):
     With a line, the norms are measured exactly every `refresh_every` steps, and as long as the
     estimate is useless. Without one they are taken as proportional to the proxy (with both, to the
     mean of the two, each relative to its mean in the batch): scale "mean" makes the factor
-    irrelevant, the model is never watched, and any that can be differentiated will do.
+    irrelevant, and the model is never watched; with outputs alone any that can be differentiated
+    will do.
 
     Args:
         model: The model.
