@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from torch.nn.utils.parametrizations import weight_norm
 from torch.utils.checkpoint import checkpoint
 
+from engm.bench.measuring import peak_bytes
 from engm.errors import InputError
 from engm.models import preact_resnet18, small_cnn
 from engm.norms import layers as layer_shares
@@ -1304,6 +1305,32 @@ def test_nothing_outlives_the_step(norms):
             alive.clear()
     finally:
         gc.enable()
+
+
+def test_what_a_share_does_not_need_is_let_go_within_the_pass():
+    x, checked = torch.randn(N, 8, 16, 16), Checked()
+
+    def peak(depth, exact):
+        layers = [(nn.Conv2d(8, 8, 3, padding=1), nn.GroupNorm(2, 8)) for _ in range(depth)]
+        model = nn.Sequential(*(layer for pair in layers for layer in pair))
+
+        def step():
+            with Watch(model, checked=checked) as watch:
+                losses = model(x).square().flatten(1).sum(1)
+            if exact:
+                watch.backward(losses)
+                watch.weighted(torch.ones(N))
+            else:
+                losses.sum().backward()
+
+        step()  # the check, which a later step does not make
+        model.zero_grad()
+        return peak_bytes(step, x.device)
+
+    activation = 4 * x.numel()
+    extra = [peak(depth, True) - peak(depth, False) for depth in (4, 12)]
+    assert peak(12, False) - peak(4, False) > 15 * activation
+    assert extra[1] - extra[0] < activation  # the room of one image batch, however deep
 
 
 @pytest.mark.parametrize("norms", ["exact", "input"])

@@ -320,6 +320,8 @@ class Watch:
         waiting = Counter(call.layer for call in graph.calls.values())
         seen: dict[nn.Module, list[tuple[Tensor, Tensor, Rows]]] = defaultdict(list)
         zero: list[Node] = []
+        check = found.at_once is not None
+        retain = check or not found.keep or bool(unseen or parts)
 
         def arrive(node: Node, gradients: Sequence[Tensor | None]) -> None:
             there = [b for b in gradients if b is not None]
@@ -344,6 +346,8 @@ class Watch:
             b = gradients[call.output]
             if b is not None:
                 a = call.input()  # or it is held until the graph is let go
+                if not retain:
+                    call.a = None  # let go with the share, as the graph lets it go
                 if node in rows:
                     seen[call.layer].append((a, b.reshape(call.shape), rows[node]))
             waiting[call.layer] -= 1
@@ -352,8 +356,6 @@ class Watch:
 
         nodes = [*dict.fromkeys([*graph.calls, *(node for node, _ in places), *unseen])]
         ends = [] if inputs is None else [inputs]
-        check = found.at_once is not None
-        retain = check or not found.keep or bool(unseen or parts)
         ones = torch.ones_like(losses)
         gradients = _pass(graph, losses, ones, nodes, arrive, ends, retain, held=check, stop=True)
         for (node, slot), outputs in left.items():
