@@ -417,7 +417,9 @@ def check_values(x: Tensor, y: Tensor) -> int:
     low, high, lowest, highest = ends.tolist()
     if not (low >= 0 and high <= 1):
         remedy = "normalise inside the model, and clamp what augmentation pushes out"
-        if low >= 0 and 2 < high <= 255:
+        if low >= 0 and high in (15, 16):
+            remedy = "divide by 16, as scikit-learn's digits need, or by what white is"
+        elif low >= 0 and 2 < high <= 255:
             remedy = "divide by 255"
         elif low > -0.01 and high < 1.01:
             remedy = "that is rounding: x.clamp(0, 1)"

@@ -664,6 +664,7 @@ def test_fgsm_checks_its_settings_when_it_is_made():
         (lambda x, y: (x[0, 0, 0], y[:8]), r"x is .*shape \[8\]"),
         (lambda x, y: (2 * x - 1, y), "normalise inside"),
         (lambda x, y: (x * 255, y), "divide by 255"),
+        (lambda x, y: (16 * x.round(), y), "divide by 16"),  # the digits as scikit-learn has them
         (lambda x, y: (x * math.nan, y), "x goes from nan"),
         (lambda x, y: (x, y.int()), "y is torch.int32"),
         (lambda x, y: (x, y.double()), "y is torch.float64"),

@@ -91,13 +91,15 @@ def more_steps(attacks: Mapping[str, Attack], standing: Mapping[str, Tensor]) ->
     pairs = [
         (f, m) for f in kinds for m in kinds if kinds[f][0] == kinds[m][0] and kinds[f] < kinds[m]
     ]
+    if not pairs:
+        return _judged("more steps", True, "No two attacks differ in the number of steps alone")
     for few, many in pairs:
         if clearly_more(standing[many], standing[few]):
             seen = f"{many} leaves {_share(standing[many])} standing, {few} only "
             wrong = "more steps must not be weaker: look at the step size and at the gradients"
             return _judged("more steps", False, seen + _share(standing[few]), wrong)
-    seen = f"In {len(pairs)} pairs, the attack with more steps is not clearly weaker"
-    return _judged("more steps", True, seen, n=len(standing[pairs[0][0]]) if pairs else 100)
+    seen = f"Attacks with more steps are not clearly weaker ({len(pairs)} compared)"
+    return _judged("more steps", True, seen, n=len(standing[pairs[0][0]]))
 
 
 def success_rises(curve: Mapping[float, Tensor]) -> Check:

@@ -139,6 +139,14 @@ def choose(
     return kept, remarks
 
 
+def how_chosen(records: Sequence[Record], names: Collection[str]) -> str:
+    """Says which of `names` the validation images chose of `records`: there was a choice."""
+    several = [n for n in names if len({repr(getattr(r.config, n)) for r in records}) > 1]
+    single = [name for name in names if name not in several]
+    said = [f"{listed(several)} chosen on the validation images"] if several else []
+    return "; ".join(said + ([f"one value only of {listed(single)}"] if single else []))
+
+
 def grid_end(records: Sequence[Record], chosen: Sequence[Record], names: Collection[str]) -> str:
     """Says which of the settings in `names` lies at an end of the values that were tried.
 

@@ -191,7 +191,7 @@ def build(
     if choose:
         by = "optimizer" if compare is None else comparisons.setting_of(compare)[0]
         kept, more = comparisons.choose(records, choose, compared=by)
-        remarks += [f"{results.listed(choose)} chosen on the validation images", *more]
+        remarks += [comparisons.how_chosen(records, choose), *more]
     found: list[comparisons.Comparison] = []
     if compare is not None:
         found, alone = comparisons.compare(kept, compare, chosen=choose)
