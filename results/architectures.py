@@ -243,7 +243,7 @@ def summary(entries: Sequence[Mapping[str, Any]]) -> str:
     rest = "".join(f"; {kind}: {', '.join(sorted(those))}" for kind, those in names.items())
     lines = [f"- {len(entries)} architectures, {exact} exact{rest}."]
     worst = max((entry["error"] for entry in entries if "error" in entry), default=0)
-    lines.append(f"- Norms differ from the loop's in float64 by at most {worst:.0e} of their size.")
+    lines.append(f"- Norms differ from the loop's in float64 by at most {worst:.1e} of their size.")
     for title, coupled in (("without", False), ("with", True)):
         costs = [e["cost"]["ratio"] for e in entries if "cost" in e and e["coupled"] is coupled]
         if costs:

@@ -302,7 +302,9 @@ def test_a_report_in_a_folder_has_every_format_and_in_a_file_that_of_its_name(sw
     assert len(runs) == 6
     assert len((folder / "report.html").read_text().split("<img")) == 4
     for text in ((folder / "report.md").read_text(), (folder / "report.tex").read_text()):
-        assert "lr chosen on the validation images; one value only of floor" in text
+        assert (
+            "lr chosen on the validation images; floor not chosen (one value in each row)" in text
+        )
         assert "+3.0" in text
     assert [p.name for p in done.write(tmp_path / "x.tex")] == ["x.tex"]
     assert "\\begin{tabular}" in (tmp_path / "x.tex").read_text()

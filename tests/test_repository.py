@@ -275,7 +275,7 @@ def test_the_plans_are_ready_to_run():
         step = 4 / 255 if "cpu" in path.stem else 2 / 255  # of 5 steps, of 10
         assert all(task.settings["step_size"] == pytest.approx(step) for task in tasks)
     assert counts == {
-        "cifar10-search": 20, "cifar10": 15, "cifar10-long": 4, "cifar10-methods": 12,
+        "cifar10-search": 20, "cifar10": 15, "cifar10-long": 6, "cifar10-methods": 12,
         "cifar10-precision": 12, "cifar100": 6, "tiny-imagenet": 4, "cifar10-cpu-rates": 20,
         "cifar10-cpu-more-rates": 5, "cifar10-cpu": 25, "cifar10-cpu-noise": 12,
         "cifar10-cpu-more-rows": 11, "cifar10-cpu-more-main": 10,

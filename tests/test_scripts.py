@@ -203,15 +203,15 @@ def test_checkpoints():
     torch.testing.assert_close(optimizer.last.norms, norms)
 
 
-def under_checkpoints(norm, name, n):
-    """Returns a step of a network whose blocks are under checkpoints, or are not."""
+def under_checkpoints(norm, name, n, lr=0.0, refresh_every=None):
+    """Returns a step, which returns its norms, of a network with or without checkpoints."""
     torch.manual_seed(0)
     blocks = [
         nn.Sequential(nn.Linear(64, 64), norm(64), nn.Tanh(), nn.Linear(64, 64)) for _ in range(4)
     ]
     model = nn.Sequential(*blocks)
     x, y = torch.randn(n, 64), torch.arange(n) % 64
-    optimizer = ENGM(model, 0.0, norms=name, refresh_every=None)
+    optimizer = ENGM(model, lr, norms=name, refresh_every=refresh_every)
 
     def run(checkpoints, first=0):
         def forward(h):
@@ -223,8 +223,19 @@ def under_checkpoints(norm, name, n):
         model.forward = forward
         step(model, optimizer, x, y)
         optimizer.zero_grad()
+        return optimizer.last.norms
 
     return run
+
+
+@pytest.mark.filterwarnings("ignore:at step .* the line of the estimate")
+@pytest.mark.parametrize("refresh_every", [2, None])
+@pytest.mark.parametrize("name", ["exact", "input", "output", "both"])
+def test_checkpoints_change_nothing(name, refresh_every):
+    without, under = (under_checkpoints(nn.LayerNorm, name, 8, 0.1, refresh_every) for _ in "ab")
+    for _ in range(5):
+        # float32: what rounding does to the first step grows in the later ones
+        torch.testing.assert_close(under(True, first=1), without(False), rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize(

@@ -119,11 +119,11 @@ class ProxyMeasure(Measure):
                 return _of_one(losses, watch.alone(losses, _trained(self._model)))
             if self._of != "input":
                 outputs = _marks(losses, key)
-                rows = self._rows_of(losses, outputs)
+                rows = self._rows_of(losses, outputs, watch if watched else None)
                 proxies.append(_lengths(_gradients(losses, outputs), rows))
             if of_inputs:
                 assert inputs is not None
-                rows = self._rows_of(losses, [inputs])
+                rows = self._rows_of(losses, [inputs], watch if watched else None)
                 if watched:
                     gradient = watch.backward(losses, inputs)
                 else:
@@ -149,12 +149,15 @@ class ProxyMeasure(Measure):
             weighted = partial(watch.weighted, retain=False)
         return losses.detach(), norms, weighted
 
-    def _rows_of(self, losses: Tensor, ends: Sequence[Tensor | GradientEdge]) -> list[Rows]:
+    def _rows_of(
+        self, losses: Tensor, ends: Sequence[Tensor | GradientEdge], watch: Watch | None
+    ) -> list[Rows]:
         # looked for once: for a batch of this size
         shapes = [end.shape if isinstance(end, Tensor) else size_of(end) for end in ends]
         key = (len(losses), type(ends[0]), *shapes)
         if key not in self._rows:
-            rows, sure = rows_of(losses, ends)
+            find = rows_of if watch is None else watch.rows_of
+            rows, sure = find(losses, ends)
             if not sure:
                 return rows
             self._rows[key] = rows

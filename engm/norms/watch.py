@@ -257,6 +257,15 @@ class Watch:
         with self._during_a_pass():
             return gradients_of(loss, parameters, torch.ones_like(loss), None, retain=True)
 
+    def rows_of(
+        self, losses: Tensor, ends: Sequence[Tensor | GradientEdge]
+    ) -> tuple[list[Rows], bool]:
+        """As `rows_of`, of losses that the block computed."""
+        graph = self._graph(losses)
+        self._anew = graph.anew
+        with self._during_a_pass():
+            return rows_of(losses, ends, graph)
+
     def _backward(
         self, graph: Graph, plan: _Plan, losses: Tensor, inputs: Tensor | None
     ) -> Tensor | None:
@@ -529,12 +538,7 @@ class Watch:
         most = int(norms.argmax())
         only = torch.zeros_like(losses)
         only[most] = 1
-
-        def let_go(node: Node, _: Sequence[Tensor | None]) -> None:
-            graph.calls[node].input()
-
-        calls = [node for node, call in graph.calls.items() if call.anew]
-        passed = _pass(graph, losses, only, calls, let_go, list(wanted))
+        passed = _pass(graph, losses, only, *_let_go(graph), list(wanted))
         norm = torch.stack([g.to(norms.dtype).norm() for g in passed if g is not None]).norm()
         if bool((norm - norms[most]).abs() > tolerance * norm):
             raise InputError(
@@ -775,12 +779,24 @@ def _pass(
     return list(rest)
 
 
-def rows_of(losses: Tensor, ends: Sequence[Tensor | GradientEdge]) -> tuple[list[Rows], bool]:
+def _let_go(graph: Graph) -> tuple[list[Node], Callable[[Node, Sequence[Tensor | None]], None]]:
+    """Returns for `_pass` what lets go the inputs of layers that are computed anew."""
+
+    def arrive(node: Node, _: Sequence[Tensor | None]) -> None:
+        graph.calls[node].input()  # or it is held until the graph is let go
+
+    return [node for node, call in graph.calls.items() if call.anew], arrive
+
+
+def rows_of(
+    losses: Tensor, ends: Sequence[Tensor | GradientEdge], graph: Graph | None = None
+) -> tuple[list[Rows], bool]:
     """Finds which rows of tensors belong to which loss, by a probe with batch statistics held.
 
     Args:
         losses: `[n]`, attached to their graph, which is kept.
         ends: What the losses depend on, such as the images.
+        graph: Of the losses, where they were computed under a `Watch`.
 
     Returns:
         The rows, for each of `ends`, and whether there was something to see in all of them.
@@ -791,9 +807,10 @@ def rows_of(losses: Tensor, ends: Sequence[Tensor | GradientEdge]) -> tuple[list
     n, weights = len(losses), probe_weights(losses)
     if losses.is_meta:
         return [Rows(0, n) for _ in ends], True
-    graph = Graph(losses.grad_fn, object(), {})
+    if graph is None:
+        graph = Graph(losses.grad_fn, object(), {})
     both = [
-        _pass(graph, losses, factor, [], lambda *_: None, ends)
+        _pass(graph, losses, factor, *_let_go(graph), ends)
         for factor in (torch.ones_like(weights), weights)
     ]
     found, sure = [], bool(losses.isfinite().all())

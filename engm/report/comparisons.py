@@ -140,11 +140,18 @@ def choose(
 
 
 def how_chosen(records: Sequence[Record], names: Collection[str]) -> str:
-    """Says which of `names` the validation images chose of `records`: there was a choice."""
-    several = [n for n in names if len({repr(getattr(r.config, n)) for r in records}) > 1]
+    """Says which of `names` the validation images chose of `records`: where there was a choice."""
+    searches = [members for _, members in groups_of(records, without=names)]
+
+    def values(name: str) -> int:
+        return max(len({repr(getattr(m.config, name)) for m in members}) for members in searches)
+
+    several = [name for name in names if values(name) > 1]
     single = [name for name in names if name not in several]
     said = [f"{listed(several)} chosen on the validation images"] if several else []
-    return "; ".join(said + ([f"one value only of {listed(single)}"] if single else []))
+    return "; ".join(
+        said + ([f"{listed(single)} not chosen (one value in each row)"] if single else [])
+    )
 
 
 def grid_end(records: Sequence[Record], chosen: Sequence[Record], names: Collection[str]) -> str:
