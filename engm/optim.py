@@ -227,10 +227,16 @@ class _ExampleSGD(torch.optim.SGD):
         except CheckpointError as error:
             raise InputError(
                 "what is under a checkpoint cannot be gone through as these norms need it; use "
-                "norms='output' with refresh_every=None, or put no checkpoint round BatchNorm in "
-                "train mode, nor, with norms='input', round the first layer"
+                "norms='output' with refresh_every=None, or put no checkpoint round batch norms in "
+                "train mode or instance norms, round parameters that are used outside of their own "
+                "module, round the losses, nor, with norms='input' or 'both', round the first layer"
             ) from error
         except RuntimeError as error:
+            if "selective activation checkpoint" in str(error):
+                raise InputError(
+                    "checkpoints with context_fn= allow one backward pass, and these norms take "
+                    "more; leave it out, or use norms='output' with refresh_every=None"
+                ) from error
             if "grad can be implicitly created only for scalar" in str(error):
                 raise InputError(
                     "the closure calls backward(), which step() does itself; return the losses, "
@@ -550,7 +556,8 @@ class ENGM(_ExampleSGD):
             elif not finite:
                 raise NonFiniteLossError(
                     "an example that is inf or nan reaches the gradient of the others; "
-                    f"{NO_STEP} norms='exact' would leave it out."
+                    f"{NO_STEP} Take it out of the batch; norms='exact' leaves it out by itself "
+                    "where no checkpoint and no batch norm in train mode is in its way."
                 )
         for parameter, gradient in gradients.items():
             gradient = gradient.to(parameter.dtype)

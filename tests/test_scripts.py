@@ -2,12 +2,17 @@
 
 import copy
 import pickle
+from functools import partial
 
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
 
 from engm import AWP, ENGM, MSGD
 from engm.bench.measuring import peak_bytes
@@ -249,8 +254,24 @@ def test_checkpoints_save_memory(name, first, later):
             found.append(peak_bytes(lambda c=checkpoints, r=run: r(c, 1), torch.device("cpu")))
     assert firsts[1] < first * firsts[0] and peaks[1] < later * peaks[0], (firsts, peaks)
     if name == "input":
-        with pytest.raises(InputError, match="nor, with norms='input', round the first layer"):
+        with pytest.raises(
+            InputError, match="nor, with norms='input' or 'both', round the first layer"
+        ):
             run(True)
+
+
+@pytest.mark.parametrize("name", ["exact", "input", "output", "loop"])
+def test_selective_checkpoints(name):
+    model = nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 5), nn.Linear(5, 3)).double()
+    policy = lambda *args, **kwargs: CheckpointPolicy.MUST_SAVE  # noqa: E731
+    how = dict(
+        use_reentrant=False, context_fn=partial(create_selective_checkpoint_contexts, policy)
+    )
+    model.forward = lambda x: model[2](checkpoint(model[1], model[0](x), **how))
+    if name == "output":
+        return step(model, make(name, model))
+    with pytest.raises(InputError, match="checkpoints with context_fn= allow one backward pass"):
+        step(model, make(name, model))
 
 
 @pytest.mark.parametrize("name", ["exact", "input", "output", "loop"])
@@ -258,7 +279,7 @@ def test_checkpoints_round_batch_norm(name):
     run = under_checkpoints(nn.BatchNorm1d, name, 8)
     if name in ("output", "loop"):
         return run(True)
-    with pytest.raises(InputError, match="no checkpoint round BatchNorm in train mode"):
+    with pytest.raises(InputError, match="no checkpoint round batch norms in train mode"):
         run(True)
 
 
