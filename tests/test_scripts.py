@@ -237,7 +237,8 @@ def under_checkpoints(norm, name, n, lr=0.0, refresh_every=None):
 @pytest.mark.parametrize("refresh_every", [2, None])
 @pytest.mark.parametrize("name", ["exact", "input", "output", "both"])
 def test_checkpoints_change_nothing(name, refresh_every):
-    without, under = (under_checkpoints(nn.LayerNorm, name, 8, 0.1, refresh_every) for _ in "ab")
+    without = under_checkpoints(nn.LayerNorm, name, 8, 0.1, refresh_every)
+    under = under_checkpoints(nn.LayerNorm, name, 8, 0.1, refresh_every)
     for _ in range(5):
         # float32: what rounding does to the first step grows in the later ones
         torch.testing.assert_close(under(True, first=1), without(False), rtol=1e-3, atol=1e-3)

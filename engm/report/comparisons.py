@@ -148,10 +148,12 @@ def how_chosen(records: Sequence[Record], names: Collection[str]) -> str:
 
     several = [name for name in names if values(name) > 1]
     single = [name for name in names if name not in several]
-    said = [f"{listed(several)} chosen on the validation images"] if several else []
-    return "; ".join(
-        said + ([f"{listed(single)} not chosen (one value in each row)"] if single else [])
-    )
+    said = []
+    if several:
+        said.append(f"{listed(several)} chosen on the validation images")
+    if single:
+        said.append(f"{listed(single)} not chosen (one value in each row)")
+    return "; ".join(said)
 
 
 def grid_end(records: Sequence[Record], chosen: Sequence[Record], names: Collection[str]) -> str:
